@@ -1,0 +1,70 @@
+"""Self-attention of a causal Wan: diffusers' projections, our history, positions and mask."""
+
+# B batch, S tokens, H heads, D head dim
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_wan import WanAttention
+from torch import Tensor
+
+from causvid_adapter.kv_cache import KVCache
+from causvid_adapter.rope import RotaryTable, rotate
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(q, k, v, boolean mask or None), each (B, S, H, D) -> (B, S, H, D)."""
+
+
+def sdpa(q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention by PyTorch; ``mask`` broadcasts to (B, H, S_query, S_key), True = may attend."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BSHD, v_BSHD))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+@dataclass
+class SelfAttentionCall:
+    """What the self-attention layers need to know of the running forward pass; set by CausalWan, read by its layers."""
+
+    cache: KVCache | None = None
+    mask: Tensor | None = None
+    key_table: RotaryTable | None = None
+
+
+class CausalSelfAttention:
+    """Processor of ``block.attn1`` (diffusers' processor protocol)."""
+
+    def __init__(self, layer: int, call: SelfAttentionCall, attend: Attend) -> None:
+        self.layer = layer
+        self.call = call
+        self.attend = attend
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: RotaryTable | None = None,
+    ) -> Tensor:
+        """Attend from (B, S, dim) to itself and the cached history; returns (B, S, dim)."""
+        assert rotary_emb is not None
+        if attn.fused_projections:
+            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        q = rotate(q, rotary_emb)
+        cache, key_table = self.call.cache, self.call.key_table
+        if cache is None:
+            k = rotate(k, rotary_emb)
+        elif key_table is None:
+            k, v = cache.extend(self.layer, rotate(k, rotary_emb), v)
+        else:
+            k, v = cache.extend(self.layer, k, v)
+            k = rotate(k, key_table)
+        out = self.attend(q, k, v, self.call.mask).flatten(2).type_as(hidden_states)
+        return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]

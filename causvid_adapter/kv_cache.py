@@ -1,0 +1,161 @@
+"""Keys and values of the frames that a chunk may look back on.
+
+A chunk that is still being denoised is scratch: its keys are staged, overwritten by the next step, and become history
+only through :meth:`KVCache.commit`, after the clean pass. The window and sink policy lives here and nowhere else.
+"""
+
+# L layers, B batch, S tokens, H heads, D head dim; "history" = committed frames
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from causvid_adapter.errors import ShapeError
+
+RopeMode = Literal["absolute", "window"]
+
+
+class KVCache:
+    """History of one rollout of one batch, layer by layer.
+
+    Args:
+        num_layers: transformer layers that read and write it.
+        tokens_per_frame: tokens of one latent frame.
+        window_frames: latent frames that attention spans, the current chunk included; None keeps all.
+        sink_frames: first latent frames that never leave the window.
+        rope: "absolute" stores keys already rotated by their frame in the video (CausVid, Self-Forcing); "window"
+            stores them unrotated and counts positions inside the window, so that a long rollout never leaves the
+            positions that the model was trained on.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        tokens_per_frame: int,
+        window_frames: int | None = None,
+        sink_frames: int = 0,
+        rope: RopeMode = "absolute",
+    ) -> None:
+        if window_frames is not None and not 0 <= sink_frames < window_frames:
+            raise ShapeError(
+                f"sink_frames must be from 0 to window_frames - 1 = {window_frames - 1}, got {sink_frames}"
+            )
+        self.num_layers = num_layers
+        self.tokens_per_frame = tokens_per_frame
+        self.window_frames = window_frames
+        self.sink_frames = sink_frames
+        self.rope = rope
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the next chunk is the first of a new video, of any batch size."""
+        self.frames_held = 0
+        self.next_frame = 0
+        self._keys: list[Tensor | None] = [None] * self.num_layers
+        self._values: list[Tensor | None] = [None] * self.num_layers
+        self._chunk_frames = 0
+        self._staged_layers: set[int] = set()
+
+    def begin(self, chunk_frames: int) -> None:
+        """Make room for a chunk of ``chunk_frames``; what falls out of the window is dropped here."""
+        self._chunk_frames = chunk_frames
+        self._staged_layers.clear()
+        if self.window_frames is None:
+            return
+        if self.sink_frames + chunk_frames > self.window_frames:
+            raise ShapeError(
+                f"a window of {self.window_frames} latent frames with a sink of {self.sink_frames} has no room for a "
+                f"chunk of {chunk_frames}; use window_frames >= {self.sink_frames + chunk_frames}"
+            )
+        evicted = self.frames_held + chunk_frames - self.window_frames
+        if evicted <= 0:
+            return
+        kept = self.frames_held - evicted
+        start, end = self.sink_frames * self.tokens_per_frame, kept * self.tokens_per_frame
+        shift = evicted * self.tokens_per_frame
+        for buffer in (*self._keys, *self._values):
+            if buffer is not None:
+                buffer[:, start:end] = buffer[:, start + shift : end + shift].clone()
+        self.frames_held = kept
+
+    def seek(self, frame: int) -> None:
+        """Place the next chunk at this latent frame of the video (absolute positions only; the default is to go on)."""
+        self.next_frame = frame
+
+    @property
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Frame positions of (the current chunk, every key it attends to) for the rotary embedding."""
+        if self.rope == "absolute":
+            chunk = torch.arange(self.next_frame, self.next_frame + self._chunk_frames)
+            return chunk, chunk
+        everything = torch.arange(self.frames_held + self._chunk_frames)
+        return everything[self.frames_held :], everything
+
+    def extend(self, layer: int, k_BSHD: Tensor, v_BSHD: Tensor) -> tuple[Tensor, Tensor]:
+        """History and the given chunk together, (B, S_history + S, H, D); the chunk is staged, not committed.
+
+        Under a gradient nothing is written: the chunk is appended to a detached history, so no loss of a later chunk
+        reaches an earlier one, and no buffer that autograd saved is overwritten.
+        """
+        held = self.frames_held * self.tokens_per_frame
+        total = held + k_BSHD.shape[1]
+        if torch.is_grad_enabled() and (k_BSHD.requires_grad or v_BSHD.requires_grad):
+            keys, values = self._keys[layer], self._values[layer]
+            if keys is None or values is None or held == 0:
+                return k_BSHD, v_BSHD
+            return (
+                torch.cat([keys[:, :held].detach(), k_BSHD], dim=1),
+                torch.cat([values[:, :held].detach(), v_BSHD], dim=1),
+            )
+        keys = self._keys[layer] = self._with_room(self._keys[layer], k_BSHD, total)
+        values = self._values[layer] = self._with_room(self._values[layer], v_BSHD, total)
+        keys[:, held:total] = k_BSHD
+        values[:, held:total] = v_BSHD
+        self._staged_layers.add(layer)
+        return keys[:, :total], values[:, :total]
+
+    def commit(self) -> None:
+        """Make the staged chunk history. Call it after the clean pass, once."""
+        if len(self._staged_layers) != self.num_layers:
+            raise RuntimeError(
+                "nothing to commit: run the clean chunk through the model first, without a gradient "
+                f"({len(self._staged_layers)} of {self.num_layers} layers are staged)"
+            )
+        self.frames_held += self._chunk_frames
+        self.next_frame += self._chunk_frames
+        self._chunk_frames = 0
+        self._staged_layers.clear()
+
+    def history(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Committed keys and values of a layer, (B, S_history, H, D) each; views, not copies."""
+        keys, values = self._keys[layer], self._values[layer]
+        if keys is None or values is None:
+            raise RuntimeError("the cache is empty")
+        held = self.frames_held * self.tokens_per_frame
+        return keys[:, :held], values[:, :held]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the buffers take now."""
+        return sum(b.numel() * b.element_size() for b in (*self._keys, *self._values) if b is not None)
+
+    def _with_room(self, buffer: Tensor | None, new: Tensor, total: int) -> Tensor:
+        batch, _, heads, dim = new.shape
+        if buffer is not None and buffer.shape[0] != batch:
+            raise ShapeError(
+                f"the cache holds a batch of {buffer.shape[0]}, got a batch of {batch}; reset() it or use a new cache"
+            )
+        if buffer is not None and total <= buffer.shape[1]:
+            return buffer
+        if self.window_frames is not None:
+            capacity = self.window_frames * self.tokens_per_frame
+        else:
+            # Doubling keeps the copies of an unlimited rollout linear in its length.
+            capacity = max(total, 2 * buffer.shape[1] if buffer is not None else 0)
+        grown = new.new_empty(batch, capacity, heads, dim)
+        if buffer is not None:
+            grown[:, : buffer.shape[1]] = buffer
+        return grown

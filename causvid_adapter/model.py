@@ -1,0 +1,156 @@
+"""diffusers' Wan transformer as a chunk-wise causal generator (CausVid, arXiv 2412.07772)."""
+
+# B batch, T latent frames, C channels, H W latent height and width, S tokens
+
+from __future__ import annotations
+
+import torch
+from diffusers import WanTransformer3DModel
+from einops import rearrange
+from torch import Tensor, nn
+
+from causvid_adapter.attention import Attend, CausalSelfAttention, SelfAttentionCall, sdpa
+from causvid_adapter.errors import ShapeError
+from causvid_adapter.kv_cache import KVCache, RopeMode
+from causvid_adapter.mask import block_causal_mask
+from causvid_adapter.rope import FrameRope
+
+
+class CausalWan(nn.Module):
+    """Makes a :class:`~diffusers.WanTransformer3DModel` causal, in place.
+
+    Only its self-attention processors and its rotary embedding are replaced; the weights, the cross-attention, LoRA
+    adapters and diffusers' hooks stay what they are. Cross-attention processors may be exchanged freely (that is
+    where guidance is installed).
+    """
+
+    def __init__(self, transformer: WanTransformer3DModel, attend: Attend = sdpa) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self._call = SelfAttentionCall()
+        self._rope = FrameRope(transformer.rope) if not isinstance(transformer.rope, FrameRope) else transformer.rope
+        transformer.rope = self._rope
+        for layer, block in enumerate(transformer.blocks):
+            block.attn1.set_processor(CausalSelfAttention(layer, self._call, attend))
+        self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer blocks."""
+        return len(self.transformer.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.transformer.device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.transformer.dtype  # type: ignore[no-any-return]
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame of ``height`` x ``width`` latents.
+
+        Raises:
+            ShapeError: the patch does not divide the frame.
+        """
+        rows, columns = self._token_grid(height, width)
+        return rows * columns
+
+    def new_cache(
+        self,
+        height: int,
+        width: int,
+        window_frames: int | None = None,
+        sink_frames: int = 0,
+        rope: RopeMode = "absolute",
+    ) -> KVCache:
+        """An empty cache for videos of ``height`` x ``width`` latents."""
+        return KVCache(self.num_layers, self.tokens_per_frame(height, width), window_frames, sink_frames, rope)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor | float,
+        context: Tensor | None,
+        *,
+        cache: KVCache | None = None,
+        frames_per_chunk: int | None = None,
+        window_frames: int | None = None,
+        sink_frames: int = 0,
+        image_context: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the flow ``noise - x0``.
+
+        Args:
+            latents: (B, T, C, H, W); with a cache, the current chunk alone.
+            timestep: in 0..1000; a number, (B,), or (B, T) for a noise level a frame.
+            context: text embeddings (B, text tokens, text_dim), or None when the installed cross-attention brings
+                its own keys.
+            cache: history to attend to; the chunk's keys are staged in it.
+            frames_per_chunk: without a cache: block-causal attention with chunks of this size; None is bidirectional.
+            window_frames, sink_frames: restrict the block-causal mask as a cache with that window would.
+            image_context: image embeddings of an image-to-video Wan, (B, image tokens, image_dim).
+
+        Returns:
+            (B, T, C, H, W).
+        """
+        if latents.ndim != 5:
+            raise ShapeError(f"latents must be (B, T, C, H, W), got {tuple(latents.shape)}")
+        batch, frames, _, height, width = latents.shape
+        rows, columns = self._token_grid(height, width)
+        if cache is not None:
+            if frames_per_chunk is not None:
+                raise ValueError("give either a cache (chunk by chunk) or frames_per_chunk (one masked pass), not both")
+            cache.begin(frames)
+            positions, key_positions = cache.positions
+        else:
+            positions = key_positions = torch.arange(frames)
+        self._rope.table = self._table(positions, rows, columns)
+        self._call.cache = cache
+        self._call.key_table = (
+            self._table(key_positions, rows, columns) if cache is not None and cache.rope == "window" else None
+        )
+        self._call.mask = None
+        if frames_per_chunk is not None:
+            self._call.mask = block_causal_mask(
+                frames, rows * columns, frames_per_chunk, window_frames, sink_frames, latents.device
+            )
+        if context is None:
+            # diffusers embeds the text before any block sees it; one zero token keeps that free of cost.
+            context = latents.new_zeros(batch, 1, self.transformer.config.text_dim)
+        flow = self.transformer(
+            rearrange(latents, "b t c h w -> b c t h w").to(self.dtype),
+            self._expand_timestep(timestep, latents, rows * columns),
+            context.to(self.dtype),
+            encoder_hidden_states_image=image_context,
+            return_dict=False,
+        )[0]
+        self._call.cache = None
+        return rearrange(flow, "b c t h w -> b t c h w")
+
+    def _token_grid(self, height: int, width: int) -> tuple[int, int]:
+        _, patch_height, patch_width = self.transformer.config.patch_size
+        if height % patch_height or width % patch_width:
+            raise ShapeError(
+                f"latent height and width must be multiples of {patch_height} and {patch_width}, got {height} x {width}"
+            )
+        return height // patch_height, width // patch_width
+
+    def _expand_timestep(self, timestep: Tensor | float, latents: Tensor, tokens_per_frame: int) -> Tensor:
+        batch, frames = latents.shape[:2]
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device)
+        if timestep.ndim < 2:
+            return timestep.expand(batch)
+        if timestep.shape != (batch, frames):
+            raise ShapeError(f"timestep must be a number, ({batch},) or ({batch}, {frames}), got {tuple(timestep.shape)}")
+        return timestep.repeat_interleave(tokens_per_frame, dim=1)
+
+    def _table(self, positions: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        key = (int(positions[0]), len(positions), rows, columns, self.device)
+        if key not in self._tables:
+            if len(self._tables) > 8:  # a chunk needs two; an endless rollout must not keep one a chunk
+                self._tables.clear()
+            self._tables[key] = self._rope.build(positions, rows, columns, self.device)
+        return self._tables[key]

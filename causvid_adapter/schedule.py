@@ -1,0 +1,57 @@
+"""The shifted flow-matching schedule of CausVid and Self-Forcing, and its few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+class FlowMatchSchedule:
+    """Noise levels of a rectified flow, ``x_t = (1 - sigma) x0 + sigma noise``.
+
+    ``sigma_i = shift u / (1 + (shift - 1) u)`` with u from 1 down in 1000 steps, ``timestep = 1000 sigma``. A timestep
+    that is not in this table takes the sigma of the nearest entry, as the public code does.
+
+    Args:
+        shift: of the table; 8 in CausVid, 5 in Self-Forcing.
+        timesteps: the few steps of the sampler, falling, in 1..1000.
+        warp: read ``timesteps`` as positions in the unshifted schedule: t becomes the table's entry 1000 - t
+            (1000, 750, 500, 250 with shift 5 becomes 1000, 937.5, 833.3, 625).
+    """
+
+    def __init__(self, shift: float, timesteps: Sequence[float], warp: bool = False) -> None:
+        if shift <= 0:
+            raise ValueError(f"shift must be positive, got {shift}")
+        steps = list(timesteps)
+        if not steps or any(not 0 < t <= NUM_TRAIN_TIMESTEPS for t in steps) or steps != sorted(set(steps), reverse=True):
+            raise ValueError(f"timesteps must fall strictly and lie in (0, {NUM_TRAIN_TIMESTEPS}], got {steps}")
+        self.shift = shift
+        u = torch.linspace(1, 0, NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64)[:-1]
+        self._sigmas = shift * u / (1 + (shift - 1) * u)
+        self._table = self._sigmas * NUM_TRAIN_TIMESTEPS
+        self.timesteps: tuple[float, ...] = tuple(
+            float(self._table[round(NUM_TRAIN_TIMESTEPS - t)]) if warp else float(t) for t in steps
+        )
+
+    def sigma(self, timestep: Tensor | float) -> Tensor:
+        """Noise level of each timestep, float64, same shape. Timestep 0 is the clean picture: exactly 0."""
+        t = torch.as_tensor(timestep, dtype=torch.float64)
+        nearest = (self._table.to(t.device) - t.unsqueeze(-1)).abs().argmin(dim=-1)
+        return torch.where(t == 0, torch.zeros_like(t), self._sigmas.to(t.device)[nearest])
+
+    def add_noise(self, x0: Tensor, noise: Tensor, timestep: Tensor | float) -> Tensor:
+        """``(1 - sigma) x0 + sigma noise``; timestep a number, (B,) or (B, T) against (B, T, ...)."""
+        sigma = self._broadcast(timestep, x0)
+        return ((1 - sigma) * x0 + sigma * noise).to(x0.dtype)
+
+    def to_x0(self, x_t: Tensor, flow: Tensor, timestep: Tensor | float) -> Tensor:
+        """``x_t - sigma flow``: the clean picture that a predicted flow points at; same shapes as ``add_noise``."""
+        return (x_t - self._broadcast(timestep, x_t) * flow).to(x_t.dtype)
+
+    def _broadcast(self, timestep: Tensor | float, like: Tensor) -> Tensor:
+        sigma = self.sigma(timestep).to(like.device)
+        return sigma.reshape(sigma.shape + (1,) * (like.ndim - sigma.ndim)) if sigma.ndim else sigma

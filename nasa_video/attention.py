@@ -1,0 +1,155 @@
+"""One attention signature over two kernels, and the text keys that guidance works on.
+
+Layout everywhere: (B, tokens, H, D), as xformers has it.
+"""
+
+# B batch, Q query tokens, N key tokens, H heads, D head dim, L text tokens
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Backend = Literal["sdpa", "xformers"]
+
+
+class AttentionError(RuntimeError):
+    """The chosen kernel cannot do what is asked; the message names one that can."""
+
+
+@dataclass(frozen=True)
+class TextKeys:
+    """Keys and values of one prompt (batch) in one layer.
+
+    Attributes:
+        k, v: (B, N, H, D), after the layer's own projections and key norm.
+        bias: (B, 1, 1, N) float32 added to the scores, or None. A key that stands for m equal ones carries log m;
+            a key that is not there carries -inf.
+    """
+
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+
+
+class Attend(Protocol):
+    """The attention that guidance methods are given."""
+
+    def __call__(self, q: Tensor, keys: TextKeys) -> Tensor:
+        """(B, Q, H, D) -> (B, Q, H, D)."""
+        ...
+
+    def with_lse(self, q: Tensor, keys: TextKeys) -> tuple[Tensor, Tensor]:
+        """The same output, and the log-sum-exp of the scores, (B, Q, H, 1) float32."""
+        ...
+
+
+class SdpaAttend:
+    """PyTorch's scaled dot product attention; any device, any dtype."""
+
+    def __call__(self, q: Tensor, keys: TextKeys) -> Tensor:
+        bias = None if keys.bias is None else keys.bias.to(q.dtype)
+        q, k, v = (x.transpose(1, 2) for x in (q, keys.k, keys.v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+
+    def with_lse(self, q: Tensor, keys: TextKeys) -> tuple[Tensor, Tensor]:
+        # SDPA does not return the log-sum-exp on every device. Text keys are few (folded: the prompt's own tokens
+        # and one more), so the scores are small enough to be formed.
+        scores = torch.einsum("bqhd,bnhd->bhqn", q.float(), keys.k.float()) / math.sqrt(q.shape[-1])
+        if keys.bias is not None:
+            scores = scores + keys.bias
+        lse = scores.logsumexp(dim=-1, keepdim=True)
+        out = torch.einsum("bhqn,bnhd->bqhd", (scores - lse).exp(), keys.v.float())
+        return out.to(q.dtype), lse.transpose(1, 2)
+
+
+class XformersAttend:
+    """xformers' memory-efficient attention; CUDA only."""
+
+    def __init__(self) -> None:
+        try:
+            import xformers.ops as xops
+        except ImportError as error:
+            raise AttentionError(
+                "attention backend 'xformers' needs the package: pip install 'nasa-video[xformers]', or use 'sdpa'"
+            ) from error
+        self._xops = xops
+
+    def __call__(self, q: Tensor, keys: TextKeys) -> Tensor:
+        self._check(q)
+        out: Tensor = self._xops.memory_efficient_attention(q, keys.k, keys.v, attn_bias=self._bias(q, keys))
+        return out
+
+    def with_lse(self, q: Tensor, keys: TextKeys) -> tuple[Tensor, Tensor]:
+        self._check(q)
+        out, lse = self._xops.memory_efficient_attention_forward_requires_grad(
+            q, keys.k, keys.v, attn_bias=self._bias(q, keys)
+        )
+        # Some kernels pad the query axis of the log-sum-exp.
+        return out, lse[:, :, : q.shape[1]].transpose(1, 2).unsqueeze(-1)
+
+    @staticmethod
+    def _check(q: Tensor) -> None:
+        if q.device.type != "cuda":
+            raise AttentionError(f"xformers has no attention kernel for {q.device.type}; use the backend 'sdpa'")
+
+    @staticmethod
+    def _bias(q: Tensor, keys: TextKeys) -> Tensor | None:
+        if keys.bias is None:
+            return None
+        batch, queries, heads, _ = q.shape
+        num_keys = keys.k.shape[1]
+        # Its kernels want rows whose stride is a multiple of 8 elements.
+        padded = F.pad(keys.bias.to(q.dtype), (0, -num_keys % 8))
+        return padded.expand(batch, heads, queries, -1)[..., :num_keys]
+
+
+def make_attend(backend: Backend = "sdpa") -> Attend:
+    """The attention of a backend.
+
+    Raises:
+        AttentionError: it is not installed.
+        ValueError: there is no such backend.
+    """
+    if backend == "sdpa":
+        return SdpaAttend()
+    if backend == "xformers":
+        return XformersAttend()
+    raise ValueError(f"attention backend must be 'sdpa' or 'xformers', got {backend!r}")
+
+
+def key_bias(lengths: Tensor, num_tokens: int, *, fold: bool, padding: bool) -> Tensor | None:
+    """Score bias that makes ``num_kept`` keys act as ``num_tokens`` zero-padded ones.
+
+    m identical keys act in a softmax exactly like one whose score carries + log m. Every padding token of a prompt
+    has the same key and value, so attention over the padded prompt equals attention over its real tokens and one.
+
+    Args:
+        lengths: (B,), real tokens of each prompt.
+        num_tokens: L, tokens of the padded prompt.
+        fold: keep the real tokens and one padding token; otherwise all L.
+        padding: whether padding takes part at all.
+
+    Returns:
+        (B, 1, 1, N) float32 with N = max(lengths) + 1 (folded) or L, or None where no bias is needed.
+    """
+    if not fold and padding:
+        return None
+    longest = int(lengths.max())
+    index = torch.arange(longest + 1 if fold else num_tokens, device=lengths.device)
+    real = index[None, :] < lengths[:, None]
+    bias = torch.where(real, 0.0, -math.inf).float()
+    if fold and padding:
+        bias[:, longest] = (num_tokens - lengths).float().log()
+    return bias[:, None, None, :]
+
+
+def folded_embeds(embeds: Tensor, lengths: Tensor) -> Tensor:
+    """The longest prompt's real tokens and one padding token, (B, max(lengths) + 1, E), from (B, L, E)."""
+    longest = int(lengths.max())
+    return torch.cat([embeds[:, :longest], torch.zeros_like(embeds[:, :1])], dim=1)

@@ -1,0 +1,1 @@
+"""How guidance is installed in each family of models."""

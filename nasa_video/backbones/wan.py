@@ -1,0 +1,104 @@
+"""Guidance in the cross-attention of Wan transformers, causal or not."""
+
+# B batch, S video tokens, N text keys, H heads, D head dim, L text tokens, E text dim
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention
+from torch import Tensor
+
+from nasa_video.attention import TextKeys, folded_embeds, key_bias
+from nasa_video.steering import PromptKeys, Steering
+from nasa_video.text import TextContext
+
+# diffusers' Wan processor cuts the image tokens off in front of a text of this length.
+PIPELINE_TEXT_TOKENS = 512
+
+
+class GuidedCrossAttention:
+    """Processor of ``block.attn2`` (diffusers' processor protocol)."""
+
+    def __init__(self, layer: int, steering: Steering) -> None:
+        self.layer = layer
+        self.steering = steering
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """(B, S, dim) -> (B, S, dim), guided away from the negatives; image tokens keep the positive branch only."""
+        if attention_mask is not None:
+            raise NotImplementedError("Wan's cross-attention has no mask; an unknown one is not ignored")
+        steering = self.steering
+        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        own = steering.positive
+        text_tokens = PIPELINE_TEXT_TOKENS if own is None else 1
+        image, text = None, encoder_hidden_states
+        if attn.add_k_proj is not None:
+            image, text = text.split([text.shape[1] - text_tokens, text_tokens], dim=1)
+        positive = own.layers[self.layer] if own is not None else project_text(attn, text)
+        z = steering.guide(self.layer, q, positive).flatten(2)
+        if image is not None and image.shape[1] > 0:
+            z = z + steering.attend(q, project_image(attn, image)).flatten(2)
+        return attn.to_out[1](attn.to_out[0](z.type_as(hidden_states)))  # type: ignore[no-any-return]
+
+
+def project_text(attn: WanAttention, text: Tensor, bias: Tensor | None = None) -> TextKeys:
+    """Keys and values of embedded text (B, N, dim) in one layer, through the layer's own norm of keys."""
+    if attn.fused_projections:
+        k, v = attn.to_kv(text).chunk(2, dim=-1)
+    else:
+        k, v = attn.to_k(text), attn.to_v(text)
+    k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_k(k), v))
+    return TextKeys(k, v, bias)
+
+
+def project_image(attn: WanAttention, image: Tensor) -> TextKeys:
+    """Keys and values of embedded image tokens (B, N, dim) of an image-to-video model."""
+    if attn.fused_projections:
+        k, v = attn.to_added_kv(image).chunk(2, dim=-1)
+    else:
+        k, v = attn.add_k_proj(image), attn.add_v_proj(image)
+    k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_added_k(k), v))
+    return TextKeys(k, v)
+
+
+def prompt_keys(
+    transformer: WanTransformer3DModel, context: TextContext, *, fold: bool = True, padding: bool = True
+) -> PromptKeys:
+    """Keys and values of a prompt batch in every layer.
+
+    Args:
+        context: (B, L, E), zero-padded.
+        fold: keep the real tokens and one padding token that stands for all (exact); otherwise all L.
+        padding: whether padding takes part (as Wan does it) or is masked out.
+    """
+    bias = key_bias(context.lengths, context.embeds.shape[1], fold=fold, padding=padding)
+    embeds = folded_embeds(context.embeds, context.lengths) if fold else context.embeds
+    device, dtype = transformer.device, transformer.dtype
+    with torch.no_grad():
+        text = transformer.condition_embedder.text_embedder(embeds.to(device, dtype))
+        bias = None if bias is None else bias.to(device)
+        return PromptKeys(tuple(project_text(block.attn2, text, bias) for block in transformer.blocks))
+
+
+@contextmanager
+def install(transformer: WanTransformer3DModel, steering: Steering) -> Iterator[Steering]:
+    """Guide the transformer's cross-attention inside the scope; what was there comes back, also after an error."""
+    before = [block.attn2.processor for block in transformer.blocks]
+    try:
+        for layer, block in enumerate(transformer.blocks):
+            block.attn2.set_processor(GuidedCrossAttention(layer, steering))
+        yield steering
+    finally:
+        for block, processor in zip(transformer.blocks, before, strict=True):
+            block.attn2.set_processor(processor)

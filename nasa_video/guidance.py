@@ -1,0 +1,307 @@
+"""Negative guidance in attention: NASA, NAG, VSF, and classifier-free guidance beside them.
+
+The formulas are pure functions; their settings are frozen dataclasses that can be called on one attention layer
+(:class:`AttentionGuidance`). Classifier-free guidance works on the denoiser's output instead, see
+``nasa_video.classifier_free``.
+"""
+
+# B batch, Q query tokens, H heads, D head dim
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from nasa_video.attention import Attend, TextKeys
+from nasa_video.errors import InputError
+
+MAX_SCALE = 100.0
+
+
+def nasa(z_pos: Tensor, z_neg: Tensor, *, scale: float) -> Tensor:
+    """Negative-Away Steer Attention: eq. 9 of arXiv 2412.02687."""
+    return z_pos - scale * z_neg
+
+
+def nag(z_pos: Tensor, z_neg: Tensor, *, scale: float, tau: float, alpha: float) -> Tensor:
+    """Normalized Attention Guidance: eqs. 7 to 10 of arXiv 2505.21179, with its public code's scale (phi + 1).
+
+    The norms are L1 over all channels of a token, heads merged: the last two axes of (B, Q, H, D).
+    """
+    extrapolated = scale * z_pos - (scale - 1) * z_neg
+    norm_pos, norm = (x.abs().sum(dim=(-2, -1), keepdim=True) for x in (z_pos, extrapolated))
+    limit = tau * norm_pos
+    clipped = torch.where(norm > limit, extrapolated * (limit / norm.clamp_min(torch.finfo(norm.dtype).tiny)), extrapolated)
+    return alpha * clipped + (1 - alpha) * z_pos
+
+
+def vsf(z_pos: Tensor, z_neg: Tensor, lse_pos: Tensor, lse_neg: Tensor, *, scale: float, bias: float = 0.0) -> Tensor:
+    """Value Sign Flip (arXiv 2508.10931) as a gate: ``w z+ - scale (1 - w) z-`` with w = sigmoid(lse+ - lse- - bias).
+
+    Equal to one softmax over the keys of both prompts with the negative's values flipped; lse are (B, Q, H, 1).
+    """
+    w = torch.sigmoid(lse_pos - lse_neg - bias).to(z_pos.dtype)
+    return w * z_pos - scale * (1 - w) * z_neg
+
+
+def cfg(v_pos: Tensor, v_neg: Tensor, *, scale: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598) of the denoiser's output; scale 1 is unguided."""
+    return v_neg + scale * (v_pos - v_neg)
+
+
+@dataclass(frozen=True)
+class Negative:
+    """One negative prompt and its share of the scale (1 = the whole)."""
+
+    text: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise InputError("a negative prompt must not be empty; leave it out to run without one")
+        if not (math.isfinite(self.weight) and 0 < self.weight <= MAX_SCALE):
+            raise InputError(f"the weight of a negative must be above 0 and at most {MAX_SCALE:g}, got {self.weight}")
+
+
+@dataclass(frozen=True)
+class ScaleSchedule:
+    """Where guidance acts; every factor multiplies the method's scale.
+
+    Attributes:
+        first_step, last_step: shares of the few steps, 0 to 1; outside them guidance is off.
+        first_layer, last_layer: shares of the layers, likewise.
+        clean_pass: guide the pass at t = 0 that writes the chunk's keys for later chunks.
+    """
+
+    first_step: float = 0.0
+    last_step: float = 1.0
+    first_layer: float = 0.0
+    last_layer: float = 1.0
+    clean_pass: bool = True
+
+    def __post_init__(self) -> None:
+        for low, high in ((self.first_step, self.last_step), (self.first_layer, self.last_layer)):
+            if not 0.0 <= low <= high <= 1.0:
+                raise InputError(f"a schedule must satisfy 0 <= first <= last <= 1, got {low} to {high}")
+
+    def factor(self, step: int, num_steps: int, clean: bool, layer: int, num_layers: int) -> float:
+        """1 where guidance acts, else 0. Step and layer i of n cover the share from i / n to (i + 1) / n."""
+        if clean:
+            if not self.clean_pass:
+                return 0.0
+        elif not self._inside(step, num_steps, self.first_step, self.last_step):
+            return 0.0
+        return float(self._inside(layer, num_layers, self.first_layer, self.last_layer))
+
+    @staticmethod
+    def _inside(index: int, total: int, first: float, last: float) -> bool:
+        middle = (index + 0.5) / total
+        return first <= middle <= last
+
+
+EVERYWHERE = ScaleSchedule()
+
+
+@dataclass(frozen=True)
+class GuidedAttention:
+    """Output of one guided layer.
+
+    Attributes:
+        z: (B, Q, H, D), what goes on to the output projection.
+        z_pos: the unguided output.
+        negative_share: scalar; how much of what was mixed came from the negative (see each method).
+    """
+
+    z: Tensor
+    z_pos: Tensor
+    negative_share: Tensor
+
+
+WeightedKeys = tuple[TextKeys, float]
+
+
+@runtime_checkable
+class AttentionGuidance(Protocol):
+    """A method that steers one attention layer away from the negatives."""
+
+    name: ClassVar[str]
+
+    @property
+    def negative_padding(self) -> bool:
+        """Whether the negative's padding tokens take part."""
+        ...
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        """Where it acts."""
+        ...
+
+    @property
+    def active(self) -> bool:
+        """False where the settings make it the identity."""
+        ...
+
+    def __call__(
+        self, q: Tensor, positive: TextKeys, negatives: Sequence[WeightedKeys], attend: Attend
+    ) -> GuidedAttention:
+        """Guide one layer; q is (B, Q, H, D)."""
+        ...
+
+
+def shares(negatives: Sequence[WeightedKeys]) -> list[float]:
+    """Weights of the negatives, scaled down together where they sum to more than one.
+
+    Each branch subtracts the part that all prompts have in common, so n full branches would subtract it n times.
+    One negative of weight 0.4 stays 0.4 of the scale; two of weight 1 have half of it each.
+    """
+    total = max(1.0, sum(weight for _, weight in negatives))
+    return [weight / total for _, weight in negatives]
+
+
+def _mean_norm(x: Tensor) -> Tensor:
+    return x.float().flatten(-2).norm(dim=-1).mean()
+
+
+def _norm_share(z_pos: Tensor, subtracted: Tensor) -> Tensor:
+    negative = _mean_norm(subtracted)
+    return negative / (negative + _mean_norm(z_pos)).clamp_min(1e-12)
+
+
+def _check_number(name: str, value: float, low: float, high: float) -> None:
+    if not math.isfinite(value) or not low <= value <= high:
+        raise InputError(f"{name} must be a number from {low:g} to {high:g}, got {value}")
+
+
+@dataclass(frozen=True)
+class Nasa:
+    """NASA as published: ``Z = Z+ - scale * Z-``; with several negatives, the weighted sum of their branches.
+
+    Its negative share is |scale Z-| / (|Z+| + |scale Z-|), means over tokens of norms over channels.
+    """
+
+    scale: float = 1.0
+    negative_padding: bool = True
+    schedule: ScaleSchedule = EVERYWHERE
+    name: ClassVar[str] = "nasa"
+
+    def __post_init__(self) -> None:
+        _check_number("scale", self.scale, 0.0, MAX_SCALE)
+
+    @property
+    def active(self) -> bool:
+        return self.scale > 0
+
+    def __call__(
+        self, q: Tensor, positive: TextKeys, negatives: Sequence[WeightedKeys], attend: Attend
+    ) -> GuidedAttention:
+        z_pos = attend(q, positive)
+        z_neg = sum_branches(q, negatives, attend)
+        return GuidedAttention(
+            nasa(z_pos, z_neg, scale=self.scale), z_pos, _norm_share(z_pos, self.scale * z_neg)
+        )
+
+
+@dataclass(frozen=True)
+class Nag:
+    """NAG; defaults are the paper's for Wan 2.1; scale 1 is unguided.
+
+    Its negative share is that of (scale - 1) Z- beside scale Z+, in norms.
+    """
+
+    scale: float = 4.0
+    tau: float = 2.5
+    alpha: float = 0.25
+    negative_padding: bool = True
+    schedule: ScaleSchedule = EVERYWHERE
+    name: ClassVar[str] = "nag"
+
+    def __post_init__(self) -> None:
+        _check_number("scale", self.scale, 1.0, MAX_SCALE)
+        _check_number("tau", self.tau, 1.0, MAX_SCALE)
+        _check_number("alpha", self.alpha, 0.0, 1.0)
+
+    @property
+    def active(self) -> bool:
+        return self.scale > 1 and self.alpha > 0
+
+    def __call__(
+        self, q: Tensor, positive: TextKeys, negatives: Sequence[WeightedKeys], attend: Attend
+    ) -> GuidedAttention:
+        z_pos = attend(q, positive)
+        # Weights below one move the reference back towards the positive branch.
+        rest = 1.0 - sum(shares(negatives))
+        z_neg = sum_branches(q, negatives, attend)
+        if rest > 0:
+            z_neg = z_neg + rest * z_pos
+        z = nag(z_pos, z_neg, scale=self.scale, tau=self.tau, alpha=self.alpha)
+        return GuidedAttention(z, z_pos, _norm_share(self.scale * z_pos, (self.scale - 1) * z_neg))
+
+
+@dataclass(frozen=True)
+class Vsf:
+    """VSF; the negative's padding is left out, as in its public scripts; scale 0 means off.
+
+    Its negative share is 1 - w, the attention mass that the negatives' keys take.
+    """
+
+    scale: float = 1.0
+    bias: float = 0.0
+    negative_padding: bool = False
+    schedule: ScaleSchedule = EVERYWHERE
+    name: ClassVar[str] = "vsf"
+
+    def __post_init__(self) -> None:
+        _check_number("scale", self.scale, 0.0, MAX_SCALE)
+        _check_number("bias", self.bias, -MAX_SCALE, MAX_SCALE)
+
+    @property
+    def active(self) -> bool:
+        return self.scale > 0
+
+    def __call__(
+        self, q: Tensor, positive: TextKeys, negatives: Sequence[WeightedKeys], attend: Attend
+    ) -> GuidedAttention:
+        z_pos, lse_pos = attend.with_lse(q, positive)
+        # Several negatives are one prompt whose keys are all of theirs: their branches merge by attention mass, which
+        # already shares the strength among them, so the weights are taken as they are.
+        branches = [attend.with_lse(q, keys) for keys, _ in negatives]
+        lse_neg = torch.stack([lse for _, lse in branches]).logsumexp(dim=0)
+        z_neg = torch.zeros_like(z_pos)
+        for (branch, lse), (_, weight) in zip(branches, negatives, strict=True):
+            z_neg = z_neg + weight * (lse - lse_neg).exp().to(z_pos.dtype) * branch
+        z = vsf(z_pos, z_neg, lse_pos, lse_neg, scale=self.scale, bias=self.bias)
+        return GuidedAttention(z, z_pos, torch.sigmoid(lse_neg + self.bias - lse_pos).mean())
+
+
+@dataclass(frozen=True)
+class ClassifierFree:
+    """Classifier-free guidance with the negative prompt in the unconditional place; scale 1 is unguided.
+
+    It costs a second pass of the whole model and a second KV cache, and corrupts few-step models: it is here to be
+    compared with.
+    """
+
+    scale: float = 3.0
+    name: ClassVar[str] = "cfg"
+
+    def __post_init__(self) -> None:
+        _check_number("scale", self.scale, 1.0, MAX_SCALE)
+
+    @property
+    def active(self) -> bool:
+        return self.scale > 1
+
+
+Guidance = Nasa | Nag | Vsf | ClassifierFree
+GUIDANCE: dict[str, type[Guidance]] = {method.name: method for method in (Nasa, Nag, Vsf, ClassifierFree)}
+
+
+def sum_branches(q: Tensor, negatives: Sequence[WeightedKeys], attend: Attend) -> Tensor:
+    """The weighted sum of the negatives' attention outputs, (B, Q, H, D); weights as :func:`shares` has them."""
+    terms = [share * attend(q, keys) for (keys, _), share in zip(negatives, shares(negatives), strict=True)]
+    return torch.stack(terms).sum(dim=0) if len(terms) > 1 else terms[0]

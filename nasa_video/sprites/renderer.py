@@ -1,0 +1,329 @@
+"""Draws scenes: a batched, anti-aliased renderer in plain torch, on any device.
+
+Everything that moves fast repeats with a period of four frames or drifts by whole latent cells, so that a small
+autoencoder with a temporal stride of four and a spatial stride of eight can hold it.
+
+Shape legend: B batch, F frames, H height, W width, P polygon points.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as nn_f
+from torch import Tensor
+
+from nasa_video.sprites.world import CLIP_FRAMES, FRAME_SIZE, MOTIONS, SHAPES, Scenes
+
+RADIUS = (11.0, 18.0)
+"""Radius of a small and of a big sprite in pixels."""
+SPEED = 1.25
+"""Pixels a frame of the four straight motions."""
+_SDF_SIZE = 96
+_SDF_EXTENT = 1.6
+_PALETTE = ((0.90, 0.16, 0.17), (0.98, 0.55, 0.10), (0.97, 0.87, 0.17), (0.16, 0.70, 0.30), (0.18, 0.42, 0.93), (0.62, 0.25, 0.80))
+
+
+def render(scenes: Scenes, num_frames: int = CLIP_FRAMES, first_frame: int = 0) -> Tensor:
+    """Frames (B, F, 3, 64, 64) in [-1, 1], on the scenes' device."""
+    return render_with_mask(scenes, num_frames, first_frame)[0]
+
+
+def render_with_mask(scenes: Scenes, num_frames: int = CLIP_FRAMES, first_frame: int = 0) -> tuple[Tensor, Tensor]:
+    """Frames (B, F, 3, 64, 64) in [-1, 1] and the sprites' coverage (B, F, 1, 64, 64) in [0, 1]."""
+    time_F = torch.arange(first_frame, first_frame + num_frames, device=scenes.shape.device, dtype=torch.float32)
+    picture = _background(scenes)[:, None].expand(-1, num_frames, -1, -1, -1)
+    first, mask = _sprite(scenes, time_F, second=False)
+    picture = torch.lerp(picture, first, mask)
+    two = scenes.count == 1
+    if two.any():
+        second, mask2 = _sprite(scenes[two], time_F, second=True)
+        picture, mask = picture.clone(), mask.clone()
+        picture[two] = torch.lerp(picture[two], second, mask2)
+        mask[two] = torch.maximum(mask[two], mask2)
+    picture = _flaws(_weather(picture.contiguous(), scenes, time_F), scenes, time_F)
+    return picture.clamp(0, 1) * 2 - 1, mask
+
+
+def _pixel_grid(device: torch.device) -> tuple[Tensor, Tensor]:
+    """x (1, W) and y (H, 1) of the pixels' centres."""
+    axis = torch.arange(FRAME_SIZE, device=device, dtype=torch.float32) + 0.5
+    return axis[None, :], axis[:, None]
+
+
+# --- sprites ---------------------------------------------------------------------------------------------------------
+
+
+def _polygon_sdf(x: Tensor, y: Tensor, points: list[tuple[float, float]]) -> Tensor:
+    """Signed distance to a polygon, negative inside (even-odd rule)."""
+    nearest = torch.full_like(x, math.inf)
+    inside = torch.zeros_like(x, dtype=torch.bool)
+    for (ax, ay), (bx, by) in zip(points, points[1:] + points[:1], strict=True):
+        ex, ey = bx - ax, by - ay
+        along = (((x - ax) * ex + (y - ay) * ey) / (ex * ex + ey * ey)).clamp(0, 1)
+        nearest = torch.minimum(nearest, (x - ax - along * ex) ** 2 + (y - ay - along * ey) ** 2)
+        if ay != by:
+            crosses = ((ay > y) != (by > y)) & (x < ex * (y - ay) / (by - ay) + ax)
+            inside = inside ^ crosses
+    return torch.where(inside, -nearest.sqrt(), nearest.sqrt())
+
+
+def _star(corners: int, inner: float, outer: float) -> list[tuple[float, float]]:
+    turns = [math.pi * i / corners - math.pi / 2 for i in range(2 * corners)]
+    radii = [outer if i % 2 == 0 else inner for i in range(2 * corners)]
+    return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, turns, strict=True)]
+
+
+def _heart() -> list[tuple[float, float]]:
+    turns = [2 * math.pi * i / 48 for i in range(48)]
+    curve = [
+        (16 * math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)))
+        for a in turns
+    ]
+    return [(x / 15.5, (y - 2.5) / 15.5) for x, y in curve]
+
+
+@lru_cache(maxsize=4)
+def _shape_fields(device: torch.device) -> Tensor:
+    """Signed distances (shapes, 1, 96, 96) over [-1.6, 1.6]^2, in units of the sprite's radius."""
+    axis = torch.linspace(-_SDF_EXTENT, _SDF_EXTENT, _SDF_SIZE)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    distance = (x * x + y * y).sqrt()
+    triangle = [(0.0, -1.1), (1.1, 0.85), (-1.1, 0.85)]
+    by_name = {
+        "circle": distance - 0.95,
+        "square": torch.maximum(x.abs(), y.abs()) - 0.86,
+        "triangle": _polygon_sdf(x, y, triangle),
+        "star": _polygon_sdf(x, y, _star(5, 0.5, 1.22)),
+        "heart": _polygon_sdf(x, y, _heart()),
+        "ring": (distance - 0.74).abs() - 0.28,
+    }
+    return torch.stack([by_name[name] for name in SHAPES])[:, None].to(device)
+
+
+def _motion(scenes: Scenes, time_F: Tensor, second: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centre x, centre y, angle and scale of a sprite, each (B, F)."""
+    jitter, t = scenes.jitter, time_F[None, :]
+    radius = torch.tensor(RADIUS, device=t.device)[scenes.size][:, None]
+    motion = scenes.motion[:, None]
+    is_motion = {name: motion == i for i, name in enumerate(MOTIONS)}
+    middle = FRAME_SIZE / 2
+    side = torch.where(scenes.count == 1, 15.0 if second else -15.0, 0.0)[:, None]
+    sideways = is_motion["left"] | is_motion["right"]
+    wander = (jitter[:, 0:1] * 2 - 1) * (8.0 - 3.0 * (scenes.count[:, None] == 1).float())
+    wander_y = (jitter[:, 1:2] * 2 - 1) * 6.0
+    x = middle + torch.where(sideways, 0.0, side + torch.where(side == 0, wander, wander * 0.3))
+    y = middle + torch.where(sideways, side + torch.where(side == 0, wander, wander * 0.3), wander_y)
+    # straight motions: most clips cross the middle, the rest start anywhere and come back in on the other side
+    length = FRAME_SIZE + 2 * radius + 2
+    start = torch.where(jitter[:, 2:3] < 0.65, -20 + 6 * (jitter[:, 3:4] - 0.5), length * jitter[:, 3:4])
+    travelled = (start + SPEED * t + length / 2) % length - length / 2
+    x = torch.where(is_motion["right"], middle + travelled, torch.where(is_motion["left"], middle - travelled, x))
+    y = torch.where(is_motion["down"], middle + travelled, torch.where(is_motion["up"], middle - travelled, y))
+    phase = (t / 16 + jitter[:, 4:5]) % 1
+    floor = FRAME_SIZE - radius - 3
+    y = torch.where(is_motion["bouncing"], floor - 27 * 4 * phase * (1 - phase), y)
+    angle = torch.where(is_motion["spinning"], 2 * math.pi * (t / 24 + jitter[:, 4:5]), torch.zeros_like(t))
+    scale = torch.where(is_motion["pulsing"], 1 + 0.28 * torch.sin(2 * math.pi * phase), torch.ones_like(t))
+    return x, y, angle, scale
+
+
+def _texture(u: Tensor, v: Tensor, texture_B: Tensor, softness: Tensor) -> Tensor:
+    """Share of the second paint (B, F, H, W) on a sprite at (u, v), both in pixels from its centre."""
+    stripes = torch.sin(2 * math.pi * (u + v) / 9.5) / softness
+    dots = (torch.cos(2 * math.pi * u / 8.0) + torch.cos(2 * math.pi * v / 8.0) - 0.75) / softness
+    chosen = torch.where((texture_B == 1)[:, None, None, None], stripes, dots)
+    return torch.sigmoid(4 * chosen) * (texture_B > 0).float()[:, None, None, None]
+
+
+def _sprite(scenes: Scenes, time_F: Tensor, second: bool) -> tuple[Tensor, Tensor]:
+    """Paint (B, F, 3, H, W) and coverage (B, F, 1, H, W) of one sprite a scene."""
+    device = time_F.device
+    centre_x, centre_y, angle, scale = (m[:, :, None, None] for m in _motion(scenes, time_F, second))
+    radius = torch.tensor(RADIUS, device=device)[scenes.size][:, None, None, None]
+    x, y = _pixel_grid(device)
+    dx, dy = (x - centre_x) / scale, (y - centre_y) / scale
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    u, v = cos * dx + sin * dy, cos * dy - sin * dx
+    shape = scenes.shape2 if second else scenes.shape
+    fields = _shape_fields(device)[shape]
+    batch, frames = u.shape[:2]
+    grid = torch.stack((u / radius, v / radius), -1) / _SDF_EXTENT
+    distance = nn_f.grid_sample(
+        fields, grid.flatten(1, 2), mode="bilinear", padding_mode="border", align_corners=True
+    ).view(batch, frames, FRAME_SIZE, FRAME_SIZE)
+    coverage = (0.5 - distance * radius * scale).clamp(0, 1)
+    colour = torch.tensor(_PALETTE, device=device)[scenes.colour2 if second else scenes.colour]
+    colour = colour * (0.95 + 0.1 * scenes.jitter[:, 5:6])
+    shade = 1 - 0.32 * torch.sigmoid(6 * (u + v) / radius / 1.414 - 1.2)
+    white = _texture(u, v, scenes.texture, torch.ones_like(scale))
+    paint = colour[:, None, :, None, None] * shade[:, :, None]
+    pale, ink = torch.tensor((0.97, 0.97, 0.95), device=device), torch.tensor((0.13, 0.12, 0.20), device=device)
+    accent = torch.where((scenes.background == 1)[:, None], ink, pale)[:, None, :, None, None]
+    return torch.lerp(paint, accent.expand_as(paint), white[:, :, None]), coverage[:, :, None]
+
+
+# --- backgrounds and weather -----------------------------------------------------------------------------------------
+
+_STARS = (
+    (3, 5, 1.4), (17, 12, 1.0), (29, 3, 1.2), (44, 9, 1.5), (58, 15, 1.0), (9, 22, 1.1), (25, 27, 1.5), (39, 21, 1.0),
+    (53, 30, 1.3), (4, 38, 1.2), (19, 43, 1.0), (33, 39, 1.3), (47, 46, 1.1), (61, 41, 1.4), (12, 55, 1.4),
+    (27, 58, 1.1), (41, 60, 1.5), (55, 57, 1.0),
+)  # fmt: skip
+_FLAKES = ((4, 6, 2.1), (20, 2, 1.7), (12, 17, 1.9), (27, 22, 2.2), (5, 28, 1.6))
+
+
+def _spots(
+    x: Tensor, y: Tensor, spots: tuple[tuple[float, float, float], ...], period: float
+) -> Tensor:
+    """Coverage of soft round spots that repeat with a period, at pixel coordinates x, y (…, H, W)."""
+    cover = torch.zeros_like(x + y)
+    for spot_x, spot_y, radius in spots:
+        dx = (x - spot_x + period / 2) % period - period / 2
+        dy = (y - spot_y + period / 2) % period - period / 2
+        cover = torch.maximum(cover, (radius + 0.5 - (dx * dx + dy * dy).sqrt()).clamp(0, 1))
+    return cover
+
+
+def _soft_square(phase: Tensor, sharpness: float) -> Tensor:
+    """A square wave of period 1 in [0, 1] with soft edges."""
+    return torch.sigmoid(sharpness * torch.sin(2 * math.pi * phase))
+
+
+def _background(scenes: Scenes) -> Tensor:
+    """Backgrounds (B, 3, H, W) in [0, 1]."""
+    device, batch = scenes.shape.device, len(scenes)
+    x, y = _pixel_grid(device)
+    jitter = scenes.jitter[:, :, None, None]
+    shift_x, shift_y = (jitter[:, 6] * 16).floor(), (jitter[:, 7] * 16).floor()
+    down = (y / FRAME_SIZE).expand(FRAME_SIZE, FRAME_SIZE)[None].expand(batch, -1, -1)
+    stripes = _soft_square((x + shift_x) / 16, 8.0).expand(batch, FRAME_SIZE, FRAME_SIZE)
+    waves = torch.sin(math.pi * (x + shift_x) / 12) * torch.sin(math.pi * (y + shift_y) / 12)
+    checks = torch.sigmoid(14 * waves)
+    starry = scenes.background == 5
+    stars = torch.zeros(batch, FRAME_SIZE, FRAME_SIZE, device=device)
+    if starry.any():
+        stars[starry] = _spots(x + 4 * shift_x[starry], y + 4 * shift_y[starry], _STARS, 64)
+    flat = torch.zeros_like(stars)
+    mix = torch.stack((flat, flat, down, stripes, checks, stars), 1)
+    chosen = mix[torch.arange(batch, device=device), scenes.background][:, None]
+    low = torch.tensor(
+        ((0.09, 0.10, 0.14), (0.86, 0.85, 0.82), (0.15, 0.19, 0.34), (0.30, 0.33, 0.37), (0.40, 0.36, 0.34), (0.04, 0.04, 0.12)),
+        device=device,
+    )[scenes.background][:, :, None, None]
+    high = torch.tensor(
+        ((0.09, 0.10, 0.14), (0.86, 0.85, 0.82), (0.72, 0.82, 0.84), (0.56, 0.59, 0.63), (0.68, 0.63, 0.58), (0.95, 0.95, 0.88)),
+        device=device,
+    )[scenes.background][:, :, None, None]
+    return torch.lerp(low, high, chosen) + 0.04 * (jitter[:, 8:9] - 0.5)
+
+
+def _weather(picture: Tensor, scenes: Scenes, time_F: Tensor) -> Tensor:
+    """Adds falling snow (one pixel a frame) or rain (four pixels a frame, so it repeats every four frames)."""
+    x, y = _pixel_grid(time_F.device)
+    for name, tile, speed in (("snow", 32.0, 1.0), ("rain", 16.0, 4.0)):
+        index = (scenes.weather == (1 if name == "snow" else 2)).nonzero()[:, 0]
+        if not len(index):
+            continue
+        jitter = scenes.jitter[index][:, :, None, None, None]
+        fall = y - speed * time_F[None, :, None, None] - (jitter[:, 9] * tile).floor()
+        across = x + (jitter[:, 10] * tile).floor()
+        if name == "snow":
+            cover, paint = _spots(across + 0 * fall, fall + 0 * across, _FLAKES, tile), (1.0, 1.0, 1.0)
+        else:
+            cover, paint = _streaks(across + fall / 4, fall), (0.72, 0.84, 0.98)
+        colour = torch.tensor(paint, device=picture.device)[None, None, :, None, None]
+        picture[index] = torch.lerp(picture[index], colour.expand_as(picture[index]), 0.95 * cover[:, :, None])
+    return picture
+
+
+def _streaks(across: Tensor, fall: Tensor) -> Tensor:
+    """Slanted strokes seven pixels long, two in every 16 x 16 tile."""
+    cover = torch.zeros_like(across)
+    for spot_x, spot_y in ((3.0, 4.0), (11.0, 12.0)):
+        dx = ((across - spot_x + 8) % 16 - 8).abs()
+        dy = ((fall - spot_y + 8) % 16 - 8).abs()
+        cover = torch.maximum(cover, (1.4 - dx).clamp(0, 1) * (4.0 - dy).clamp(0, 1))
+    return cover
+
+
+# --- flaws -----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def _blur_matrix(sigma: float, device: torch.device) -> Tensor:
+    """Matrix (H, H) of a one-dimensional Gaussian blur with replicated edges."""
+    reach = int(3 * sigma)
+    taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+    taps = taps / taps.sum()
+    matrix = torch.zeros(FRAME_SIZE, FRAME_SIZE)
+    for offset, tap in zip(range(-reach, reach + 1), taps, strict=True):
+        source = (torch.arange(FRAME_SIZE) + offset).clamp(0, FRAME_SIZE - 1)
+        matrix[torch.arange(FRAME_SIZE), source] += tap
+    return matrix.to(device)
+
+
+def _blur(picture: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of (..., H, W) with replicated edges."""
+    matrix = _blur_matrix(sigma, picture.device)
+    return matrix @ picture @ matrix.T
+
+
+@lru_cache(maxsize=4)
+def _grain_tile(device: torch.device) -> Tensor:
+    """One fixed tile (3, 16, 16) of coarse grain with mean zero."""
+    generator = torch.Generator().manual_seed(20241203)
+    cells = torch.rand(3, 8, 8, generator=generator) * 0.6 + torch.rand(1, 8, 8, generator=generator) * 1.4
+    tile = (cells - cells.mean((1, 2), keepdim=True)).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return tile.to(device)
+
+
+def _grain(scenes: Scenes, time_F: Tensor) -> Tensor:
+    """Dancing grain (B, F, 3, H, W): the tile jumps to four places in turn."""
+    device = time_F.device
+    tile = _grain_tile(device)
+    hops = torch.tensor(((0, 0), (6, 10), (12, 4), (2, 14)), device=device)[time_F.long() % 4]
+    start = (scenes.jitter[:, 11:13] * 4).floor().long() * 4
+    offset = start[:, None, :] + hops[None]
+    axis = torch.arange(FRAME_SIZE, device=device)
+    rows = (axis[None, None, :] + offset[..., 0:1]) % 16
+    columns = (axis[None, None, :] + offset[..., 1:2]) % 16
+    return tile[:, rows[..., :, None], columns[..., None, :]].permute(1, 2, 0, 3, 4)
+
+
+def _watermark(device: torch.device) -> Tensor:
+    """Two planes (2, H, W): where the mark's plate is, and where its letters are."""
+    x, y = _pixel_grid(device)
+    plate = ((x > 36) & (x < 61) & (y > 48) & (y < 60)).float()
+    along, up = x - 36, y - 48
+    letters = ((along % 8 > 2.6) & (along % 8 < 5) & (up > 2.5) & (up < 9.5) & (along < 24)).float()
+    bars = (((up > 2.5) & (up < 4.9)) & (along % 8 > 2.6) & (along < 22.5)).float()
+    return torch.stack((plate, torch.maximum(letters, bars) * plate))
+
+
+def _flaws(picture: Tensor, scenes: Scenes, time_F: Tensor) -> Tensor:
+    """Applies the flaws, in the order in which a bad camera and a bad player would."""
+    device = picture.device
+    if (index := scenes.blurry.nonzero()[:, 0]).numel():
+        picture[index] = _blur(picture[index], 3.0)
+    if (index := scenes.pixelated.nonzero()[:, 0]).numel():
+        small = nn_f.avg_pool2d(picture[index].flatten(0, 1), 4)
+        picture[index] = nn_f.interpolate(small, scale_factor=4.0, mode="nearest").view_as(picture[index])
+    if (index := scenes.noisy.nonzero()[:, 0]).numel():
+        picture[index] = picture[index] + 0.24 * _grain(scenes[index], time_F)
+    if (index := scenes.dim.nonzero()[:, 0]).numel():
+        picture[index] = picture[index] * 0.4
+    if (index := scenes.flickering.nonzero()[:, 0]).numel():
+        beat = torch.tensor((1.0, 0.45, 0.45, 1.0), device=device)[time_F.long() % 4]
+        picture[index] = picture[index].clamp(0, 1) * beat[None, :, None, None, None]
+    x, y = _pixel_grid(device)
+    edge = torch.minimum(torch.minimum(x, FRAME_SIZE - x), torch.minimum(y, FRAME_SIZE - y))
+    if (index := scenes.border.nonzero()[:, 0]).numel():
+        frame = torch.where(edge < 3, 0.02, 0.98)
+        picture[index] = torch.where(edge < 5, frame, picture[index])
+    if (index := scenes.watermark.nonzero()[:, 0]).numel():
+        plate, letters = _watermark(device)
+        picture[index] = picture[index] * (1 - 0.7 * plate) + 0.7 * plate * (0.92 - 0.85 * letters)
+    return picture

@@ -1,0 +1,126 @@
+"""What the guided layers of one model share: the prompts' keys, the method, where in the loop it is, what it did."""
+
+# B batch, Q query tokens, H heads, D head dim
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from causvid_adapter import ModelCall
+from torch import Tensor
+
+from nasa_video.attention import Attend, TextKeys
+from nasa_video.errors import InputError
+from nasa_video.guidance import AttentionGuidance, GuidedAttention
+
+
+@dataclass(frozen=True)
+class PromptKeys:
+    """Keys and values of a prompt (batch), one entry a layer; made once, used at every step and chunk."""
+
+    layers: tuple[TextKeys, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(t.numel() * t.element_size() for keys in self.layers for t in (keys.k, keys.v))
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What guidance did, averaged over layers and steps.
+
+    Attributes:
+        relative_change: mean of |Z - Z+| / |Z+| over tokens.
+        negative_share: see the method's docstring.
+    """
+
+    relative_change: float
+    negative_share: float
+
+
+class EffectMeter:
+    """Running means on the model's device: reading them is the only synchronisation."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew."""
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    @torch.no_grad()
+    def add(self, guided: GuidedAttention) -> None:
+        """Count one layer's output."""
+        change = (guided.z - guided.z_pos).float().flatten(-2).norm(dim=-1)
+        base = guided.z_pos.float().flatten(-2).norm(dim=-1).clamp_min(1e-12)
+        self.add_values((change / base).mean(), guided.negative_share)
+
+    @torch.no_grad()
+    def add_values(self, relative_change: Tensor, negative_share: Tensor) -> None:
+        """Count two scalars."""
+        values = torch.stack([relative_change.float(), negative_share.float()])
+        self._sum = values if self._sum is None else self._sum + values
+        self._count += 1
+
+    @property
+    def effect(self) -> Effect | None:
+        """The means so far; None when nothing was guided."""
+        if self._sum is None:
+            return None
+        change, share = (self._sum / self._count).tolist()
+        return Effect(change, share)
+
+
+@dataclass
+class Steering:
+    """State that the guided cross-attention layers of one model read.
+
+    Without keys of its own (``positive`` is None) a layer takes the positive keys from the context that the model
+    passes it.
+    """
+
+    attend: Attend
+    num_layers: int
+    guidance: AttentionGuidance | None = None
+    positive: PromptKeys | None = None
+    negatives: Sequence[tuple[PromptKeys, float]] = ()
+    call: ModelCall | None = None
+    meter: EffectMeter = field(default_factory=EffectMeter)
+
+    def acts(self, layer: int) -> bool:
+        """Whether this layer is guided in the running call."""
+        if self.guidance is None or not self.negatives or not self.guidance.active:
+            return False
+        if self.call is None:
+            return True
+        call = self.call
+        return self.guidance.schedule.factor(call.step, call.num_steps, call.clean, layer, self.num_layers) > 0
+
+    def guide(self, layer: int, q: Tensor, positive: TextKeys) -> Tensor:
+        """The layer's attention output, (B, Q, H, D), guided where guidance acts."""
+        if not self.acts(layer):
+            return self.attend(q, positive)
+        assert self.guidance is not None
+        negatives = [(keys.layers[layer], weight) for keys, weight in self.negatives]
+        guided = self.guidance(q, positive, negatives, self.attend)
+        self.meter.add(guided)
+        return guided.z
+
+
+def check_negative(text: str, length: int, prompts: Sequence[str]) -> None:
+    """Refuse a negative that cannot act.
+
+    Raises:
+        InputError: the encoder found no token in it, or it is the prompt itself.
+    """
+    if length == 0:
+        raise InputError(f"the negative prompt {text!r} has no token that the text encoder knows; it cannot act")
+    if any(" ".join(text.lower().split()) == " ".join(prompt.lower().split()) for prompt in prompts):
+        raise InputError(
+            f"the negative prompt {text!r} is the prompt itself: steering away from it leaves nothing to show; name "
+            "only what is unwanted"
+        )

@@ -1,0 +1,152 @@
+"""Trains the small Wan autoencoder of the sprites world.
+
+Shape legend: B batch, F frames, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as nn_f
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from nasa_video.sprites.renderer import render_with_mask
+from nasa_video.sprites.world import sample_scenes
+from nasa_video.training.checkpoint import Average, load_state, save_state
+from nasa_video.training.journal import Journal, contact_sheet
+
+
+@dataclass(frozen=True)
+class AutoencoderTraining:
+    """Settings of the autoencoder's training.
+
+    `model` holds arguments of diffusers' `AutoencoderKLWan`; the means and deviations of its latents are measured at
+    the end. `sprite_weight` and `edge_weight` are what a pixel of a sprite, or at a full-contrast edge, counts more.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    iterations: int = 2000
+    batch_size: int = 6
+    clip_frames: int = 9
+    learning_rate: float = 2e-3
+    warmup: int = 50
+    average_decay: float = 0.995
+    kl_weight: float = 5e-4
+    sprite_weight: float = 3.0
+    edge_weight: float = 3.0
+    checkpoint_every: int = 100
+    sheet_every: int = 400
+    measure_clips: int = 192
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 matrix products and convolutions on this device."""
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def new_autoencoder(model: dict[str, Any]) -> AutoencoderKLWan:
+    """An autoencoder whose latents are not normalised yet, with convolutions in channels-last order (faster on CPU)."""
+    z_dim = int(model["z_dim"])
+    vae = AutoencoderKLWan(**model, latents_mean=[0.0] * z_dim, latents_std=[1.0] * z_dim)
+    for parameter in vae.parameters():
+        if parameter.dim() == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+    return vae
+
+
+def normalise(latents: Tensor, vae: AutoencoderKLWan) -> Tensor:
+    """Raw latents (B, C, T, h, w) → unit scale, as diffusers' Wan pipelines do."""
+    mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
+    return (latents - mean) / std
+
+
+def pixel_weights(frames: Tensor, mask: Tensor, settings: AutoencoderTraining) -> Tensor:
+    """Weights (B, F, 1, H, W) with mean one: more on sprites and where neighbouring pixels differ."""
+    grey = frames.mean(2, keepdim=True)
+    across = nn_f.pad((grey[..., :, 1:] - grey[..., :, :-1]).abs(), (0, 1))
+    down = nn_f.pad((grey[..., 1:, :] - grey[..., :-1, :]).abs(), (0, 0, 0, 1))
+    weights = 1 + settings.sprite_weight * mask + settings.edge_weight * (across + down).clamp(max=1)
+    return weights / weights.mean()
+
+
+def _loss(vae: AutoencoderKLWan, settings: AutoencoderTraining, seed: int, device: torch.device) -> tuple[Tensor, dict[str, float]]:
+    generator = torch.Generator().manual_seed(seed)
+    scenes = sample_scenes(settings.batch_size, generator).to(device)
+    # whole groups of four frames from the clip's start, so that what repeats every four frames keeps its phase
+    first = 4 * int(torch.randint(7, (1,), generator=generator))
+    frames, mask = render_with_mask(scenes, settings.clip_frames, first)
+    with autocast(device):
+        posterior = vae.encode(frames.transpose(1, 2)).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample.transpose(1, 2).float()
+    error = decoded - frames
+    weights = pixel_weights(frames, mask, settings)
+    reconstruction = (weights * (error.abs() + 2 * error.square())).mean()
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    psnr = 10 * math.log10(4 / float(error.detach().square().mean()))
+    values = {"reconstruction": float(reconstruction), "divergence": float(divergence), "psnr": psnr}
+    return reconstruction + settings.kl_weight * divergence, values
+
+
+def train_autoencoder(settings: AutoencoderTraining, folder: Path, seed: int, device: torch.device, journal: Journal) -> AutoencoderKLWan:
+    """Trains, measures the latents, and returns the averaged autoencoder; resumes from `folder`/autoencoder.pt."""
+    torch.manual_seed(seed)
+    vae = new_autoencoder(settings.model).to(device)
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3)
+    average = Average(vae, settings.average_decay)
+    start = 0
+    if (state := load_state(folder / "autoencoder.pt")) is not None:
+        vae.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        average.load_state_dict(state["average"])
+        start = int(state["step"])
+    for step in range(start + 1, settings.iterations + 1):
+        progress = step / settings.iterations
+        rate = settings.learning_rate * min(1.0, step / settings.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        loss, values = _loss(vae, settings, seed * 1_000_003 + step, device)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimiser.step()
+        average.update(vae)
+        journal.record(step, settings.iterations, values)
+        if step % settings.checkpoint_every == 0 or step == settings.iterations:
+            state = {"step": step, "model": vae.state_dict(), "optimiser": optimiser.state_dict(), "average": average.state_dict()}
+            save_state(folder / "autoencoder.pt", state)
+        if step % settings.sheet_every == 0:
+            write_sheet(vae, folder / "sheets" / f"autoencoder-{step:05d}.png", device)
+    average.copy_to(vae)
+    vae.eval().requires_grad_(False)
+    measure_latents(vae, settings.measure_clips, seed + 1, device)
+    return vae
+
+
+@torch.no_grad()
+def measure_latents(vae: AutoencoderKLWan, clips: int, seed: int, device: torch.device) -> None:
+    """Sets the configuration's latents_mean and latents_std from rendered clips."""
+    generator = torch.Generator().manual_seed(seed)
+    raw = []
+    for _ in range(0, clips, 16):
+        frames, _ = render_with_mask(sample_scenes(16, generator).to(device))
+        with autocast(device):
+            raw.append(vae.encode(frames.transpose(1, 2)).latent_dist.mean.float())
+    latents = torch.cat(raw).transpose(0, 1).flatten(1)
+    vae.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
+
+
+@torch.no_grad()
+def write_sheet(vae: AutoencoderKLWan, path: Path, device: torch.device) -> None:
+    """Twelve clips, each above its reconstruction."""
+    frames, _ = render_with_mask(sample_scenes(12, torch.Generator().manual_seed(7)).to(device))
+    with autocast(device):
+        decoded = vae.decode(vae.encode(frames.transpose(1, 2)).latent_dist.mean).sample.transpose(1, 2)
+    contact_sheet(torch.stack((frames, decoded.float()), 1).flatten(0, 1), path)
