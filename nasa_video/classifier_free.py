@@ -6,47 +6,52 @@ from causvid_adapter import CausalWan, KVCache
 from causvid_adapter.kv_cache import RopeMode
 from torch import Tensor
 
-from nasa_video.guidance import ClassifierFree, cfg, shares
+from nasa_video.guidance import ClassifierFree, cfg
 from nasa_video.steering import PromptKeys, Steering
 
 
 class BranchCaches:
-    """One KV cache a branch: the positive prompt's first, then the negatives'."""
+    """The histories of the positive and of the negative branch."""
 
-    def __init__(self, branches: list[KVCache]) -> None:
-        self.branches = branches
+    def __init__(self, positive: KVCache, negative: KVCache) -> None:
+        self.positive = positive
+        self.negative = negative
 
     def commit(self) -> None:
-        """Commit every branch."""
-        for cache in self.branches:
-            cache.commit()
+        """Commit both branches."""
+        self.positive.commit()
+        self.negative.commit()
 
     def reset(self) -> None:
-        """Forget every branch."""
-        for cache in self.branches:
-            cache.reset()
+        """Forget both branches."""
+        self.positive.reset()
+        self.negative.reset()
 
     def seek(self, frame: int) -> None:
-        """Place the next chunk of every branch."""
-        for cache in self.branches:
-            cache.seek(frame)
+        """Place the next chunk of both branches."""
+        self.positive.seek(frame)
+        self.negative.seek(frame)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all branches."""
-        return sum(cache.num_bytes for cache in self.branches)
+        """Bytes of both branches."""
+        return self.positive.num_bytes + self.negative.num_bytes
 
 
 class ClassifierFreeDenoiser:
-    """Wraps a causal model whose cross-attention is steered, so that the chunk loop never knows of guidance."""
+    """Wraps a causal model whose cross-attention is steered, so that the chunk loop never knows of guidance.
 
-    def __init__(self, model: CausalWan, steering: Steering, num_negatives: int) -> None:
+    Both branches run in every call, so that the negative one has its history when a negative prompt appears in the
+    middle of a video. Set ``positive``, ``negative`` and ``guidance`` before each chunk; without a guidance the
+    positive branch is returned as it is.
+    """
+
+    def __init__(self, model: CausalWan, steering: Steering) -> None:
         self.model = model
         self.steering = steering
-        self.num_negatives = num_negatives
         self.guidance: ClassifierFree | None = None
         self.positive: PromptKeys | None = None
-        self.negatives: list[tuple[PromptKeys, float]] = []
+        self.negative: PromptKeys | None = None
 
     def new_cache(
         self,
@@ -56,26 +61,23 @@ class ClassifierFreeDenoiser:
         sink_frames: int = 0,
         rope: RopeMode = "absolute",
     ) -> BranchCaches:
-        """Caches of the positive branch and of every negative one."""
-        return BranchCaches(
-            [self.model.new_cache(height, width, window_frames, sink_frames, rope) for _ in range(1 + self.num_negatives)]
-        )
+        """Two caches: guidance in output space costs twice the history."""
+        sizes = (height, width, window_frames, sink_frames, rope)
+        return BranchCaches(self.model.new_cache(*sizes), self.model.new_cache(*sizes))
 
     def __call__(self, latents: Tensor, timestep: float, context: Tensor | None, *, cache: BranchCaches) -> Tensor:
-        """``v+ + (scale - 1) sum_i w_i (v+ - v-_i)``; the clean pass only writes keys."""
-        v_pos = self._run(self.positive, latents, timestep, cache.branches[0])
-        branches = cache.branches[1 : 1 + len(self.negatives)]
-        v_negs = [self._run(keys, latents, timestep, c) for (keys, _), c in zip(self.negatives, branches, strict=True)]
-        if self.guidance is None or not v_negs or timestep == 0:
+        """The guided flow, (B, T, C, H, W); in the clean pass (t = 0) only the keys matter."""
+        v_pos = self._run(self.positive, latents, timestep, cache.positive)
+        v_neg = self._run(self.negative, latents, timestep, cache.negative)
+        if self.guidance is None or not self.guidance.active or timestep == 0:
             return v_pos
-        weights = shares([(keys.layers[0], weight) for keys, weight in self.negatives])
-        # Weights below one leave the rest of the reference at the positive prompt.
-        v_neg = sum((w * v for w, v in zip(weights, v_negs, strict=True)), start=(1.0 - sum(weights)) * v_pos)
-        guided = cfg(v_pos, v_neg, scale=self.guidance.scale)
-        norm = v_pos.float().norm()
-        change = (guided - v_pos).float().norm() / norm.clamp_min(1e-12)
-        subtracted = ((self.guidance.scale - 1) * v_neg).float().norm()
-        self.steering.meter.add_values(change, subtracted / (subtracted + self.guidance.scale * norm).clamp_min(1e-12))
+        scale = self.guidance.scale
+        guided = cfg(v_pos, v_neg, scale=scale)
+        norm_pos, norm_neg = v_pos.float().norm(), v_neg.float().norm()
+        self.steering.meter.add_values(
+            (guided - v_pos).float().norm() / norm_pos.clamp_min(1e-12),
+            (scale - 1) * norm_neg / ((scale - 1) * norm_neg + scale * norm_pos).clamp_min(1e-12),
+        )
         return guided
 
     def _run(self, keys: PromptKeys | None, latents: Tensor, timestep: float, cache: KVCache) -> Tensor:
