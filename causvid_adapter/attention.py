@@ -24,21 +24,31 @@ def sdpa(q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None) ->
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-@dataclass
+@dataclass(frozen=True)
 class SelfAttentionCall:
-    """What the self-attention layers need to know of the running forward pass; set by CausalWan, read by its layers."""
+    """What the self-attention layers need to know of one forward pass.
 
-    cache: KVCache | None = None
+    It travels in the place of diffusers' rotary argument, so that it belongs to its pass: gradient checkpointing hands
+    the same one to the second run, whatever passes were made in between.
+
+    Attributes:
+        table: rotary table of the pass's own tokens.
+        mask: boolean, broadcasts to (B, H, S_query, S_key); True = may attend.
+        cache: history; the pass's keys are staged in it.
+        key_table: rotary table of history and chunk, where the cache stores unrotated keys.
+    """
+
+    table: RotaryTable
     mask: Tensor | None = None
+    cache: KVCache | None = None
     key_table: RotaryTable | None = None
 
 
 class CausalSelfAttention:
     """Processor of ``block.attn1`` (diffusers' processor protocol)."""
 
-    def __init__(self, layer: int, call: SelfAttentionCall, attend: Attend) -> None:
+    def __init__(self, layer: int, attend: Attend) -> None:
         self.layer = layer
-        self.call = call
         self.attend = attend
 
     def __call__(
@@ -47,24 +57,26 @@ class CausalSelfAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        rotary_emb: RotaryTable | None = None,
+        rotary_emb: SelfAttentionCall | None = None,
     ) -> Tensor:
         """Attend from (B, S, dim) to itself and the cached history; returns (B, S, dim)."""
-        assert rotary_emb is not None
+        if attention_mask is not None:
+            raise NotImplementedError("Wan's self-attention has no mask argument; an unknown one is not ignored")
+        call = rotary_emb
+        assert isinstance(call, SelfAttentionCall), "CausalWan says what the call is before it calls the transformer"
         if attn.fused_projections:
             q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-        q = rotate(q, rotary_emb)
-        cache, key_table = self.call.cache, self.call.key_table
-        if cache is None:
-            k = rotate(k, rotary_emb)
-        elif key_table is None:
-            k, v = cache.extend(self.layer, rotate(k, rotary_emb), v)
+        q = rotate(q, call.table)
+        if call.cache is None:
+            k = rotate(k, call.table)
+        elif call.key_table is None:
+            k, v = call.cache.extend(self.layer, rotate(k, call.table), v)
         else:
-            k, v = cache.extend(self.layer, k, v)
-            k = rotate(k, key_table)
-        out = self.attend(q, k, v, self.call.mask).flatten(2).type_as(hidden_states)
+            k, v = call.cache.extend(self.layer, k, v)
+            k = rotate(k, call.key_table)
+        out = self.attend(q, k, v, call.mask).flatten(2).type_as(hidden_states)
         return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
 import re
-from collections.abc import Mapping
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,23 +73,35 @@ def read_state_dict(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or _starts_like_safetensors(path):
             return dict(load_file(path))
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings(action="ignore"):  # about what follows as an error anyway
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); download it again") from error
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        # torch's own message goes on to advise weights_only=False, which is not ours to pass on.
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code is None:
+            raise CheckpointError(f"{path} is no checkpoint: neither safetensors nor a file of torch.save") from error
         raise CheckpointError(
-            f"{path} holds more than tensors and was not opened, since it could run code ({reason}); "
+            f"{path} holds more than tensors and was not opened, since it could run code ({code[1]}); "
             "ask for a safetensors file, or one saved from a plain state dict"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is not a readable checkpoint ({reason}); is the download complete?") from error
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # Whatever the unpickler makes of arbitrary bytes.
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint ({type(error).__name__}: {str(error).split('. ')[0].strip()}); "
+            "is the download complete?"
+        ) from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict")
     return dict(loaded)
+
+
+def _starts_like_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
@@ -118,20 +133,14 @@ def build_transformer(
     with torch.device("meta"):
         transformer = WanTransformer3DModel(**settings)
     expected = {name: tuple(p.shape) for name, p in transformer.state_dict().items()}
-    missing = sorted(expected.keys() - state.keys())
-    extra = sorted(state.keys() - expected.keys())
+    missing = expected.keys() - state.keys()
+    extra = state.keys() - expected.keys()
     misshaped = [
         f"{name} {tuple(state[name].shape)} instead of {shape}"
         for name, shape in expected.items()
         if name in state and tuple(state[name].shape) != shape
     ]
-    if missing or extra or misshaped:
-        parts = [
-            f"{len(rows)} {what}: {', '.join(rows[:4])}{', …' if len(rows) > 4 else ''}"
-            for what, rows in (("missing", missing), ("unknown", extra), ("of another shape", misshaped))
-            if rows
-        ]
-        raise CheckpointError(f"{source} does not fit the model; {'; '.join(parts)}. It looks like {describe(state)}.")
+    _refuse_misfit(source, missing, extra, misshaped, f" It looks like {describe(state)}.")
     # The rotary tables are computed, not stored: build them for real, and only then take the weights over.
     transformer = transformer.to_empty(device="cpu")
     transformer.rope = type(transformer.rope)(
@@ -139,6 +148,18 @@ def build_transformer(
     )
     transformer.load_state_dict(state, strict=True, assign=True)
     return transformer
+
+
+def _refuse_misfit(
+    source: str, missing: Iterable[str], extra: Iterable[str], misshaped: Iterable[str], hint: str = ""
+) -> None:
+    parts = [
+        f"{len(rows)} {what}: {', '.join(rows[:4])}{', …' if len(rows) > 4 else ''}"
+        for what, names in (("missing", missing), ("unknown", extra), ("of another shape", misshaped))
+        if (rows := sorted(names))
+    ]
+    if parts:
+        raise CheckpointError(f"{source} does not fit the model; {'; '.join(parts)}.{hint}")
 
 
 def infer_config(state: StateDict, head_dim: int = 128) -> dict[str, Any]:
@@ -163,7 +184,9 @@ def infer_config(state: StateDict, head_dim: int = 128) -> dict[str, Any]:
         raise CheckpointError(f"width {dim} is no multiple of Wan's head size {head_dim}; give the config explicitly")
     if "condition_embedder.image_embedder.norm1.weight" in state:
         settings["image_dim"] = state["condition_embedder.image_embedder.norm1.weight"].shape[0]
-        settings["added_kv_proj_dim"] = state["blocks.0.attn2.add_k_proj.weight"].shape[1]
+        settings["added_kv_proj_dim"] = dim
+    if "condition_embedder.image_embedder.pos_embed" in state:
+        settings["pos_embed_seq_len"] = state["condition_embedder.image_embedder.pos_embed"].shape[1]
     return settings
 
 
@@ -193,7 +216,7 @@ def describe(state: Mapping[str, Any]) -> str:
 
 def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Translate Wan's own config names; diffusers' names pass through."""
-    known = set(WanTransformer3DModel.__init__.__wrapped__.__code__.co_varnames)
+    known = set(inspect.signature(WanTransformer3DModel.__init__).parameters) - {"self"}
     if "dim" not in config:
         given = {k: v for k, v in config.items() if not k.startswith("_")}
         unknown = sorted(given.keys() - known)
@@ -203,6 +226,8 @@ def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(config.keys() - ORIGINAL_NAMES.keys() - IGNORED_ORIGINAL_NAMES)
     if unknown:
         raise CheckpointError(f"unknown config entries {unknown}; expected those of Wan's config.json")
+    if "num_heads" not in config or config["dim"] % config["num_heads"]:
+        raise CheckpointError(f"the config needs num_heads that divides dim = {config['dim']}")
     settings = {ORIGINAL_NAMES[k]: v for k, v in config.items() if k in ORIGINAL_NAMES}
     settings["patch_size"] = tuple(config.get("patch_size", (1, 2, 2)))
     settings["attention_head_dim"] = config["dim"] // config["num_heads"]
@@ -215,9 +240,12 @@ def _read_config(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any
     if isinstance(config, Mapping):
         return diffusers_config(config)
     try:
-        return diffusers_config(json.loads(Path(config).read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+        loaded = json.loads(Path(config).read_text())
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{config} is no readable JSON config: {error}") from error
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{config} holds a {type(loaded).__name__}, not a config")
+    return diffusers_config(loaded)
 
 
 def _locate(path_or_id: str | Path) -> Path:
@@ -239,8 +267,17 @@ def _locate(path_or_id: str | Path) -> Path:
 
 
 def _from_folder(folder: Path, dtype: torch.dtype | None) -> WanTransformer3DModel:
+    # A pipeline's folder holds its transformer in a folder of that name.
+    inner = folder / "transformer"
     try:
-        return WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        transformer, found = WanTransformer3DModel.from_pretrained(
+            inner if inner.is_dir() else folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder} is no diffusers folder of a Wan transformer: {reason}") from error
+    # diffusers fills what is missing with random numbers and goes on.
+    _refuse_misfit(
+        str(folder), found["missing_keys"], found["unexpected_keys"], [str(row[0]) for row in found["mismatched_keys"]]
+    )
+    return transformer

@@ -18,6 +18,23 @@ from causvid_adapter.errors import ShapeError
 RopeMode = Literal["absolute", "window"]
 
 
+def check_window(window_frames: int | None, sink_frames: int, chunk_frames: int = 1) -> None:
+    """Refuse a window that cannot hold its sink and a chunk.
+
+    Raises:
+        ShapeError: it cannot; the message names the smallest that can.
+    """
+    if window_frames is None:
+        return
+    if not 0 <= sink_frames < window_frames:
+        raise ShapeError(f"sink_frames must be from 0 to window_frames - 1 = {window_frames - 1}, got {sink_frames}")
+    if sink_frames + chunk_frames > window_frames:
+        raise ShapeError(
+            f"a window of {window_frames} latent frames with a sink of {sink_frames} has no room for a chunk of "
+            f"{chunk_frames}; use window_frames >= {sink_frames + chunk_frames}"
+        )
+
+
 class KVCache:
     """History of one rollout of one batch, layer by layer.
 
@@ -39,10 +56,7 @@ class KVCache:
         sink_frames: int = 0,
         rope: RopeMode = "absolute",
     ) -> None:
-        if window_frames is not None and not 0 <= sink_frames < window_frames:
-            raise ShapeError(
-                f"sink_frames must be from 0 to window_frames - 1 = {window_frames - 1}, got {sink_frames}"
-            )
+        check_window(window_frames, sink_frames)
         self.num_layers = num_layers
         self.tokens_per_frame = tokens_per_frame
         self.window_frames = window_frames
@@ -61,15 +75,11 @@ class KVCache:
 
     def begin(self, chunk_frames: int) -> None:
         """Make room for a chunk of ``chunk_frames``; what falls out of the window is dropped here."""
+        check_window(self.window_frames, self.sink_frames, chunk_frames)
         self._chunk_frames = chunk_frames
         self._staged_layers.clear()
         if self.window_frames is None:
             return
-        if self.sink_frames + chunk_frames > self.window_frames:
-            raise ShapeError(
-                f"a window of {self.window_frames} latent frames with a sink of {self.sink_frames} has no room for a "
-                f"chunk of {chunk_frames}; use window_frames >= {self.sink_frames + chunk_frames}"
-            )
         evicted = self.frames_held + chunk_frames - self.window_frames
         if evicted <= 0:
             return
@@ -97,24 +107,35 @@ class KVCache:
     def extend(self, layer: int, k_BSHD: Tensor, v_BSHD: Tensor) -> tuple[Tensor, Tensor]:
         """History and the given chunk together, (B, S_history + S, H, D); the chunk is staged, not committed.
 
-        Under a gradient nothing is written: the chunk is appended to a detached history, so no loss of a later chunk
-        reaches an earlier one, and no buffer that autograd saved is overwritten.
+        Keys that carry a gradient are not written: the chunk is appended to a detached history, so no loss of a later
+        chunk reaches an earlier one. While gradients are on the result is never a view of the buffers, so nothing that
+        autograd saved is overwritten.
+
+        Raises:
+            ShapeError: the batch is not the history's.
         """
         held = self.frames_held * self.tokens_per_frame
         total = held + k_BSHD.shape[1]
+        keys, values = self._keys[layer], self._values[layer]
+        if keys is not None and keys.shape[0] != k_BSHD.shape[0]:
+            raise ShapeError(
+                f"the cache holds a batch of {keys.shape[0]}, got a batch of {k_BSHD.shape[0]}; reset() it or use a "
+                "new cache"
+            )
         if torch.is_grad_enabled() and (k_BSHD.requires_grad or v_BSHD.requires_grad):
-            keys, values = self._keys[layer], self._values[layer]
             if keys is None or values is None or held == 0:
                 return k_BSHD, v_BSHD
             return (
                 torch.cat([keys[:, :held].detach(), k_BSHD], dim=1),
                 torch.cat([values[:, :held].detach(), v_BSHD], dim=1),
             )
-        keys = self._keys[layer] = self._with_room(self._keys[layer], k_BSHD, total)
-        values = self._values[layer] = self._with_room(self._values[layer], v_BSHD, total)
+        keys = self._keys[layer] = self._with_room(keys, k_BSHD, total)
+        values = self._values[layer] = self._with_room(values, v_BSHD, total)
         keys[:, held:total] = k_BSHD
         values[:, held:total] = v_BSHD
         self._staged_layers.add(layer)
+        if torch.is_grad_enabled():
+            return keys[:, :total].clone(), values[:, :total].clone()
         return keys[:, :total], values[:, :total]
 
     def commit(self) -> None:
@@ -144,10 +165,6 @@ class KVCache:
 
     def _with_room(self, buffer: Tensor | None, new: Tensor, total: int) -> Tensor:
         batch, _, heads, dim = new.shape
-        if buffer is not None and buffer.shape[0] != batch:
-            raise ShapeError(
-                f"the cache holds a batch of {buffer.shape[0]}, got a batch of {batch}; reset() it or use a new cache"
-            )
         if buffer is not None and total <= buffer.shape[1]:
             return buffer
         if self.window_frames is not None:

@@ -9,6 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from causvid_adapter.errors import ShapeError
+from causvid_adapter.kv_cache import check_window
+
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query index, key index) -> may attend; the form that ``torch.nn.attention.flex_attention`` takes."""
 
@@ -20,7 +23,11 @@ def block_causal_mask_mod(
 
     With a window, a chunk that ends at frame ``e`` sees the first ``sink_frames`` frames and the last
     ``window_frames - sink_frames`` frames up to ``e``, as :class:`~causvid_adapter.KVCache` keeps them.
+
+    Raises:
+        ShapeError: the window has no room for its sink and a chunk.
     """
+    check_window(window_frames, sink_frames, frames_per_chunk)
 
     def may_attend(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         query_frame, key_frame = query // tokens_per_frame, key // tokens_per_frame
@@ -42,7 +49,13 @@ def block_causal_mask(
     sink_frames: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The same rule as a dense boolean mask (S, S); True where a query (row) may look at a key (column)."""
+    """The same rule as a dense boolean mask (S, S); True where a query (row) may look at a key (column).
+
+    Raises:
+        ShapeError: ``num_frames`` is not whole chunks, or the window has no room for its sink and a chunk.
+    """
+    if num_frames % frames_per_chunk:
+        raise ShapeError(f"num_frames must be a multiple of frames_per_chunk = {frames_per_chunk}, got {num_frames}")
     index = torch.arange(num_frames * tokens_per_frame, device=device)
     none = torch.zeros((), dtype=torch.long, device=device)
     rule = block_causal_mask_mod(tokens_per_frame, frames_per_chunk, window_frames, sink_frames)

@@ -15,6 +15,9 @@ from causvid_adapter.kv_cache import KVCache, RopeMode
 from causvid_adapter.mask import block_causal_mask
 from causvid_adapter.rope import FrameRope
 
+# diffusers' Wan processor takes the last 512 tokens for text and what is in front of them for the image.
+IMAGE_MODEL_TEXT_TOKENS = 512
+
 
 class CausalWan(nn.Module):
     """Makes a :class:`~diffusers.WanTransformer3DModel` causal, in place.
@@ -26,12 +29,16 @@ class CausalWan(nn.Module):
 
     def __init__(self, transformer: WanTransformer3DModel, attend: Attend = sdpa) -> None:
         super().__init__()
+        if transformer.config.patch_size[0] != 1:
+            raise ShapeError(
+                f"patch_size must be 1 along time, got {tuple(transformer.config.patch_size)}: chunks, caches and "
+                "timesteps count single latent frames"
+            )
         self.transformer = transformer
-        self._call = SelfAttentionCall()
         self._rope = FrameRope(transformer.rope) if not isinstance(transformer.rope, FrameRope) else transformer.rope
         transformer.rope = self._rope
         for layer, block in enumerate(transformer.blocks):
-            block.attn1.set_processor(CausalSelfAttention(layer, self._call, attend))
+            block.attn1.set_processor(CausalSelfAttention(layer, attend))
         self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -87,7 +94,7 @@ class CausalWan(nn.Module):
             latents: (B, T, C, H, W); with a cache, the current chunk alone.
             timestep: in 0..1000; a number, (B,), or (B, T) for a noise level a frame.
             context: text embeddings (B, text tokens, text_dim), or None when the installed cross-attention brings
-                its own keys.
+                its own keys. An image-to-video Wan takes exactly 512 tokens, by which diffusers tells text from image.
             cache: history to attend to; the chunk's keys are staged in it.
             frames_per_chunk: without a cache: block-causal attention with chunks of this size; None is bidirectional.
             window_frames, sink_frames: restrict the block-causal mask as a cache with that window would.
@@ -107,28 +114,42 @@ class CausalWan(nn.Module):
             positions, key_positions = cache.positions
         else:
             positions = key_positions = torch.arange(frames)
-        self._rope.table = self._table(positions, rows, columns)
-        self._call.cache = cache
-        self._call.key_table = (
-            self._table(key_positions, rows, columns) if cache is not None and cache.rope == "window" else None
-        )
-        self._call.mask = None
+        mask = None
         if frames_per_chunk is not None:
-            self._call.mask = block_causal_mask(
+            mask = block_causal_mask(
                 frames, rows * columns, frames_per_chunk, window_frames, sink_frames, latents.device
             )
-        if context is None:
-            # diffusers embeds the text before any block sees it; one zero token keeps that free of cost.
-            context = latents.new_zeros(batch, 1, self.transformer.config.text_dim)
-        flow = self.transformer(
-            rearrange(latents, "b t c h w -> b c t h w").to(self.dtype),
-            self._expand_timestep(timestep, latents, rows * columns),
-            context.to(self.dtype),
-            encoder_hidden_states_image=image_context,
-            return_dict=False,
-        )[0]
-        self._call.cache = None
+        counts_in_window = cache is not None and cache.rope == "window"
+        self._rope.call = SelfAttentionCall(
+            table=self._table(positions, rows, columns),
+            mask=mask,
+            cache=cache,
+            key_table=self._table(key_positions, rows, columns) if counts_in_window else None,
+        )
+        try:
+            flow: Tensor = self.transformer(
+                rearrange(latents, "b t c h w -> b c t h w").to(self.dtype),
+                self._expand_timestep(timestep, latents, rows * columns),
+                self._expand_context(context, latents).to(self.dtype),
+                encoder_hidden_states_image=None if image_context is None else image_context.to(self.dtype),
+                return_dict=False,
+            )[0]
+        finally:
+            self._rope.call = None
         return rearrange(flow, "b c t h w -> b t c h w")
+
+    def _expand_context(self, context: Tensor | None, latents: Tensor) -> Tensor:
+        config = self.transformer.config
+        takes_images = config.added_kv_proj_dim is not None
+        if context is None:
+            # diffusers embeds the text before any block sees it; zero tokens keep that nearly free of cost.
+            return latents.new_zeros(latents.shape[0], IMAGE_MODEL_TEXT_TOKENS if takes_images else 1, config.text_dim)
+        if takes_images and context.shape[1] != IMAGE_MODEL_TEXT_TOKENS:
+            raise ShapeError(
+                f"the context of an image-to-video Wan must have {IMAGE_MODEL_TEXT_TOKENS} tokens, got "
+                f"{context.shape[1]}; pad it with zeros"
+            )
+        return context
 
     def _token_grid(self, height: int, width: int) -> tuple[int, int]:
         _, patch_height, patch_width = self.transformer.config.patch_size
@@ -141,11 +162,11 @@ class CausalWan(nn.Module):
     def _expand_timestep(self, timestep: Tensor | float, latents: Tensor, tokens_per_frame: int) -> Tensor:
         batch, frames = latents.shape[:2]
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device)
-        if timestep.ndim < 2:
+        if timestep.ndim == 0 or timestep.shape == (batch,):
             return timestep.expand(batch)
-        if timestep.shape != (batch, frames):
-            raise ShapeError(f"timestep must be a number, ({batch},) or ({batch}, {frames}), got {tuple(timestep.shape)}")
-        return timestep.repeat_interleave(tokens_per_frame, dim=1)
+        if timestep.shape == (batch, frames):
+            return timestep.repeat_interleave(tokens_per_frame, dim=1)
+        raise ShapeError(f"timestep must be a number, ({batch},) or ({batch}, {frames}), got {tuple(timestep.shape)}")
 
     def _table(self, positions: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         key = (int(positions[0]), len(positions), rows, columns, self.device)

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from causvid_adapter.errors import ShapeError
+
 
 class NoiseSource(Protocol):
     """Where the sampler gets its noise from."""
@@ -57,13 +59,25 @@ class SeededNoise:
 
 
 class GivenNoise:
-    """Noise from tensors: the start noise (B, T, C, H, W), renoise from ``fallback`` (a seed 0 by default)."""
+    """Noise from tensors: the start noise (B, T, C, H, W), renoise from ``fallback`` (seeds 0 to B - 1 by default).
 
-    def __init__(self, start: Tensor, fallback: NoiseSource | None = None) -> None:
+    ``first_frame`` is the video's latent frame that the start noise begins with.
+    """
+
+    def __init__(self, start: Tensor, fallback: NoiseSource | None = None, first_frame: int = 0) -> None:
         self.start = start
+        self.first_frame = first_frame
         batch, self.num_frames, *shape = start.shape
         channels, height, width = shape
         self.fallback = fallback or SeededNoise(range(batch), (channels, height, width), start.device, start.dtype)
 
     def __call__(self, frames: range, step: int) -> Tensor:
-        return self.start[:, frames.start : frames.stop] if step == 0 else self.fallback(frames, step)
+        if step:
+            return self.fallback(frames, step)
+        first, last = self.first_frame, self.first_frame + self.num_frames
+        if frames.start < first or frames.stop > last:
+            raise ShapeError(
+                f"the start noise covers latent frames {first} to {last - 1}, asked for {frames.start} to "
+                f"{frames.stop - 1}"
+            )
+        return self.start[:, frames.start - first : frames.stop - first]

@@ -19,18 +19,20 @@ RotaryTable = tuple[Tensor, Tensor]
 
 
 class FrameRope(nn.Module):
-    """Takes the place of ``transformer.rope`` and hands out the table that was set for the current call."""
+    """Takes the place of ``transformer.rope``: hands every layer what was set for the current call, and builds tables.
+
+    diffusers passes the rotary argument on untouched, so it can carry more than a table.
+    """
 
     def __init__(self, rope: WanRotaryPosEmbed, theta: float = 10000.0) -> None:
         super().__init__()
         self.axis_dims: tuple[int, int, int] = (rope.t_dim, rope.h_dim, rope.w_dim)
         self.theta = theta
-        self.table: RotaryTable | None = None
+        self.call: object | None = None
 
-    def forward(self, hidden_states: Tensor) -> RotaryTable:
-        """The table set by :class:`~causvid_adapter.CausalWan` for this call; shapes as in diffusers' module."""
-        assert self.table is not None, "CausalWan sets the rotary table before it calls the transformer"
-        return self.table
+    def forward(self, hidden_states: Tensor) -> object | None:
+        """The description of the pass that :class:`~causvid_adapter.CausalWan` set for this call."""
+        return self.call
 
     def build(self, frames: Tensor, height: int, width: int, device: torch.device) -> RotaryTable:
         """Table of ``frames`` (T,), absolute positions of latent frames, over ``height`` x ``width`` tokens."""

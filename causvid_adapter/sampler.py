@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from causvid_adapter.errors import ShapeError
-from causvid_adapter.kv_cache import RopeMode
+from causvid_adapter.kv_cache import RopeMode, check_window
 from causvid_adapter.noise import GivenNoise, NoiseSource
 from causvid_adapter.schedule import FlowMatchSchedule
 
@@ -35,9 +35,7 @@ class Denoiser(Protocol):
         self, height: int, width: int, window_frames: int | None, sink_frames: int, rope: RopeMode
     ) -> ChunkCache: ...
 
-    def __call__(
-        self, latents: Tensor, timestep: float, context: Tensor | None, *, cache: ChunkCache
-    ) -> Tensor: ...
+    def __call__(self, latents: Tensor, timestep: float, context: Tensor | None, *, cache: ChunkCache) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,9 @@ class ChunkSampler:
         frames_per_chunk: latent frames of a chunk; 3 in CausVid.
         window_frames, sink_frames, rope: see :class:`~causvid_adapter.KVCache`.
         first_schedule: steps of the first chunk, if they differ.
+
+    Raises:
+        ShapeError: the window has no room for the sink and a chunk.
     """
 
     def __init__(
@@ -76,6 +77,9 @@ class ChunkSampler:
         rope: RopeMode = "absolute",
         first_schedule: FlowMatchSchedule | None = None,
     ) -> None:
+        if frames_per_chunk < 1:
+            raise ShapeError(f"frames_per_chunk must be at least 1, got {frames_per_chunk}")
+        check_window(window_frames, sink_frames, frames_per_chunk)
         self.model = model
         self.schedule = schedule
         self.frames_per_chunk = frames_per_chunk
@@ -99,7 +103,8 @@ class ChunkSampler:
 
         Args:
             context: text embeddings, or a function of the chunk index (prompts may change between chunks).
-            noise: start noise (B, T, C, H, W), or a source; a source without ``num_frames`` streams without end.
+            noise: start noise (B, T, C, H, W) of the frames to generate, or a source; a source without
+                ``num_frames`` streams without end.
             num_frames: latent frames to generate, the prefix not counted.
             prefix: clean latents (B, T0, C, H, W) to continue; T0 is a multiple of frames_per_chunk.
             before_call: told of every model call before it is made.
@@ -109,13 +114,13 @@ class ChunkSampler:
         Raises:
             ShapeError: a length that is not whole chunks.
         """
-        if isinstance(noise, Tensor):
-            noise = GivenNoise(noise)
-        if isinstance(noise, GivenNoise) and num_frames is None:
-            num_frames = noise.num_frames
         size = self.frames_per_chunk
-        self._check_whole_chunks("num_frames", num_frames)
         offset = 0 if prefix is None else prefix.shape[1]
+        if isinstance(noise, Tensor):
+            noise = GivenNoise(noise, first_frame=offset)
+        if isinstance(noise, GivenNoise) and num_frames is None:
+            num_frames = noise.first_frame + noise.num_frames - offset
+        self._check_whole_chunks("num_frames", num_frames)
         self._check_whole_chunks("the prefix", offset)
         rollout = _Rollout(self, context, before_call, remember=recompute is not None)
         total = None if num_frames is None else (offset + num_frames) // size

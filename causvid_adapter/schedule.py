@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -24,10 +26,11 @@ class FlowMatchSchedule:
     """
 
     def __init__(self, shift: float, timesteps: Sequence[float], warp: bool = False) -> None:
-        if shift <= 0:
+        if not 0 < shift < math.inf:
             raise ValueError(f"shift must be positive, got {shift}")
         steps = list(timesteps)
-        if not steps or any(not 0 < t <= NUM_TRAIN_TIMESTEPS for t in steps) or steps != sorted(set(steps), reverse=True):
+        inside = all(0 < t <= NUM_TRAIN_TIMESTEPS for t in steps)
+        if not steps or not inside or any(t <= t_next for t, t_next in pairwise(steps)):
             raise ValueError(f"timesteps must fall strictly and lie in (0, {NUM_TRAIN_TIMESTEPS}], got {steps}")
         self.shift = shift
         u = torch.linspace(1, 0, NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64)[:-1]

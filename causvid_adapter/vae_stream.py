@@ -39,13 +39,19 @@ class StreamingDecoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, T, C, h, w) -> (B, F, 3, H, W) in [-1, 1]; F is 4 T, or 4 T - 3 when these are the video's first."""
+        """(B, T, C, h, w) -> (B, F, 3, H, W) in [-1, 1]; F is 4 T, or 4 T - 3 when these are the video's first.
+
+        (4 is the stride of Wan's VAE; another one's takes its place.)
+
+        Raises:
+            ShapeError: there are no latents.
+        """
+        if latents.ndim != 5 or latents.shape[1] == 0:
+            raise ShapeError(f"latents must be (B, T, C, h, w) with T >= 1, got {tuple(latents.shape)}")
         x = self.vae.post_quant_conv(rearrange(latents, "b t c h w -> b c t h w").to(self.vae.dtype))
         pieces = []
         for frame in x.split(1, dim=2):
-            pieces.append(
-                self.vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=self._first)
-            )
+            pieces.append(self.vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=self._first))
             self._first = False
         frames = torch.cat(pieces, dim=2)
         if self.vae.config.patch_size is not None:
@@ -70,11 +76,11 @@ class StreamingEncoder:
         """(B, F, 3, H, W) in [-1, 1] -> (B, T, C, h, w), not normalised.
 
         Raises:
-            ShapeError: F is not 1 + 4 k for the video's first frames, or not 4 k after them.
+            ShapeError: F is not 1 + 4 k for the video's first frames, or not 4 k with k >= 1 after them.
         """
         stride = self.vae.config.scale_factor_temporal
         lead = 1 if self._first else 0
-        if frames.shape[1] < lead or (frames.shape[1] - lead) % stride:
+        if frames.shape[1] < 1 or (frames.shape[1] - lead) % stride:
             rule = f"{lead} + {stride} k" if lead else f"{stride} k"
             raise ShapeError(f"the VAE encodes {rule} frames here, got {frames.shape[1]}")
         x = rearrange(frames, "b f c h w -> b c f h w").to(self.vae.dtype)
@@ -84,7 +90,8 @@ class StreamingEncoder:
         pieces = [self.vae.encoder(group, feat_cache=self._features, feat_idx=[0]) for group in groups]
         self._first = False
         mean, _ = self.vae.quant_conv(torch.cat(pieces, dim=2)).chunk(2, dim=1)
-        return rearrange(mean, "b c t h w -> b t c h w")
+        latents: Tensor = rearrange(mean, "b c t h w -> b t c h w")
+        return latents
 
 
 def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:

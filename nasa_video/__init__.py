@@ -1,0 +1,35 @@
+"""Negative prompts for few-step and one-step generators, first of all for autoregressive streaming video."""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nasa_video.guidance import ClassifierFree, Nag, Nasa, Negative, ScaleSchedule, Vsf
+    from nasa_video.guided import guided
+    from nasa_video.pipeline import VideoPipeline
+
+try:
+    __version__ = version("nasa-video")
+except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+unknown"
+
+_HOMES = {
+    "ClassifierFree": "guidance",
+    "Nag": "guidance",
+    "Nasa": "guidance",
+    "Negative": "guidance",
+    "ScaleSchedule": "guidance",
+    "Vsf": "guidance",
+    "VideoPipeline": "pipeline",
+    "guided": "guided",
+}
+__all__ = ["ClassifierFree", "Nag", "Nasa", "Negative", "ScaleSchedule", "VideoPipeline", "Vsf", "__version__", "guided"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that `nasa-video --help` does not wait for torch and diffusers.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

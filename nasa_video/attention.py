@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nasa_video.errors import InputError
+
 Backend = Literal["sdpa", "xformers"]
 
 
@@ -124,7 +126,7 @@ def make_attend(backend: Backend = "sdpa") -> Attend:
 
 
 def key_bias(lengths: Tensor, num_tokens: int, *, fold: bool, padding: bool) -> Tensor | None:
-    """Score bias that makes ``num_kept`` keys act as ``num_tokens`` zero-padded ones.
+    """Score bias that makes the folded keys act as ``num_tokens`` zero-padded ones.
 
     m identical keys act in a softmax exactly like one whose score carries + log m. Every padding token of a prompt
     has the same key and value, so attention over the padded prompt equals attention over its real tokens and one.
@@ -137,9 +139,16 @@ def key_bias(lengths: Tensor, num_tokens: int, *, fold: bool, padding: bool) -> 
 
     Returns:
         (B, 1, 1, N) float32 with N = max(lengths) + 1 (folded) or L, or None where no bias is needed.
+
+    Raises:
+        InputError: a prompt has no tokens, and padding takes no part: nothing is left to attend to.
     """
     if not fold and padding:
         return None
+    if not padding and int(lengths.min()) == 0:
+        raise InputError(
+            "a prompt without tokens has only padding to attend to; leave it out, or let padding take part"
+        )
     longest = int(lengths.max())
     index = torch.arange(longest + 1 if fold else num_tokens, device=lengths.device)
     real = index[None, :] < lengths[:, None]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from causvid_adapter import CausalWan, KVCache
-from causvid_adapter.kv_cache import RopeMode
 from torch import Tensor
 
+from causvid_adapter import CausalWan, KVCache
+from causvid_adapter.kv_cache import RopeMode
 from nasa_video.guidance import ClassifierFree, cfg
 from nasa_video.steering import PromptKeys, Steering
 
@@ -42,8 +42,8 @@ class ClassifierFreeDenoiser:
     """Wraps a causal model whose cross-attention is steered, so that the chunk loop never knows of guidance.
 
     Both branches run in every call, so that the negative one has its history when a negative prompt appears in the
-    middle of a video. Set ``positive``, ``negative`` and ``guidance`` before each chunk; without a guidance the
-    positive branch is returned as it is.
+    middle of a video. Set ``positive``, ``negative`` (the empty prompt, where there is none) and ``guidance`` before
+    each chunk; without a guidance the positive branch is returned as it is.
     """
 
     def __init__(self, model: CausalWan, steering: Steering) -> None:
@@ -81,5 +81,12 @@ class ClassifierFreeDenoiser:
         return guided
 
     def _run(self, keys: PromptKeys | None, latents: Tensor, timestep: float, cache: KVCache) -> Tensor:
-        self.steering.positive = keys
-        return self.model(latents, timestep, None, cache=cache)  # type: ignore[no-any-return]
+        if keys is None:
+            raise ValueError(
+                "set positive and negative of the denoiser before a call; an empty prompt has keys as well"
+            )
+        before, self.steering.positive = self.steering.positive, keys
+        try:
+            return self.model(latents, timestep, None, cache=cache)  # type: ignore[no-any-return]
+        finally:
+            self.steering.positive = before

@@ -36,7 +36,8 @@ def nag(z_pos: Tensor, z_neg: Tensor, *, scale: float, tau: float, alpha: float)
     extrapolated = scale * z_pos - (scale - 1) * z_neg
     norm_pos, norm = (x.abs().sum(dim=(-2, -1), keepdim=True) for x in (z_pos, extrapolated))
     limit = tau * norm_pos
-    clipped = torch.where(norm > limit, extrapolated * (limit / norm.clamp_min(torch.finfo(norm.dtype).tiny)), extrapolated)
+    shrink = limit / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    clipped = torch.where(norm > limit, extrapolated * shrink, extrapolated)
     return alpha * clipped + (1 - alpha) * z_pos
 
 
@@ -164,7 +165,8 @@ def shares(negatives: Sequence[WeightedKeys]) -> list[float]:
 
 
 def _mean_norm(x: Tensor) -> Tensor:
-    return x.float().flatten(-2).norm(dim=-1).mean()
+    norms: Tensor = x.float().flatten(-2).norm(dim=-1)
+    return norms.mean()
 
 
 def _norm_share(z_pos: Tensor, subtracted: Tensor) -> Tensor:
@@ -201,9 +203,7 @@ class Nasa:
     ) -> GuidedAttention:
         z_pos = attend(q, positive)
         z_neg = sum_branches(q, negatives, attend)
-        return GuidedAttention(
-            nasa(z_pos, z_neg, scale=self.scale), z_pos, _norm_share(z_pos, self.scale * z_neg)
-        )
+        return GuidedAttention(nasa(z_pos, z_neg, scale=self.scale), z_pos, _norm_share(z_pos, self.scale * z_neg))
 
 
 @dataclass(frozen=True)

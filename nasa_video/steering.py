@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from causvid_adapter import ModelCall
 from torch import Tensor
 
+from causvid_adapter import ModelCall
 from nasa_video.attention import Attend, TextKeys
 from nasa_video.errors import InputError
 from nasa_video.guidance import AttentionGuidance, GuidedAttention
@@ -42,7 +42,10 @@ class Effect:
 
 
 class EffectMeter:
-    """Running means on the model's device: reading them is the only synchronisation."""
+    """Running means on the model's device: reading them is the only synchronisation.
+
+    The count is a tensor as well: a Python number that grows with every layer would make torch.compile start anew.
+    """
 
     def __init__(self) -> None:
         self.reset()
@@ -50,7 +53,6 @@ class EffectMeter:
     def reset(self) -> None:
         """Start anew."""
         self._sum: Tensor | None = None
-        self._count = 0
 
     @torch.no_grad()
     def add(self, guided: GuidedAttention) -> None:
@@ -62,17 +64,17 @@ class EffectMeter:
     @torch.no_grad()
     def add_values(self, relative_change: Tensor, negative_share: Tensor) -> None:
         """Count two scalars."""
-        values = torch.stack([relative_change.float(), negative_share.float()])
+        change = relative_change.float()
+        values = torch.stack([change, negative_share.float(), torch.ones_like(change)])
         self._sum = values if self._sum is None else self._sum + values
-        self._count += 1
 
     @property
     def effect(self) -> Effect | None:
         """The means so far; None when nothing was guided."""
         if self._sum is None:
             return None
-        change, share = (self._sum / self._count).tolist()
-        return Effect(change, share)
+        change, share, count = self._sum.tolist()
+        return Effect(change / count, share / count)
 
 
 @dataclass
@@ -90,14 +92,25 @@ class Steering:
     negatives: Sequence[tuple[PromptKeys, float]] = ()
     call: ModelCall | None = None
     meter: EffectMeter = field(default_factory=EffectMeter)
+    acting: tuple[bool, ...] = field(init=False, default=())
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Decided where the state changes, not where it is read: a layer that looked at the step's number would be
+        # compiled anew for every step.
+        super().__setattr__(name, value)
+        if name in ("num_layers", "guidance", "negatives", "call"):
+            super().__setattr__("acting", tuple(self._decide(layer) for layer in range(self.num_layers)))
 
     def acts(self, layer: int) -> bool:
         """Whether this layer is guided in the running call."""
+        return self.acting[layer]
+
+    def _decide(self, layer: int) -> bool:
         if self.guidance is None or not self.negatives or not self.guidance.active:
             return False
-        if self.call is None:
-            return True
         call = self.call
+        if call is None:
+            return True
         return self.guidance.schedule.factor(call.step, call.num_steps, call.clean, layer, self.num_layers) > 0
 
     def guide(self, layer: int, q: Tensor, positive: TextKeys) -> Tensor:

@@ -72,3 +72,44 @@ class WordLlamaEncoder:
             lengths.append(len(ids))
             cut.append(text[encoding.offsets[self.max_tokens][0] :] if len(encoding.ids) > self.max_tokens else "")
         return TextContext(embeds, torch.tensor(lengths), tuple(cut))
+
+
+class Umt5Encoder:
+    """UMT5 as Wan uses it: padded to ``max_tokens``, the padding's embeddings set to zero.
+
+    Args:
+        encoder: folder of the encoder in transformers' layout.
+        tokenizer: folder of its tokenizer.
+    """
+
+    def __init__(
+        self,
+        encoder: Path,
+        tokenizer: Path,
+        max_tokens: int = 512,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        from transformers import AutoTokenizer, UMT5EncoderModel
+
+        self.max_tokens = max_tokens
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        self._model = UMT5EncoderModel.from_pretrained(encoder, local_files_only=True, torch_dtype=dtype).to(device)
+        self._model.eval()
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> TextContext:
+        """Encode prompts after diffusers' cleaning of Wan prompts; (B, max_tokens, E)."""
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        texts = [prompt_clean(prompt) for prompt in prompts]
+        batch = self._tokenizer(
+            texts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+        )
+        mask = batch.attention_mask.to(self._model.device)
+        hidden = self._model(batch.input_ids.to(self._model.device), mask).last_hidden_state
+        cut = []
+        for text in texts:
+            ids = self._tokenizer(text).input_ids
+            cut.append(self._tokenizer.decode(ids[self.max_tokens - 1 : -1]) if len(ids) > self.max_tokens else "")
+        return TextContext(hidden * mask.unsqueeze(-1).to(hidden.dtype), mask.sum(dim=1), tuple(cut))

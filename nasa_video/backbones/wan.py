@@ -10,14 +10,12 @@ from contextlib import contextmanager
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention
-from torch import Tensor
+from torch import Tensor, nn
 
+from causvid_adapter.model import IMAGE_MODEL_TEXT_TOKENS
 from nasa_video.attention import TextKeys, folded_embeds, key_bias
 from nasa_video.steering import PromptKeys, Steering
 from nasa_video.text import TextContext
-
-# diffusers' Wan processor cuts the image tokens off in front of a text of this length.
-PIPELINE_TEXT_TOKENS = 512
 
 
 class GuidedCrossAttention:
@@ -41,10 +39,9 @@ class GuidedCrossAttention:
         steering = self.steering
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         own = steering.positive
-        text_tokens = PIPELINE_TEXT_TOKENS if own is None else 1
         image, text = None, encoder_hidden_states
         if attn.add_k_proj is not None:
-            image, text = text.split([text.shape[1] - text_tokens, text_tokens], dim=1)
+            image, text = text[:, :-IMAGE_MODEL_TEXT_TOKENS], text[:, -IMAGE_MODEL_TEXT_TOKENS:]
         positive = own.layers[self.layer] if own is not None else project_text(attn, text)
         z = steering.guide(self.layer, q, positive).flatten(2)
         if image is not None and image.shape[1] > 0:
@@ -88,17 +85,23 @@ def prompt_keys(
     with torch.no_grad():
         text = transformer.condition_embedder.text_embedder(embeds.to(device, dtype))
         bias = None if bias is None else bias.to(device)
-        return PromptKeys(tuple(project_text(block.attn2, text, bias) for block in transformer.blocks))
+        return PromptKeys(tuple(project_text(block.attn2, text, bias) for block in guided_blocks(transformer)))
+
+
+def guided_blocks(transformer: WanTransformer3DModel) -> list[nn.Module]:
+    """Blocks with text cross-attention, numbered as the steering's layers; VACE has some of its own."""
+    return [*transformer.blocks, *getattr(transformer, "vace_blocks", ())]
 
 
 @contextmanager
 def install(transformer: WanTransformer3DModel, steering: Steering) -> Iterator[Steering]:
     """Guide the transformer's cross-attention inside the scope; what was there comes back, also after an error."""
-    before = [block.attn2.processor for block in transformer.blocks]
+    blocks = guided_blocks(transformer)
+    before = [block.attn2.processor for block in blocks]
     try:
-        for layer, block in enumerate(transformer.blocks):
+        for layer, block in enumerate(blocks):
             block.attn2.set_processor(GuidedCrossAttention(layer, steering))
         yield steering
     finally:
-        for block, processor in zip(transformer.blocks, before, strict=True):
+        for block, processor in zip(blocks, before, strict=True):
             block.attn2.set_processor(processor)

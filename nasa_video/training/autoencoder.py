@@ -19,6 +19,7 @@ from nasa_video.sprites.renderer import render_with_mask
 from nasa_video.sprites.world import sample_scenes
 from nasa_video.training.checkpoint import Average, load_state, save_state
 from nasa_video.training.journal import Journal, contact_sheet
+from nasa_video.training.parallel import Team
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class AutoencoderTraining:
     """Settings of the autoencoder's training.
 
     `model` holds arguments of diffusers' `AutoencoderKLWan`; the means and deviations of its latents are measured at
-    the end. `sprite_weight` and `edge_weight` are what a pixel of a sprite, or at a full-contrast edge, counts more.
+    the end. `batch_size` is that of one process. `sprite_weight` and `edge_weight` are what a pixel of a sprite, or at a full-contrast edge, counts more.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -59,13 +60,6 @@ def new_autoencoder(model: dict[str, Any]) -> AutoencoderKLWan:
     return vae
 
 
-def normalise(latents: Tensor, vae: AutoencoderKLWan) -> Tensor:
-    """Raw latents (B, C, T, h, w) → unit scale, as diffusers' Wan pipelines do."""
-    mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(1, -1, 1, 1, 1)
-    std = torch.tensor(vae.config.latents_std, device=latents.device).view(1, -1, 1, 1, 1)
-    return (latents - mean) / std
-
-
 def pixel_weights(frames: Tensor, mask: Tensor, settings: AutoencoderTraining) -> Tensor:
     """Weights (B, F, 1, H, W) with mean one: more on sprites and where neighbouring pixels differ."""
     grey = frames.mean(2, keepdim=True)
@@ -91,11 +85,13 @@ def _loss(vae: AutoencoderKLWan, settings: AutoencoderTraining, seed: int, devic
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     psnr = 10 * math.log10(4 / float(error.detach().square().mean()))
-    values = {"reconstruction": float(reconstruction), "divergence": float(divergence), "psnr": psnr}
+    values = {"reconstruction": float(reconstruction.detach()), "divergence": float(divergence.detach()), "psnr": psnr}
     return reconstruction + settings.kl_weight * divergence, values
 
 
-def train_autoencoder(settings: AutoencoderTraining, folder: Path, seed: int, device: torch.device, journal: Journal) -> AutoencoderKLWan:
+def train_autoencoder(
+    settings: AutoencoderTraining, folder: Path, seed: int, device: torch.device, journal: Journal, team: Team
+) -> AutoencoderKLWan:
     """Trains, measures the latents, and returns the averaged autoencoder; resumes from `folder`/autoencoder.pt."""
     torch.manual_seed(seed)
     vae = new_autoencoder(settings.model).to(device)
@@ -112,18 +108,22 @@ def train_autoencoder(settings: AutoencoderTraining, folder: Path, seed: int, de
         rate = settings.learning_rate * min(1.0, step / settings.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimiser.param_groups:
             group["lr"] = rate
-        loss, values = _loss(vae, settings, seed * 1_000_003 + step, device)
+        loss, values = _loss(vae, settings, seed * 1_000_003 + step * team.size + team.rank, device)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        team.average_gradients(vae)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimiser.step()
         average.update(vae)
+        if not team.leads:
+            continue
         journal.record(step, settings.iterations, values)
         if step % settings.checkpoint_every == 0 or step == settings.iterations:
             state = {"step": step, "model": vae.state_dict(), "optimiser": optimiser.state_dict(), "average": average.state_dict()}
             save_state(folder / "autoencoder.pt", state)
         if step % settings.sheet_every == 0:
             write_sheet(vae, folder / "sheets" / f"autoencoder-{step:05d}.png", device)
+    team.wait()
     average.copy_to(vae)
     vae.eval().requires_grad_(False)
     measure_latents(vae, settings.measure_clips, seed + 1, device)

@@ -21,13 +21,13 @@ class VideoSink(Protocol):
     metadata: dict[str, Any]
 
     def write(self, frames: Frames) -> None:
-        """Take frames, uint8 (F, H, W, 3), all of one size. ValueError for others; OutputError if they cannot be kept."""
+        """Take frames, uint8 (F, H, W, 3), all of one size; ValueError for others, OutputError if they are not kept."""
 
     def finish(self) -> Path | None:
         """Complete the output and return where it is (None: not in a file); OutputError if it cannot be completed."""
 
     def abort(self) -> Path | None:
-        """Keep what was made, never under the final name, and return where (None: nowhere). Never raises OutputError."""
+        """Keep what was made, never under the final name, and return where (None: nowhere). Raises no OutputError."""
 
     def __enter__(self) -> Self: ...
 
@@ -50,12 +50,12 @@ class BaseSink(ABC):
         self._result: Path | None = None
 
     def write(self, frames: Frames) -> None:
-        """Take frames, uint8 (F, H, W, 3), all of one size. ValueError for others; OutputError if they cannot be kept."""
+        """Take frames, uint8 (F, H, W, 3), all of one size; ValueError for others, OutputError if they are not kept."""
         if self._ended:
             raise OutputError("this sink has ended: no frames can be written to it")
         height, width = check_frames(frames).shape[1:3]
         if self._size not in (None, (height, width)):
-            raise ValueError(f"all frames must have one size (height, width): {self._size} so far, got {(height, width)}")
+            raise ValueError(f"all frames must have one size: {self._size} (height, width), then {(height, width)}")
         self._size = (height, width)
         try:
             self._write(frames)
@@ -122,8 +122,10 @@ def check_scale(scale: int) -> int:
 
 
 def check_folder(folder: Path, *, output: Path) -> None:
-    """OutputError unless a file can be written in `folder`, the place for `output`. Tries it: root passes every permission
-    bit, and a full or read-only disk shows only in writing."""
+    """OutputError unless a file can be written in `folder`, the place for `output`.
+
+    It tries: root passes every permission bit, and a full or read-only disk shows only in writing.
+    """
     if not folder.exists():
         raise OutputError(f"folder {folder} does not exist; create it or choose another -o than {output}")
     if not folder.is_dir():

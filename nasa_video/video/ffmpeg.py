@@ -32,7 +32,7 @@ def url(path: Path) -> str:
 
 def executable() -> str:
     """The ffmpeg binary that imageio-ffmpeg brings, or the one its IMAGEIO_FFMPEG_EXE names."""
-    import imageio_ffmpeg  # type: ignore[import-untyped]
+    import imageio_ffmpeg
 
     try:
         return str(imageio_ffmpeg.get_ffmpeg_exe())
@@ -61,8 +61,8 @@ def count_frames(path: Path) -> int:
 class FfmpegProcess:
     """One running ffmpeg that takes raw frames on its standard input and encodes them.
 
-    `source`, `target`: the options of its input and of its output. `ffmetadata`: tags of the output (as a file, because a
-    command line cannot hold 128 kB). `pipe_stdout`: give its standard output as `stdout`.
+    `source`, `target`: the options of its input and of its output. `ffmetadata`: tags of the output (as a file, because
+    a command line cannot hold 128 kB). `pipe_stdout`: give its standard output as `stdout`.
     """
 
     def __init__(
@@ -124,7 +124,8 @@ class FfmpegProcess:
 
     def close(self, timeout: float | None) -> int:
         """End the input, wait up to `timeout` seconds, then kill; return the exit status. May be called twice."""
-        assert self._process.stdin is not None and self._process.stderr is not None
+        assert self._process.stdin is not None
+        assert self._process.stderr is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:

@@ -1,8 +1,8 @@
 """A video file by way of ffmpeg, of which nothing is lost: MP4, WebM, GIF.
 
-While frames come, ffmpeg writes a capture (see `formats`) beside the final name. `finish` converts it, counts the frames
-of the result and only then gives it the final name. If anything goes wrong (Ctrl-C, a killed ffmpeg, a full disk) the
-capture's complete frames, and those that ffmpeg had taken but not written, become `name.partial.mp4`.
+While frames come, ffmpeg writes a capture (see `formats`) beside the final name. `finish` converts it, counts the
+frames of the result and only then gives it the final name. If anything goes wrong (Ctrl-C, a killed ffmpeg, a full
+disk) the capture's complete frames, and those that are not on disk yet, become `name.partial.mp4`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 from nasa_video.errors import OutputError
 from nasa_video.video import ffmpeg
 from nasa_video.video.base import BaseSink, check_folder, check_scale
-from nasa_video.video.formats import Upscale, format_of, frame_rate, picture_filters, raw_input
+from nasa_video.video.formats import format_of, frame_rate, picture_filters, raw_input
 from nasa_video.video.fragments import FragmentIndex
-from nasa_video.video.frames import Frames
+from nasa_video.video.frames import Frames, Upscale
 from nasa_video.video.metadata import to_ffmetadata, to_json
 
 _SECONDS_TO_FLUSH = 60.0
@@ -30,8 +30,8 @@ class FfmpegSink(BaseSink):
     """Writes `path` as .mp4 (H.264, yuv420p, plays everywhere), .webm (VP9) or .gif, by its suffix.
 
     `fps`: frames a second. `metadata`: JSON values, kept in the file (`read_metadata`). `scale`: integer upscaling of
-    small pictures, by `upscale`. `crf`: the encoder's quality, lower is better. MP4 and WebM need even sides: an odd one
-    gets its last column or row once more, after scaling; pictures are never resized otherwise.
+    small pictures, by `upscale`. `crf`: the encoder's quality, lower is better. MP4 and WebM need even sides: an odd
+    one gets its last column or row once more, after scaling; pictures are never resized otherwise.
 
     The constructor raises OutputError where the file could not be written, so that nothing is generated in vain.
     Memory: the frames that ffmpeg has taken and not yet written (a few tens), whatever the length of the video.
@@ -71,9 +71,8 @@ class FfmpegSink(BaseSink):
     def _write(self, frames: Frames) -> None:
         if self._capture is None:
             self._capture = self._new_capture()
-        for frame in frames:
-            self.num_frames += 1
-            self._capture.write(frame.tobytes())
+        self.num_frames += len(frames)
+        self._capture.write([frame.tobytes() for frame in frames])
 
     def _finish(self) -> Path:
         assert self._capture is not None
@@ -85,7 +84,7 @@ class FfmpegSink(BaseSink):
 
     def _abort(self) -> Path | None:
         """Complete the capture as far as possible, then convert it; where the disk has no room for that, rename it."""
-        if self._capture is None:
+        if self._capture is None or not self._capture.path.exists():
             return None
         capture = self._capture.path
         try:
@@ -113,12 +112,11 @@ class FfmpegSink(BaseSink):
         return self._kept_capture
 
     def _append(self, pending: list[bytes]) -> tuple[Path, int]:
-        """A capture with the frames that a dead ffmpeg had taken but not written, and the number of its frames."""
+        """A capture with the frames that a dead ffmpeg did not write as well, and the number of its frames."""
         assert self._capture is not None
         tail = self._new_capture()
         try:
-            for frame in pending:
-                tail.write(frame)
+            tail.write(pending)
             tail.finish()
         finally:
             tail.close()
@@ -128,7 +126,8 @@ class FfmpegSink(BaseSink):
         quoted = (ffmpeg.url(part).replace("'", r"'\''") for part in (self._capture.path, tail.path))
         listing = "".join(f"file '{name}'\n" for name in quoted)
         concat = ["-f", "concat", "-safe", "0", "-protocol_whitelist", "file,pipe", "-i", "pipe:0"]
-        ffmpeg.run([*concat, "-map", "0:v:0", "-c", "copy", "-f", "mp4", "-y", ffmpeg.url(joined)], os.fsencode(listing))
+        copy = ["-map", "0:v:0", "-c", "copy", "-f", "mp4", "-y", ffmpeg.url(joined)]
+        ffmpeg.run([*concat, *copy], os.fsencode(listing))
         expected = self.num_frames + len(pending)
         _check_count(joined, expected)
         return joined, expected
@@ -175,7 +174,7 @@ class FfmpegSink(BaseSink):
 
 
 class _Capture:
-    """A fragmented MP4 that one ffmpeg writes, with the frames it has taken but that are not on disk yet."""
+    """A fragmented MP4 that one ffmpeg writes, with the frames it was given and that are not on disk yet."""
 
     def __init__(self, path: Path, process: ffmpeg.FfmpegProcess) -> None:
         self.path = path
@@ -184,12 +183,13 @@ class _Capture:
         self._taken = 0
         self._pending: deque[bytes] = deque()
 
-    def write(self, frame: bytes) -> None:
-        # Before it is fed: a frame that Ctrl-C cuts in two is whole here.
-        self._pending.append(frame)
-        self._taken += 1
-        self.process.feed(frame)
-        self._forget_safe()
+    def write(self, frames: list[bytes]) -> None:
+        # Before they are fed: if Ctrl-C cuts one in two, or ffmpeg dies, all of them are here.
+        self._pending.extend(frames)
+        self._taken += len(frames)
+        for frame in frames:
+            self.process.feed(frame)
+            self._forget_safe()
 
     def finish(self) -> None:
         """End the input and check that all frames are on disk; FfmpegError if ffmpeg failed or was killed."""

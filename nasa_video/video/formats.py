@@ -1,6 +1,6 @@
 """The file formats a video can be written as: how frames are captured, and how a capture becomes the file.
 
-A capture is always a fragmented MP4 with one fragment a frame, whatever the file will be: what is on disk plays although
+A capture is always a fragmented MP4 with one fragment a frame, whatever the file will be: what is on disk plays even if
 ffmpeg dies. Its codec is the file's own where that can be copied over; for GIF it is lossless.
 """
 
@@ -11,17 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
 
 from nasa_video.errors import OutputError
 from nasa_video.video import ffmpeg
+from nasa_video.video.frames import Upscale
 from nasa_video.video.metadata import copy_gif_with_comment, to_ffmetadata
-
-Upscale = Literal["lanczos", "nearest"]
 
 _FRAGMENTED = ("-movflags", "+frag_every_frame+empty_moov+default_base_moof", "-flush_packets", "1", "-f", "mp4")
 # No B-frames and no lookahead: a frame that went in comes out at once, and is on disk.
-_H264 = ("-c:v", "libx264", "-preset", "medium", "-tune", "zerolatency", "-profile:v", "high")
+_H264 = ("-c:v", "libx264", "-preset", "veryfast", "-tune", "zerolatency", "-profile:v", "high")
 _VP9 = ("-c:v", "libvpx-vp9", "-b:v", "0", "-deadline", "realtime", "-cpu-used", "4", "-row-mt", "1")
 _LOSSLESS = ("-c:v", "libx264rgb", "-qp", "0", "-preset", "ultrafast", "-tune", "zerolatency")
 
@@ -42,8 +40,8 @@ def raw_input(height: int, width: int, rate: Fraction) -> list[str]:
 def picture_filters(height: int, width: int, scale: int, upscale: Upscale, *, subsampled: bool) -> list[str]:
     """Filters from RGB (H, W) to the encoder's picture.
 
-    Upscales by the integer `scale`. Where chroma is subsampled (4:2:0) both sides must be even: an odd one gets its last
-    column or row once more. Colours become BT.709, limited range, and say so: players guess otherwise, by size.
+    Upscales by the integer `scale`. Where chroma is subsampled (4:2:0) both sides must be even: an odd one gets its
+    last column or row once more. Colours become BT.709, limited range, and say so: players guess otherwise, by size.
     """
     filters = []
     if scale > 1:
@@ -93,9 +91,12 @@ def _copy_to(*muxer: str) -> Callable[[Path, Path, str], None]:
 def _convert_to_gif(capture: Path, target: Path, comment: str) -> None:
     """Two passes, palette then picture: one pass with `split` would hold the whole video in memory."""
     inputs = ["-xerror", "-i", ffmpeg.url(capture)]
-    palette = ffmpeg.run([*inputs, "-vf", "palettegen", "-frames:v", "1", "-c:v", "png", "-f", "image2pipe", "pipe:1"])
+    # Colours from every eighth frame: palettegen is slow where there are many, and they last longer than that.
+    one_png = ["-frames:v", "1", "-c:v", "png", "-f", "image2pipe", "pipe:1"]
+    palette = ffmpeg.run([*inputs, "-vf", r"select=not(mod(n\,8)),palettegen", *one_png])
     plain = target.with_name(f"{target.name}.plain")
-    filters = ["-lavfi", "[0:v:0][1:v]paletteuse=diff_mode=rectangle"]
+    # An ordered pattern stands still; diffused errors flicker from frame to frame, and take thrice the bytes.
+    filters = ["-lavfi", "[0:v:0][1:v]paletteuse=dither=bayer:bayer_scale=4:diff_mode=rectangle"]
     try:
         ffmpeg.run([*inputs, "-f", "png_pipe", "-i", "pipe:0", *filters, "-f", "gif", "-y", ffmpeg.url(plain)], palette)
         with plain.open("rb") as source, target.open("wb") as out:
@@ -115,7 +116,12 @@ FORMATS = {
         default_crf=20,
     ),
     # Browsers show a GIF whose frames last less than 2/100 s at 10 frames a second.
-    ".gif": Format(codec=lambda crf, key: [*_LOSSLESS, "-g", str(key)], convert=_convert_to_gif, subsampled=False, max_fps=50),
+    ".gif": Format(
+        codec=lambda crf, key: [*_LOSSLESS, "-g", str(key)],
+        convert=_convert_to_gif,
+        subsampled=False,
+        max_fps=50,
+    ),
 }
 
 
@@ -125,4 +131,4 @@ def format_of(path: Path) -> Format:
         return FORMATS[path.suffix.lower()]
     except KeyError:
         known = ", ".join(FORMATS)
-        raise OutputError(f"cannot write {path}: the suffix must be one of {known}, or end in / for PNG frames") from None
+        raise OutputError(f"cannot write {path}: -o must end in {known}, or in / for a folder of PNG frames") from None

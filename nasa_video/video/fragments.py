@@ -60,7 +60,7 @@ class FragmentIndex:
             if len(header) < _HEADER.size + _LARGE_SIZE.size:
                 return None
             (size,) = _LARGE_SIZE.unpack_from(header, _HEADER.size)
-        # Smaller than its own header: not a box (zeros of a file that the disk could not hold). Nothing after it counts.
+        # Smaller than its own header: not a box (the zeros of a hole in the file). Nothing after it counts.
         if size < _HEADER.size or position + size > written:
             return None
         return kind, size

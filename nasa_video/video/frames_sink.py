@@ -11,8 +11,8 @@ from typing import Any
 
 from nasa_video.errors import OutputError
 from nasa_video.video.base import BaseSink, check_folder, check_scale
-from nasa_video.video.formats import Upscale, frame_rate
-from nasa_video.video.frames import Frames
+from nasa_video.video.formats import frame_rate
+from nasa_video.video.frames import Frames, Upscale, enlarge
 from nasa_video.video.metadata import METADATA_FILE
 
 
@@ -20,7 +20,7 @@ class FramesSink(BaseSink):
     """Numbered PNG files, `000000.png` and so on, each there whole or not at all, then `metadata.json`.
 
     The folder is made if only its last part is missing. One that holds frames already is refused: a shorter video would
-    end in the older one's frames. `metadata.json` (with `frames` and `fps` added) is written last: where it is missing,
+    end in the older one's frames. `metadata.json` (`frames`, `fps`, `metadata`) is written last: where it is missing,
     the video was not completed. `scale`: integer upscaling of small pictures.
     """
 
@@ -48,18 +48,13 @@ class FramesSink(BaseSink):
     def _write(self, frames: Frames) -> None:
         from PIL import Image
 
-        resample = {"lanczos": Image.Resampling.LANCZOS, "nearest": Image.Resampling.NEAREST}[self._upscale]
-        for frame in frames:
-            image = Image.fromarray(frame)
-            if self._scale > 1:
-                image = image.resize((image.width * self._scale, image.height * self._scale), resample)
+        for frame in enlarge(frames, self._scale, self._upscale):
             with self._replacing(f"{self.num_frames:06d}.png") as part:
-                image.save(part, format="png")
+                Image.fromarray(frame).save(part, format="png")
             self.num_frames += 1
 
     def _finish(self) -> Path:
-        # Ours first: `frames` and `fps` describe the folder, whatever the caller's keys are.
-        content = json.dumps({**self.metadata, "frames": self.num_frames, "fps": self._fps}, indent=1)
+        content = json.dumps({"frames": self.num_frames, "fps": self._fps, "metadata": self.metadata}, indent=1)
         with self._replacing(METADATA_FILE) as part:
             part.write_text(content + "\n", encoding="utf-8")
         return self.folder

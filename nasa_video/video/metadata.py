@@ -63,7 +63,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        return _parse(_read_folder(path))
+        return dict(_parse(_read_folder(path)).get("metadata", {}))
     if not path.is_file():
         raise InputError(f"{path} does not exist, so there are no settings to read from it")
     comment = _read_gif(path) if path.suffix.lower() == ".gif" else _read_container(path)
@@ -82,7 +82,7 @@ def _read_folder(folder: Path) -> str:
     try:
         return (folder / METADATA_FILE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder} has no readable {METADATA_FILE}: its frames are not ours, or not all made") from error
+        raise InputError(f"{folder} has no readable {METADATA_FILE}: the frames are not ours or incomplete") from error
 
 
 def _read_gif(path: Path) -> str | None:

@@ -18,8 +18,7 @@ import numpy as np
 
 from nasa_video.video.base import BaseSink, VideoSink
 from nasa_video.video.ffmpeg_sink import FfmpegSink
-from nasa_video.video.formats import Upscale
-from nasa_video.video.frames import Frames
+from nasa_video.video.frames import Frames, Upscale
 from nasa_video.video.frames_sink import FramesSink
 from nasa_video.video.stream_sink import StreamSink
 
@@ -85,7 +84,9 @@ class TeeSink(BaseSink):
     def _finish(self) -> Path | None:
         for sink in self.sinks:
             sink.metadata.update(self.metadata)
-        return [sink.finish() for sink in self.sinks][0]
+        first, *_ = [sink.finish() for sink in self.sinks]
+        return first
 
     def _abort(self) -> Path | None:
-        return [sink.abort() for sink in self.sinks][0]
+        first, *_ = [sink.abort() for sink in self.sinks]
+        return first

@@ -11,8 +11,8 @@ from typing import IO, Any
 from nasa_video.errors import OutputError
 from nasa_video.video import ffmpeg
 from nasa_video.video.base import BaseSink, check_scale
-from nasa_video.video.formats import Upscale, frame_rate, picture_filters, raw_input
-from nasa_video.video.frames import Frames
+from nasa_video.video.formats import frame_rate, picture_filters, raw_input
+from nasa_video.video.frames import Frames, Upscale
 from nasa_video.video.metadata import to_ffmetadata, to_json
 
 # The baseline profile and one fragment a frame: a browser shows a frame as soon as the next one has come.
@@ -42,7 +42,7 @@ class StreamSink(BaseSink):
     ) -> None:
         super().__init__(metadata)
         if target.isatty():
-            raise OutputError("video is not written to a terminal; redirect the output (-o - > ball.mp4) or name a file")
+            raise OutputError("video does not go to a terminal; redirect the output (-o - > ball.mp4) or name a file")
         target.flush()
         # Unbuffered: a buffer that could not be flushed would complain once more when the interpreter ends.
         self._target: IO[bytes] = getattr(target, "raw", target)

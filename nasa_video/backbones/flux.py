@@ -1,0 +1,305 @@
+"""Guidance in FLUX: joint attention over text and image, double and single blocks.
+
+The image stream is one; each negative prompt has a text stream of its own that runs beside the positive one through
+every block, with its own pooled embedding in its modulation. Only the image rows of the attention are guided.
+"""
+
+# B batch, L text tokens, S image tokens, C channels, E text dim, P pooled dim, H heads, D head dim
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers import FluxTransformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from torch import Tensor, cat, float16, nn
+
+from nasa_video.attention import Attend, TextKeys
+from nasa_video.backbones.joint import JointFormula, join_keys
+from nasa_video.backbones.scope import NegativeContext, ScopedSteering, expand_keys, expand_rows, new_steering
+from nasa_video.errors import InputError
+from nasa_video.guidance import AttentionGuidance
+from nasa_video.steering import EffectMeter, PromptKeys
+
+Rotary = tuple[Tensor, Tensor]
+_NO_KEYS = (PromptKeys(()), 1.0)
+"""Marks that there is a negative; its keys differ from step to step here."""
+
+
+@dataclass
+class TextStream:
+    """One negative prompt on its way through the blocks.
+
+    Attributes:
+        temb: (B, C), timestep and pooled embedding.
+        text: (B, L, C), as it enters the running block.
+        inner: (B, L, C), after the block's norm: what its attention sees.
+        modulation: gates and shifts of the block for this stream.
+        mlp: (B, L, 4 C), the single block's parallel branch.
+        attended: (B, L, C), what the attention gave back.
+    """
+
+    context: NegativeContext
+    bias: Tensor | None
+    temb: Tensor | None = None
+    text: Tensor | None = None
+    inner: Tensor | None = None
+    modulation: tuple[Tensor, ...] = ()
+    mlp: Tensor | None = None
+    attended: Tensor | None = None
+
+
+@dataclass
+class FluxRun:
+    """What the hooks and processors of one transformer share."""
+
+    steering: ScopedSteering
+    formula: JointFormula
+    streams: list[TextStream] = field(default_factory=list)
+    text_tokens: int = 0
+
+    @property
+    def last_layer(self) -> int:
+        """The last layer that is guided in the running call; -1 when none is."""
+        layers = range(self.steering.num_layers - 1, -1, -1)
+        return next((layer for layer in layers if self.streams and self.steering.acts(layer)), -1)
+
+
+class GuidedJointAttention:
+    """Processor of ``block.attn`` (diffusers' processor protocol)."""
+
+    def __init__(self, layer: int, run: FluxRun, before: Callable[..., Any]) -> None:
+        self.layer = layer
+        self.run = run
+        self.before = before
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Image (B, S, C) and text (B, L, C), or both in one (B, L + S, C) in a single block; the same back."""
+        run, last = self.run, self.run.last_layer
+        if self.layer > last:
+            return self.before(  # type: ignore[no-any-return]
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+        if attention_mask is not None:
+            raise InputError("FLUX's joint attention has no mask; a guided layer does not ignore an unknown one")
+        double = encoder_hidden_states is not None
+        length = encoder_hidden_states.shape[1] if double else run.text_tokens
+        text_rotary = image_rotary = None
+        if image_rotary_emb is not None:
+            cos, sin = image_rotary_emb
+            text_rotary, image_rotary = (cos[:length], sin[:length]), (cos[length:], sin[length:])
+        own, text = (hidden_states, encoder_hidden_states) if double else (
+            hidden_states[:, length:],
+            hidden_states[:, :length],
+        )
+        q_image, image = project(attn, own, image_rotary)
+        q_text, positive = project(attn, text, text_rotary, added=double)
+        z_text = run.steering.attend(q_text, join_keys(positive, image)).flatten(2)
+        negatives = self._advance_negatives(attn, image, text_rotary, length, double)
+        z_image = self._guide(q_image, positive, negatives, image).flatten(2)
+        if not double:
+            return cat([z_text, z_image], dim=1).type_as(q_image)
+        z_image, z_text = z_image.type_as(q_image), z_text.type_as(q_image)
+        return attn.to_out[1](attn.to_out[0](z_image)), attn.to_add_out(z_text)
+
+    def _advance_negatives(
+        self, attn: FluxAttention, image: TextKeys, rotary: Rotary | None, length: int, double: bool
+    ) -> list[tuple[TextKeys, float]]:
+        """The negatives' keys; and their own rows of the attention, which the block's hook carries on."""
+        negatives = []
+        for stream in self.run.streams:
+            assert stream.inner is not None
+            tokens = stream.inner.shape[1]
+            if tokens > length:
+                raise InputError(
+                    f"the negative prompt has {tokens} tokens and the prompt {length}: FLUX has no positions for the "
+                    "rest; encode both with the same max_sequence_length"
+                )
+            cut = None if rotary is None else (rotary[0][:tokens], rotary[1][:tokens])
+            q, keys = project(attn, stream.inner, cut, added=double)
+            if self.layer < self.run.last_layer:
+                attended = self.run.steering.attend(q, join_keys(keys, image)).flatten(2).type_as(q)
+                stream.attended = attn.to_add_out(attended) if double else attended
+            negatives.append((TextKeys(keys.k, keys.v, stream.bias), stream.context.weight))
+        return negatives
+
+    def _guide(
+        self, q: Tensor, positive: TextKeys, negatives: Sequence[tuple[TextKeys, float]], image: TextKeys
+    ) -> Tensor:
+        steering = self.run.steering
+        if not steering.acts(self.layer):
+            return steering.attend(q, join_keys(positive, image))
+        assert steering.guidance is not None
+        keys = [(expand_keys(negative, q.shape[0]), weight) for negative, weight in negatives]
+        guided = self.run.formula(steering.guidance, q, positive, keys, image, steering.attend)
+        steering.meter.add(guided)
+        return guided.z
+
+
+def project(attn: FluxAttention, x: Tensor, rotary: Rotary | None, *, added: bool = False) -> tuple[Tensor, TextKeys]:
+    """Queries and keys of one stream after QK-norm and rotation, (B, tokens, H, D); ``added``: by the text's weights."""
+    if added:
+        norm_q, norm_k = attn.norm_added_q, attn.norm_added_k
+        if attn.fused_projections:
+            q, k, v = attn.to_added_qkv(x).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x)
+    else:
+        norm_q, norm_k = attn.norm_q, attn.norm_k
+        if attn.fused_projections:
+            q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+    q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in (q, k, v))
+    q, k = norm_q(q), norm_k(k)
+    if rotary is not None:
+        q, k = (apply_rotary_emb(part, rotary, sequence_dim=1) for part in (q, k))
+    return q, TextKeys(k, v)
+
+
+class FluxBackbone:
+    """A FLUX transformer."""
+
+    def __init__(
+        self,
+        model: FluxTransformer2DModel,
+        guidance: AttentionGuidance,
+        attend: Attend,
+        meter: EffectMeter,
+        formula: JointFormula,
+    ) -> None:
+        formula.check(guidance)
+        self.model = model
+        self.doubles: list[nn.Module] = list(model.transformer_blocks)
+        self.singles: list[nn.Module] = list(model.single_transformer_blocks)
+        self.steering = new_steering(guidance, attend, len(self.doubles) + len(self.singles), meter)
+        self.run = FluxRun(self.steering, formula)
+        for block in (*self.doubles, *self.singles):
+            if not isinstance(block.attn.processor, FluxAttnProcessor):
+                name = type(block.attn.processor).__name__
+                raise InputError(
+                    f"attention processor {name} does more than joint attention (an IP-Adapter?); guidance would drop "
+                    "that: unload it first"
+                )
+
+    def use(self, negatives: Sequence[NegativeContext], *, lora_scale: float | None = None) -> None:
+        """Take the negatives; their streams depend on the image and are made anew in every call of the model."""
+        guidance = self.steering.guidance
+        assert guidance is not None
+        if any(negative.pooled is None for negative in negatives):
+            raise InputError("FLUX needs the pooled embedding of a negative too: NegativeContext(embeds, pooled=...)")
+        active = negatives if guidance.active else ()
+        self.run.streams = [
+            TextStream(negative, None if guidance.negative_padding else negative.bias()) for negative in active
+        ]
+        self.steering.negatives = [_NO_KEYS] * len(active)
+
+    @contextmanager
+    def install(self) -> Iterator[None]:
+        """Guide the model's joint attention inside the scope; what was there comes back, also after an error."""
+        blocks = [*self.doubles, *self.singles]
+        before = [block.attn.processor for block in blocks]
+        run, model = self.run, self.model
+        with ExitStack() as hooks:
+            try:
+                hooks.callback(model.time_text_embed.register_forward_hook(_EmbedTime(run)).remove)
+                hooks.callback(model.context_embedder.register_forward_hook(_EmbedText(run)).remove)
+                for layer, block in enumerate(blocks):
+                    enter, leave = _hooks(run, layer, double=layer < len(self.doubles))
+                    hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                    hooks.callback(block.register_forward_hook(leave).remove)
+                    block.attn.set_processor(GuidedJointAttention(layer, run, before[layer]))
+                yield
+            finally:
+                run.streams = []
+                for block, processor in zip(blocks, before, strict=True):
+                    block.attn.set_processor(processor)
+
+
+class _EmbedTime:
+    """Hook of the timestep embedding: the same for each negative, with its own pooled embedding."""
+
+    def __init__(self, run: FluxRun) -> None:
+        self.run = run
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if self.run.last_layer < 0:
+            return
+        *times, pooled = args
+        for stream in self.run.streams:
+            assert stream.context.pooled is not None
+            own = expand_rows(stream.context.pooled.to(pooled), pooled.shape[0])
+            stream.temb = module.forward(*times, own)
+
+
+class _EmbedText:
+    """Hook of the text embedding: starts each negative's stream."""
+
+    def __init__(self, run: FluxRun) -> None:
+        self.run = run
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if self.run.last_layer < 0:
+            return
+        for stream in self.run.streams:
+            embeds = expand_rows(stream.context.embeds.to(args[0]), args[0].shape[0])
+            stream.text = module.forward(embeds)
+
+
+def _hooks(run: FluxRun, layer: int, *, double: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks before and after a block that take the negatives' streams through it."""
+    enter_stream, leave_stream = (_enter_double, _leave_double) if double else (_enter_single, _leave_single)
+
+    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+        run.text_tokens = text.shape[1]
+        if layer <= run.last_layer:
+            for stream in run.streams:
+                enter_stream(block, stream)
+
+    def leave(block: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        last = run.last_layer
+        for stream in run.streams:
+            if layer < last:
+                leave_stream(block, stream)
+                if stream.text is not None and stream.text.dtype == float16:
+                    stream.text = stream.text.clip(-65504, 65504)
+            elif layer == last:  # nothing reads the stream any more
+                stream.text = stream.inner = stream.mlp = stream.attended = stream.temb = None
+
+    return enter, leave
+
+
+def _enter_double(block: nn.Module, stream: TextStream) -> None:
+    stream.inner, *modulation = block.norm1_context(stream.text, emb=stream.temb)
+    stream.modulation = tuple(modulation)
+
+
+def _leave_double(block: nn.Module, stream: TextStream) -> None:
+    gate, shift_mlp, scale_mlp, gate_mlp = (x.unsqueeze(1) for x in stream.modulation)
+    text = stream.text + gate * stream.attended
+    inner = block.norm2_context(text) * (1 + scale_mlp) + shift_mlp
+    stream.text = text + gate_mlp * block.ff_context(inner)
+
+
+def _enter_single(block: nn.Module, stream: TextStream) -> None:
+    stream.inner, gate = block.norm(stream.text, emb=stream.temb)
+    stream.modulation = (gate,)
+    stream.mlp = block.act_mlp(block.proj_mlp(stream.inner))
+
+
+def _leave_single(block: nn.Module, stream: TextStream) -> None:
+    (gate,) = stream.modulation
+    assert stream.attended is not None and stream.mlp is not None
+    stream.text = stream.text + gate.unsqueeze(1) * block.proj_out(cat([stream.attended, stream.mlp], dim=2))

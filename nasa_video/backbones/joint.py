@@ -1,0 +1,189 @@
+"""What guidance can mean where text and image share one softmax (FLUX, SD 3.5).
+
+For image queries, attention over text keys T and image keys I splits exactly, with m = sigmoid(lse_T - lse_I):
+``Z = m Z_T + (1 - m) Z_I``. The image part is the same for every prompt; the NASA paper gives no formula for which of
+these it subtracts, so there are four settings. Measured side by side in docs/joint_attention.md.
+"""
+
+# B batch, Q image queries, N keys, H heads, D head dim
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nasa_video.attention import Attend, TextKeys
+from nasa_video.errors import InputError
+from nasa_video.guidance import AttentionGuidance, GuidedAttention, Nag, Nasa, Vsf, WeightedKeys
+
+
+class JointFormula(Protocol):
+    """How a method that knows of text keys alone guides the image rows of a joint attention layer."""
+
+    def check(self, guidance: AttentionGuidance) -> None:
+        """Raise InputError for a method that it gives no meaning to."""
+        ...
+
+    def __call__(
+        self,
+        guidance: AttentionGuidance,
+        q: Tensor,
+        positive: TextKeys,
+        negatives: Sequence[WeightedKeys],
+        image: TextKeys,
+        attend: Attend,
+    ) -> GuidedAttention:
+        """Guide q (B, Q, H, D); keys after QK-norm and rotation."""
+        ...
+
+
+@dataclass(frozen=True)
+class WholeOutput:
+    """F1: the method on the whole joint outputs; ``Z+ - alpha Z-`` for NASA.
+
+    NAG as published for FLUX, and the NASA baseline of the VSF paper. It subtracts the image's self-attention too.
+    """
+
+    def check(self, guidance: AttentionGuidance) -> None:
+        if isinstance(guidance, Vsf):
+            raise InputError("VSF over whole joint outputs would flip the image's own values; use JoinedKeys()")
+
+    def __call__(
+        self,
+        guidance: AttentionGuidance,
+        q: Tensor,
+        positive: TextKeys,
+        negatives: Sequence[WeightedKeys],
+        image: TextKeys,
+        attend: Attend,
+    ) -> GuidedAttention:
+        joined = [(join_keys(keys, image), weight) for keys, weight in negatives]
+        return guidance(q, join_keys(positive, image), joined, attend)
+
+
+@dataclass(frozen=True)
+class NegativeMass:
+    """F2: ``Z+ - alpha m- Z_T-``: the negative's text part, weighed by the attention that it would get itself."""
+
+    def check(self, guidance: AttentionGuidance) -> None:
+        if not isinstance(guidance, Nasa):
+            raise InputError(f"NegativeMass() is a formula for NASA; {guidance.name} needs branches of equal weight")
+
+    def __call__(
+        self,
+        guidance: AttentionGuidance,
+        q: Tensor,
+        positive: TextKeys,
+        negatives: Sequence[WeightedKeys],
+        image: TextKeys,
+        attend: Attend,
+    ) -> GuidedAttention:
+        z_image, lse_image = attend.with_lse(q, image)
+        z_text, lse_text = attend.with_lse(q, positive)
+        z_pos = _mix(z_text, z_image, lse_text - lse_image)
+        given = _GivenPositive(attend, positive, z_pos, lse_text, lse_image)
+        return guidance(q, positive, negatives, given)
+
+
+@dataclass(frozen=True)
+class PositiveMass:
+    """F3: ``m+ g(Z_T+, Z_T-) + (1 - m+) Z_I``: the method on the text part alone, as in cross-attention.
+
+    For NASA this is ``Z+ - alpha m+ Z_T-``.
+    """
+
+    def check(self, guidance: AttentionGuidance) -> None:
+        return
+
+    def __call__(
+        self,
+        guidance: AttentionGuidance,
+        q: Tensor,
+        positive: TextKeys,
+        negatives: Sequence[WeightedKeys],
+        image: TextKeys,
+        attend: Attend,
+    ) -> GuidedAttention:
+        z_image, lse_image = attend.with_lse(q, image)
+        z_text, lse_text = attend.with_lse(q, positive)
+        text = guidance(q, positive, negatives, _GivenPositive(attend, positive, z_text, lse_text))
+        mass = lse_text - lse_image
+        return GuidedAttention(_mix(text.z, z_image, mass), _mix(text.z_pos, z_image, mass), text.negative_share)
+
+
+@dataclass(frozen=True)
+class JoinedKeys:
+    """VSF as published for joint attention: one softmax over [T+; I; T-], the values of T- flipped.
+
+    For NASA and NAG: the whole positive output against the negative's text part, unweighed.
+    """
+
+    def check(self, guidance: AttentionGuidance) -> None:
+        if not isinstance(guidance, Vsf):
+            raise InputError(f"JoinedKeys() is VSF's formula; for {guidance.name} use PositiveMass() or WholeOutput()")
+
+    def __call__(
+        self,
+        guidance: AttentionGuidance,
+        q: Tensor,
+        positive: TextKeys,
+        negatives: Sequence[WeightedKeys],
+        image: TextKeys,
+        attend: Attend,
+    ) -> GuidedAttention:
+        return guidance(q, join_keys(positive, image), negatives, attend)
+
+
+def default_joint(guidance: AttentionGuidance) -> JointFormula:
+    """What each method's authors published; for NASA, what docs/joint_attention.md measured."""
+    if isinstance(guidance, Nag):
+        return WholeOutput()
+    if isinstance(guidance, Vsf):
+        return JoinedKeys()
+    return PositiveMass()
+
+
+def join_keys(text: TextKeys, image: TextKeys) -> TextKeys:
+    """Keys of text and image behind one another, as FLUX orders them."""
+    k, v = torch.cat([text.k, image.k], dim=1), torch.cat([text.v, image.v], dim=1)
+    if text.bias is None:
+        return TextKeys(k, v)
+    return TextKeys(k, v, torch.nn.functional.pad(text.bias, (0, image.k.shape[1])))
+
+
+def _mix(z_text: Tensor, z_image: Tensor, logit: Tensor) -> Tensor:
+    m = torch.sigmoid(logit).to(z_text.dtype)
+    return m * z_text + (1 - m) * z_image
+
+
+class _GivenPositive:
+    """An attention that has the positive prompt's output already; the others are computed.
+
+    With ``lse_image``, outputs of the others carry the mass that their keys would take beside the image's.
+    """
+
+    def __init__(
+        self, attend: Attend, positive: TextKeys, z: Tensor, lse: Tensor, lse_image: Tensor | None = None
+    ) -> None:
+        self.attend = attend
+        self.positive = positive
+        self.z = z
+        self.lse = lse
+        self.lse_image = lse_image
+
+    def __call__(self, q: Tensor, keys: TextKeys) -> Tensor:
+        if keys is self.positive:
+            return self.z
+        if self.lse_image is None:
+            return self.attend(q, keys)
+        z, lse = self.attend.with_lse(q, keys)
+        return torch.sigmoid(lse - self.lse_image).to(z.dtype) * z
+
+    def with_lse(self, q: Tensor, keys: TextKeys) -> tuple[Tensor, Tensor]:
+        if keys is self.positive:
+            return self.z, self.lse
+        return self.attend.with_lse(q, keys)

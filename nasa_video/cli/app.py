@@ -1,0 +1,38 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nasa_video import __version__
+from nasa_video.cli.generate import generate
+from nasa_video.cli.models import models
+
+app = typer.Typer(
+    name="nasa-video",
+    help="Negative prompts for few-step and one-step video and image generators.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Negative prompts for few-step and one-step video and image generators."""
+
+
+app.command()(generate)
+app.command()(models)

@@ -1,0 +1,106 @@
+"""``nasa-video generate``: a prompt and its negatives to a video file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nasa_video.cli.console import chunk_progress, emit_json, say, shown_warnings
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What the video should show.")] = None,
+    neg: Annotated[
+        list[str] | None,
+        typer.Option("--neg", help="What must not be there: TEXT or TEXT:WEIGHT. Give it once a term.", show_default=False),
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Strength of the guidance; the model's own by default.")] = None,
+    guidance: Annotated[str | None, typer.Option(help="nasa, nag, vsf, cfg or none.", show_default="nasa")] = None,
+    model: Annotated[str | None, typer.Option(help="Preset, folder, or hub id.", show_default="sprites")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", help="FILE.mp4, .webm, .gif, a folder DIR/ of PNG files, or - for a stream."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same video.", show_default="0")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps a chunk.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Length in frames.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels, as the model makes it.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels, as the model makes it.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second of the file.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one")] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="YAML file: prompts, negatives and scales at seconds.", show_default=False)
+    ] = None,
+    recompute: Annotated[
+        bool, typer.Option(help="When the prompt changes, make the window's keys again under the new one.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Unguided and guided side by side, and a contact sheet PNG.")
+    ] = False,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Make the video of this file again; other options replace its own.")
+    ] = None,
+    guide_steps: Annotated[str, typer.Option(help="Share of the steps that are guided, FIRST:LAST.")] = "0:1",
+    guide_layers: Annotated[str, typer.Option(help="Share of the layers that are guided, FIRST:LAST.")] = "0:1",
+    guide_clean: Annotated[bool, typer.Option(help="Guide the pass that writes the keys for later chunks.")] = True,
+    neg_padding: Annotated[
+        bool | None, typer.Option(help="Whether the negative's padding takes part; the method's own choice by default.")
+    ] = None,
+    fold: Annotated[bool, typer.Option(help="Compute equal padding keys once (exact).")] = True,
+    attention: Annotated[str, typer.Option(help="sdpa or xformers.")] = "sdpa",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
+) -> None:
+    """Make a video that shows PROMPT and steers away from every --neg."""
+    from nasa_video.cli.generation import Request, run
+
+    request = Request(
+        prompt=prompt,
+        negatives=tuple(neg or ()),
+        scale=scale,
+        guidance=guidance,
+        model=model,
+        seed=seed,
+        steps=steps,
+        frames=frames,
+        width=width,
+        height=height,
+        fps=fps,
+        device=device,
+        timeline=timeline,
+        recompute=recompute,
+        compare=compare,
+        source=source,
+        guide_steps=_share(guide_steps, "--guide-steps"),
+        guide_layers=_share(guide_layers, "--guide-layers"),
+        guide_clean=guide_clean,
+        neg_padding=neg_padding,
+        fold=fold,
+        attention=attention,
+    )
+    with shown_warnings():
+        result = run(request, output or default_output(prompt, source), chunk_progress, say)
+    if as_json:
+        emit_json(result)
+
+
+def default_output(prompt: str | None, source: Path | None) -> str:
+    """A name from the prompt that no file has yet; a file is only replaced when -o names it."""
+    words = source.stem if source is not None else "-".join(re.findall(r"[a-z0-9]+", (prompt or "").lower())[:8])
+    stem = words[:60] or "video"
+    name, number = f"{stem}.mp4", 2
+    while Path(name).exists():
+        name, number = f"{stem}-{number}.mp4", number + 1
+    return name
+
+
+def _share(text: str, option: str) -> tuple[float, float]:
+    first, colon, last = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return float(first), float(last)
+    except ValueError:
+        raise typer.BadParameter(f"expected FIRST:LAST such as 0:0.5, got {text!r}", param_hint=option) from None

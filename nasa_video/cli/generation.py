@@ -1,0 +1,303 @@
+"""One run of ``generate``: from what was asked for to a finished file and what to say about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+from nasa_video import __version__
+from nasa_video.attention import AttentionError, Backend
+from nasa_video.errors import InputError, NasaVideoError
+from nasa_video.guidance import Guidance, ScaleSchedule
+from nasa_video.models import DEFAULT_MODEL
+from nasa_video.pipeline import Chunk, PromptWarning, VideoPipeline
+from nasa_video.recipe import Recipe, restore_guidance, restore_negatives, store_guidance, store_negatives
+from nasa_video.steering import Effect
+from nasa_video.timeline import Cue, CueOf, Timeline, parse_negative
+from nasa_video.video.compare import contact_sheet, side_by_side
+from nasa_video.video.metadata import read_metadata
+from nasa_video.video.sinks import open_sink
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of ``generate``; None means "not given"."""
+
+    prompt: str | None
+    negatives: tuple[str, ...]
+    scale: float | None
+    guidance: str | None
+    model: str | None
+    seed: int | None
+    steps: int | None
+    frames: int | None
+    width: int | None
+    height: int | None
+    fps: float | None
+    device: str | None
+    timeline: Path | None
+    recompute: bool
+    compare: bool
+    source: Path | None
+    guide_steps: tuple[float, float]
+    guide_layers: tuple[float, float]
+    guide_clean: bool
+    neg_padding: bool | None
+    fold: bool
+    attention: str
+
+
+def run(
+    request: Request, output: str, make_progress: Callable[[], Progress], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Generate and write; returns what ``--json`` prints.
+
+    Raises:
+        NasaVideoError: something that was asked for cannot be done; before anything is generated wherever it can be
+            known before.
+    """
+    stored = Recipe.of_metadata(read_metadata(request.source), str(request.source)) if request.source else None
+    timeline = Timeline.read(request.timeline) if request.timeline else (stored.timeline if stored else None)
+    if request.fps is not None and not (math.isfinite(request.fps) and 0 < request.fps <= 240):
+        raise InputError(f"fps must be above 0 and at most 240, got {request.fps}")
+    name = request.model or (stored.model if stored else DEFAULT_MODEL)
+    try:
+        pipeline = VideoPipeline.from_pretrained(
+            name, request.device, attention=cast(Backend, request.attention), fold_padding=request.fold
+        )
+    except (AttentionError, ValueError) as error:
+        raise InputError(str(error)) from error
+    recipe = _resolve(request, stored, timeline, name, pipeline)
+    cues = _cues(recipe, pipeline)
+    warn_of_unknown_words(pipeline, recipe)
+    chunks = _stream(pipeline, recipe, cues)
+    unguided = None
+    if recipe.compare:
+        unguided = _stream(pipeline, recipe, lambda chunk: dataclasses.replace(cues(chunk), guidance=None))
+    written = _write(chunks, unguided, recipe, pipeline, output, make_progress)
+    _report(written, recipe, say)
+    return {
+        "output": written.output,
+        "frames": written.frames,
+        "fps": recipe.fps,
+        "seconds": round(written.seconds, 3),
+        "seed": recipe.seed,
+        "model": recipe.model,
+        "guidance": recipe.guidance.method if recipe.guidance and _anything_negative(recipe) else "none",
+        "effect": dataclasses.asdict(written.effect) if written.effect else None,
+        "contact_sheet": written.contact_sheet,
+    }
+
+
+def _resolve(
+    request: Request, stored: Recipe | None, timeline: Timeline | None, name: str, pipeline: VideoPipeline
+) -> Recipe:
+    preset = pipeline.preset
+    first = timeline.timeline[0] if timeline else None
+    prompt = request.prompt or (stored.prompt if stored else None) or (first.prompt if first else None)
+    if prompt is None:
+        raise InputError("say what the video should show: nasa-video generate \"a red ball bouncing\"")
+    negatives = tuple(parse_negative(text) for text in request.negatives)
+    if not negatives and stored:
+        negatives = restore_negatives(stored.negatives)
+    recipe = Recipe(
+        prompt=_without_surrogates(prompt),
+        negatives=store_negatives(negatives),
+        model=name,
+        seed=_first(request.seed, stored and stored.seed, 0),
+        steps=_first(request.steps, stored and stored.steps, preset.sampler.default_steps),
+        frames=_first(request.frames, stored and stored.frames, preset.video.frames),
+        width=_first(request.width, stored and stored.width, preset.video.width),
+        height=_first(request.height, stored and stored.height, preset.video.height),
+        fps=_first(request.fps, stored and stored.fps, preset.video.fps),
+        timeline=timeline,
+        recompute_window=request.recompute or bool(stored and stored.recompute_window),
+        fold_padding=request.fold,
+        compare=request.compare or bool(stored and stored.compare),
+        version=__version__,
+    )
+    return recipe.model_copy(update={"guidance": store_guidance(_guidance(request, stored, recipe, pipeline))})
+
+
+def _guidance(request: Request, stored: Recipe | None, recipe: Recipe, pipeline: VideoPipeline) -> Guidance | None:
+    negative = _anything_negative(recipe)
+    if request.guidance == "none":
+        if negative:
+            raise InputError("--guidance none leaves the negative prompts without effect; leave out one of the two")
+        return None
+    if request.guidance is None and request.scale is None and stored and stored.guidance:
+        guidance = restore_guidance(stored.guidance)
+        assert guidance is not None
+    else:
+        method = request.guidance or (stored.guidance.method if stored and stored.guidance else "nasa")
+        guidance = pipeline.guidance(method, request.scale)
+    schedule = ScaleSchedule(*request.guide_steps, *request.guide_layers, request.guide_clean)
+    changes: dict[str, Any] = {}
+    if schedule != ScaleSchedule():
+        changes["schedule"] = schedule
+    if request.neg_padding is not None:
+        changes["negative_padding"] = request.neg_padding
+    if changes and guidance.name == "cfg":
+        raise InputError(f"{', '.join(changes)} is for guidance inside attention (nasa, nag, vsf), not for cfg")
+    if (request.guidance or request.scale is not None) and not negative:
+        warnings.warn("no negative prompt was given, so guidance has nothing to do; add --neg TEXT", PromptWarning, 2)
+    return dataclasses.replace(guidance, **changes)
+
+
+def _anything_negative(recipe: Recipe) -> bool:
+    return bool(recipe.negatives) or (
+        recipe.timeline is not None and any(entry.negatives for entry in recipe.timeline.timeline)
+    )
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def _without_surrogates(text: str) -> str:
+    # Bytes of the command line that are no UTF-8 arrive as lone surrogates, which neither a tokenizer nor a file takes.
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _cues(recipe: Recipe, pipeline: VideoPipeline) -> CueOf:
+    guidance = restore_guidance(recipe.guidance)
+    first = Cue.of(recipe.prompt, restore_negatives(recipe.negatives), guidance)
+    if recipe.timeline is None:
+        return lambda chunk: first
+
+    def with_scale(scale: float) -> Guidance:
+        assert guidance is not None
+        return dataclasses.replace(guidance, scale=scale)
+
+    return recipe.timeline.cues(first, with_scale, lambda chunk: pipeline.frames_until(chunk) / recipe.fps)
+
+
+def _stream(pipeline: VideoPipeline, recipe: Recipe, cues: CueOf) -> Iterator[Chunk]:
+    return pipeline.stream(
+        recipe.prompt,
+        cues=cues,
+        seed=recipe.seed,
+        frames=recipe.frames,
+        steps=recipe.steps,
+        width=recipe.width,
+        height=recipe.height,
+        recompute_window=recipe.recompute_window,
+    )
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a run left behind."""
+
+    output: str
+    frames: int
+    seconds: float
+    effect: Effect | None
+    contact_sheet: str | None
+
+
+def _write(
+    chunks: Iterator[Chunk],
+    unguided: Iterator[Chunk] | None,
+    recipe: Recipe,
+    pipeline: VideoPipeline,
+    output: str,
+    make_progress: Callable[[], Progress],
+) -> Written:
+    sheet: tuple[list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]] = ([], [])
+    sheet_path = None
+    if unguided is not None and output != "-":
+        sheet_path = Path(output.rstrip("/")).with_suffix(".png")
+    size = pipeline.preset.sampler.frames_per_chunk
+    total = pipeline.check_frames(recipe.frames) // size
+    effect: Effect | None = None
+    start = time.perf_counter()
+    with (
+        open_sink(output, recipe.fps, recipe.to_metadata(), scale=pipeline.preset.video.upscale) as sink,
+        make_progress() as progress,
+    ):
+        task = progress.add_task("generating", total=total, fps=0.0)
+        for chunk in _guarded(chunks, recipe):
+            frames = chunk.frames
+            if unguided is not None:
+                plain = next(unguided).frames
+                sheet[0].append(plain)
+                sheet[1].append(frames)
+                frames = side_by_side([plain, frames], ["without", _label(recipe)])
+            sink.write(frames)
+            effect = chunk.effect
+            progress.update(task, advance=1, fps=sink.num_frames / (time.perf_counter() - start))
+        if effect is not None:
+            sink.metadata["effect"] = dataclasses.asdict(effect)
+    seconds = time.perf_counter() - start
+    if sheet_path is not None:
+        rows = [("without", np.concatenate(sheet[0])), (_label(recipe), np.concatenate(sheet[1]))]
+        contact_sheet([(f"{recipe.prompt}   |   {label}", frames) for label, frames in rows]).save(sheet_path)
+    return Written(output, sink.num_frames, seconds, effect, str(sheet_path) if sheet_path else None)
+
+
+def _guarded(chunks: Iterator[Chunk], recipe: Recipe) -> Iterator[Chunk]:
+    """The chunks, with running out of memory turned into an error that says what to change."""
+    try:
+        yield from chunks
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise NasaVideoError(_no_memory(recipe)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        raise NasaVideoError(_no_memory(recipe)) from error
+
+
+def _no_memory(recipe: Recipe) -> str:
+    return (
+        f"not enough memory for {recipe.width} x {recipe.height}; half of each side takes about a quarter: "
+        f"--width {recipe.width // 2} --height {recipe.height // 2}; fewer --frames help a model without a window"
+    )
+
+
+def _label(recipe: Recipe) -> str:
+    if recipe.guidance is None or not _anything_negative(recipe):
+        return "the same, no negative given"
+    terms = ", ".join(n.text if n.weight == 1 else f"{n.text} ({n.weight:g})" for n in recipe.negatives)
+    return f"{recipe.guidance.method.upper()} {recipe.guidance.settings['scale']:g}, negative: {terms or 'timeline'}"
+
+
+def _report(written: Written, recipe: Recipe, say: Callable[[str], None]) -> None:
+    rate = written.frames / written.seconds if written.seconds else math.inf
+    say(f"{written.output}: {written.frames} frames in {written.seconds:.1f} s ({rate:.1f} FPS), seed {recipe.seed}")
+    if written.contact_sheet:
+        say(f"{written.contact_sheet}: contact sheet")
+    if written.effect is not None:
+        say(
+            f"effect of the negative: attention changed by {written.effect.relative_change:.0%}, "
+            f"negative share {written.effect.negative_share:.1%}"
+        )
+
+
+def warn_of_unknown_words(pipeline: VideoPipeline, recipe: Recipe) -> None:
+    """Say kindly when a prompt has words that a model with a small world cannot know."""
+    if pipeline.preset.vocabulary != "sprites":
+        return
+    from nasa_video.sprites.world import unknown_words
+
+    texts = [recipe.prompt, *(negative.text for negative in recipe.negatives)]
+    unknown = sorted({word for text in texts for word in unknown_words(text)})
+    if unknown:
+        warnings.warn(
+            f"the shipped model lives in a small world of coloured shapes and has never seen {', '.join(unknown)}; "
+            'try "a red ball bouncing on a checkered background", or a real model (nasa-video models)',
+            PromptWarning,
+            stacklevel=2,
+        )
+
+

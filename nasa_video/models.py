@@ -1,0 +1,312 @@
+"""Presets: which weights a model is made of, how its loop runs, and whether they are here."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nasa_video.errors import InputError, NasaVideoError
+
+DEFAULT_MODEL = "sprites"
+
+
+class Strict(BaseModel):
+    """Settings in which an unknown key is an error, and which do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Strict):
+    """Where one component's weights come from: exactly one of ``package``, ``path`` or ``repo``.
+
+    Attributes:
+        package: folder inside the installed package.
+        path: file or folder on this machine.
+        repo, file, folder: hub repository, and the file or folder in it.
+        bytes: size of the download, as its source states it.
+    """
+
+    package: str | None = None
+    path: Path | None = None
+    repo: str | None = None
+    file: str | None = None
+    folder: str | None = None
+    bytes: int | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if sum(place is not None for place in (self.package, self.path, self.repo)) != 1:
+            raise ValueError("give exactly one of package, path, repo")
+        if self.repo is not None and (self.file is None) == (self.folder is None):
+            raise ValueError("a repo needs either a file or a folder")
+        return self
+
+    @property
+    def description(self) -> str:
+        """The place, for people."""
+        if self.package is not None:
+            return "shipped in the package"
+        if self.path is not None:
+            return str(self.path)
+        size = f" ({self.bytes / 1e9:.2f} GB)" if self.bytes else ""
+        return f"{self.repo}/{self.file or self.folder}{size}"
+
+    def find(self) -> Path | None:
+        """The local path when it is here, without asking the network."""
+        if self.package is not None:
+            path = package_root() / self.package
+            return path if path.exists() else None
+        if self.path is not None:
+            return self.path if self.path.exists() else None
+        assert self.repo is not None
+        probe = self.file or f"{self.folder}/config.json"
+        found = try_to_load_from_cache(self.repo, probe)
+        if not isinstance(found, str):
+            return None
+        path = Path(found)
+        return path if self.file else path.parent
+
+    def fetch(self) -> Path:
+        """The local path, downloaded from the hub when it is not here.
+
+        Raises:
+            InputError: it is not here and cannot be had; the message says how to bring it.
+        """
+        path = self.find()
+        if path is not None:
+            return path
+        if self.repo is None:
+            raise InputError(f"{self.package or self.path} is missing; {self._remedy()}")
+        try:
+            if self.file is not None:
+                return Path(hf_hub_download(self.repo, self.file))
+            return Path(snapshot_download(self.repo, allow_patterns=[f"{self.folder}/*"])) / str(self.folder)
+        except Exception as error:  # the hub client raises many unrelated types; each means "not to be had"
+            raise InputError(
+                f"{self.description} is not on this machine and could not be downloaded ({type(error).__name__}). "
+                f"Download it where there is a network, then set HF_HOME, or give a folder with --model"
+            ) from error
+
+    def _remedy(self) -> str:
+        if self.package is not None:
+            return "train it with: python scripts/train_sprites.py"
+        return "give a path that exists"
+
+
+class WordLlamaText(Strict):
+    """The offline text encoder of the shipped model."""
+
+    kind: Literal["wordllama"]
+    max_tokens: int = Field(gt=0)
+
+
+class Umt5Text(Source):
+    """UMT5, Wan's text encoder, in transformers' layout."""
+
+    kind: Literal["umt5"]
+    tokenizer_folder: str = "tokenizer"
+    max_tokens: int = Field(default=512, gt=0)
+
+
+class Components(Strict):
+    """The parts of a video model; ``config`` is the transformer's, for checkpoints that carry none."""
+
+    transformer: Source
+    vae: Source
+    text_encoder: Annotated[WordLlamaText | Umt5Text, Field(discriminator="kind")]
+    config: dict[str, Any] | None = None
+
+
+class SamplerSettings(Strict):
+    """The chunk loop; see causvid_adapter.ChunkSampler and FlowMatchSchedule."""
+
+    shift: float = Field(gt=0)
+    warp: bool = False
+    steps: dict[int, tuple[float, ...]] | Literal["any"]
+    default_steps: int = Field(gt=0)
+    frames_per_chunk: int = Field(gt=0)
+    window_frames: int | None = None
+    sink_frames: int = 0
+    rope: Literal["absolute", "window"] = "absolute"
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> SamplerSettings:
+        if self.steps != "any":
+            if self.default_steps not in self.steps:
+                raise ValueError(f"default_steps {self.default_steps} is not among steps {sorted(self.steps)}")
+            for count, timesteps in self.steps.items():
+                if count != len(timesteps):
+                    raise ValueError(f"steps: {count} lists {len(timesteps)} timesteps")
+        return self
+
+    def timesteps(self, num_steps: int) -> tuple[float, ...]:
+        """The timesteps of a step count.
+
+        Raises:
+            InputError: the model was not made for it.
+        """
+        if self.steps == "any":
+            if not 1 <= num_steps <= 200:
+                raise InputError(f"steps must be from 1 to 200, got {num_steps}")
+            shifted = [self.shift * u / (1 + (self.shift - 1) * u) for u in (1 - i / num_steps for i in range(num_steps))]
+            return tuple(1000 * sigma for sigma in shifted)
+        if num_steps not in self.steps:
+            allowed = ", ".join(str(count) for count in sorted(self.steps))
+            raise InputError(f"this model runs in {allowed} steps, got {num_steps}")
+        return self.steps[num_steps]
+
+
+class VideoSettings(Strict):
+    """Sizes of the pictures that the model was trained on; ``upscale`` is how much larger files are written."""
+
+    width: int = Field(gt=0)
+    height: int = Field(gt=0)
+    fps: int = Field(gt=0)
+    frames: int = Field(gt=0)
+    upscale: int = Field(default=1, ge=1, le=16)
+
+
+class VideoPreset(Strict):
+    """A complete video model."""
+
+    name: str
+    kind: Literal["video"]
+    title: str
+    licence: str
+    components: Components
+    sampler: SamplerSettings
+    video: VideoSettings
+    guidance: dict[Literal["nasa", "nag", "vsf", "cfg"], dict[str, float | bool]] = Field(default_factory=dict)
+    vocabulary: Literal["sprites"] | None = None
+
+    @property
+    def needs(self) -> list[str]:
+        """What must be here, for people."""
+        parts: list[WordLlamaText | Source] = [self.components.transformer, self.components.vae]
+        parts.append(self.components.text_encoder)
+        return [p.description if isinstance(p, Source) else "wordllama (a dependency)" for p in parts]
+
+    @property
+    def present(self) -> bool:
+        """Whether every part is on this machine."""
+        parts = (self.components.transformer, self.components.vae, self.components.text_encoder)
+        return all(not isinstance(p, Source) or p.find() is not None for p in parts)
+
+
+def package_root() -> Path:
+    """Folder of the installed package."""
+    return Path(str(importlib.resources.files("nasa_video")))
+
+
+def configs_dir() -> Path:
+    """Folder of the presets: inside the wheel, or beside the package in a checkout."""
+    packaged = package_root() / "configs"
+    return packaged if packaged.is_dir() else package_root().parent / "configs"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping.
+
+    Raises:
+        InputError: it cannot be read, or is something else.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} must hold a mapping of settings, got {type(data).__name__}")
+    return data
+
+
+def parse_preset(path: Path) -> VideoPreset:
+    """Read and validate one preset file.
+
+    Raises:
+        InputError: an unknown key or a wrong value; the message names each.
+    """
+    data = read_yaml(path)
+    try:
+        return VideoPreset.model_validate(data)
+    except ValidationError as error:
+        rows = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
+        raise InputError(f"{path.name} is not a valid preset: {rows}") from error
+
+
+@cache
+def video_presets() -> dict[str, VideoPreset]:
+    """All shipped video presets by name."""
+    presets = [parse_preset(path) for path in sorted((configs_dir() / "video").glob("*.yaml"))]
+    return {preset.name: preset for preset in presets}
+
+
+def find_preset(model: str | os.PathLike[str]) -> VideoPreset:
+    """The preset of a name, a preset file, a folder in diffusers' layout, or a hub id of such a folder.
+
+    Raises:
+        InputError: it is none of them; the message lists what there is.
+    """
+    presets = video_presets()
+    if str(model) in presets:
+        return presets[str(model)]
+    path = Path(model).expanduser()
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return parse_preset(path)
+    if path.is_dir():
+        return preset_of_folder(path)
+    if str(model).count("/") == 1 and not str(model).startswith((".", "/", "~")):
+        try:
+            return preset_of_folder(Path(snapshot_download(str(model))))
+        except NasaVideoError:
+            raise
+        except Exception as error:  # see Source.fetch
+            raise InputError(
+                f"{model} is not on this machine and could not be downloaded from the hub ({type(error).__name__}). "
+                f"Presets: {', '.join(presets)}"
+            ) from error
+    raise InputError(f"unknown model {str(model)!r}; use a preset ({', '.join(presets)}), a folder, or a hub id owner/name")
+
+
+def preset_of_folder(folder: Path) -> VideoPreset:
+    """A folder with ``preset.yaml`` (its relative paths count from there), or in diffusers' pipeline layout.
+
+    The latter runs Self-Forcing's loop, the most common one among causal Wan checkpoints.
+    """
+    own = folder / "preset.yaml"
+    if own.is_file():
+        preset = parse_preset(own)
+        return _with_root(preset, folder)
+    missing = [part for part in ("transformer", "vae", "text_encoder", "tokenizer") if not (folder / part).is_dir()]
+    if missing:
+        raise InputError(
+            f"{folder} has neither a preset.yaml nor diffusers' layout: {', '.join(missing)} missing; see configs/video "
+            "for examples of a preset"
+        )
+    base = video_presets()["self-forcing"]
+    components = Components(
+        transformer=Source(path=folder / "transformer"),
+        vae=Source(path=folder / "vae"),
+        text_encoder=Umt5Text(kind="umt5", path=folder / "text_encoder", tokenizer_folder=str(folder / "tokenizer")),
+    )
+    update = {"name": folder.name, "title": str(folder), "licence": "see the folder", "components": components}
+    return base.model_copy(update=update)
+
+
+def _with_root(preset: VideoPreset, folder: Path) -> VideoPreset:
+    def rooted(part: Any) -> Any:
+        if isinstance(part, Source) and part.path is not None and not part.path.is_absolute():
+            return part.model_copy(update={"path": folder / part.path})
+        return part
+
+    parts = preset.components
+    components = parts.model_copy(
+        update={name: rooted(getattr(parts, name)) for name in ("transformer", "vae", "text_encoder")}
+    )
+    return preset.model_copy(update={"components": components})

@@ -1,0 +1,414 @@
+"""Prompt to frames: encode, denoise chunk by chunk under guidance, decode as the latents come."""
+
+# B batch, T latent frames, F pictures, H W picture height and width
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from causvid_adapter import (
+    CausalWan,
+    ChunkSampler,
+    FlowMatchSchedule,
+    ModelCall,
+    SeededNoise,
+    StreamingDecoder,
+    denormalize,
+    load_generator,
+)
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from nasa_video.attention import Backend, make_attend
+from nasa_video.backbones import wan
+from nasa_video.classifier_free import ClassifierFreeDenoiser
+from nasa_video.errors import InputError
+from nasa_video.guidance import GUIDANCE, AttentionGuidance, ClassifierFree, Guidance, Negative
+from nasa_video.models import Source, Umt5Text, VideoPreset, WordLlamaText, find_preset
+from nasa_video.steering import Effect, PromptKeys, Steering, check_negative
+from nasa_video.text import TextContext, TextEncoder, Umt5Encoder, WordLlamaEncoder
+from nasa_video.timeline import Cue, CueOf, Negatives, as_negatives
+from nasa_video.video.frames import frames_from_tensor
+
+# Below this relative change two branches are the same numbers: guidance runs, and does nothing.
+NO_EFFECT = 1e-6
+
+
+class PromptWarning(UserWarning):
+    """A prompt was changed before it was used, or has parts that the model cannot know."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Finished frames of one chunk.
+
+    Attributes:
+        index: from 0.
+        frames: (F, H, W, 3) uint8 RGB; (B, F, H, W, 3) from ``stream_batch``.
+        latents: (B, T, C, h, w), normalised.
+        cue: what it was made for.
+        effect: what guidance did since the video's start; None while nothing was guided.
+    """
+
+    index: int
+    frames: np.ndarray[Any, np.dtype[np.uint8]]
+    latents: Tensor
+    cue: Cue
+    effect: Effect | None
+
+
+class VideoPipeline:
+    """A causal video model with everything that it needs to run.
+
+    Args:
+        model: the generator.
+        vae: its decoder; latents are in the scale of ``vae.config``.
+        text_encoder: its text encoder.
+        preset: its loop and sizes.
+        attention: kernel of the text cross-attention.
+        fold_padding: compute text attention over the real tokens and one padding token (exact, faster); False
+            computes all of them, as the public code does.
+    """
+
+    def __init__(
+        self,
+        model: CausalWan,
+        vae: AutoencoderKLWan,
+        text_encoder: TextEncoder,
+        preset: VideoPreset,
+        attention: Backend = "sdpa",
+        fold_padding: bool = True,
+    ) -> None:
+        self.model = model
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.preset = preset
+        self.fold_padding = fold_padding
+        self.attend = make_attend(attention)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str = "sprites",
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        attention: Backend = "sdpa",
+        fold_padding: bool = True,
+    ) -> VideoPipeline:
+        """Load a preset, a preset file, a folder or a hub id.
+
+        Args:
+            device: None takes CUDA where there is one.
+            dtype: None takes bfloat16 on CUDA and float32 elsewhere.
+
+        Raises:
+            InputError: no such model, or a part of it is missing and cannot be had.
+            CheckpointError: its weights are broken or of another model.
+        """
+        preset = find_preset(model)
+        device = choose_device(device)
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        parts = preset.components
+        generator = load_generator(parts.transformer.fetch(), parts.config, dtype=dtype, device=device)
+        vae = AutoencoderKLWan.from_pretrained(parts.vae.fetch(), local_files_only=True, torch_dtype=torch.float32)
+        encoder = load_text_encoder(parts.text_encoder, device, dtype)
+        return cls(generator, vae.to(device).eval(), encoder, preset, attention, fold_padding)
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        negative: Negatives = None,
+        guidance: Guidance | None = None,
+        seed: int = 0,
+        frames: int | None = None,
+        endless: bool = False,
+        steps: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        cues: CueOf | None = None,
+        recompute_window: bool = False,
+    ) -> Iterator[Chunk]:
+        """Make one video, yielding frames as they are made.
+
+        Args:
+            negative: what must not be there; a text, a Negative, or several.
+            guidance: the method; None takes the preset's NASA when there is a negative.
+            seed: the noise follows from it alone.
+            frames: length; None takes the preset's. See :meth:`check_frames`.
+            endless: go on until the caller stops.
+            steps: denoising steps a chunk; None takes the preset's.
+            width, height: in pixels; None takes the preset's.
+            cues: what each chunk shows, instead of prompt, negative and guidance (see Timeline.cues).
+            recompute_window: when the prompt changes, make the window's keys again under the new one.
+
+        Raises:
+            InputError: anything above that cannot be used; before the first chunk is made.
+        """
+        cue = Cue.of(prompt, negative, guidance or (self.guidance() if as_negatives(negative) else None))
+        chunks = self._plan(cues or (lambda index: cue), [seed], frames, endless, steps, width, height, recompute_window)
+        return (dataclasses.replace(chunk, frames=chunk.frames[0]) for chunk in chunks)
+
+    def stream_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        negatives: Sequence[Negatives] | None = None,
+        guidance: Guidance | None = None,
+        frames: int | None = None,
+        steps: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+    ) -> Iterator[Chunk]:
+        """Make a batch of videos at once, each equal to the one made alone with its prompt, negatives and seed."""
+        if len(seeds) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
+        lists = tuple(as_negatives(n) for n in negatives) if negatives is not None else ((),) * len(prompts)
+        cue = Cue(tuple(prompts), lists, guidance or (self.guidance() if any(lists) else None))
+        return self._plan(lambda index: cue, seeds, frames, False, steps, width, height, False)
+
+    def guidance(self, method: str = "nasa", scale: float | None = None) -> Guidance:
+        """A method with this model's settings, and another scale where one is given.
+
+        Raises:
+            InputError: no such method, or a scale that it cannot take.
+        """
+        if method not in GUIDANCE:
+            raise InputError(f"guidance must be one of {', '.join(GUIDANCE)} or none, got {method!r}")
+        settings: dict[str, Any] = dict(self.preset.guidance.get(method, {}))  # type: ignore[call-overload]
+        if scale is not None:
+            settings["scale"] = scale
+        return GUIDANCE[method](**settings)
+
+    def check_frames(self, frames: int | None) -> int:
+        """Latent frames of a video of ``frames`` pictures.
+
+        Raises:
+            InputError: the chunking does not allow it; the message names the nearest two that it does.
+        """
+        frames = self.preset.video.frames if frames is None else frames
+        stride = self.vae.config.scale_factor_temporal
+        chunk = stride * self.preset.sampler.frames_per_chunk
+        first = chunk - stride + 1
+        if frames < first or (frames - first) % chunk:
+            below = first + max(0, frames - first) // chunk * chunk
+            near = f"{first} or {first + chunk}" if frames < first else f"{below} or {below + chunk}"
+            raise InputError(f"frames must be {first} + {chunk}k for this model, got {frames}; use {near}")
+        return (frames - 1) // stride + 1
+
+    def check_size(self, width: int | None, height: int | None) -> tuple[int, int]:
+        """Latent width and height of a picture.
+
+        Raises:
+            InputError: patch and VAE do not allow it; the message names the nearest sizes.
+        """
+        sizes = (width or self.preset.video.width, height or self.preset.video.height)
+        stride = self.vae.config.scale_factor_spatial
+        _, patch_height, patch_width = self.model.transformer.config.patch_size
+        for name, size, unit in (("width", sizes[0], stride * patch_width), ("height", sizes[1], stride * patch_height)):
+            if size <= 0 or size % unit:
+                below = max(unit, size // unit * unit)
+                raise InputError(f"{name} must be a multiple of {unit} for this model, got {size}; use {below} or {below + unit}")
+        return sizes[0] // stride, sizes[1] // stride
+
+    def frames_until(self, chunk: int) -> int:
+        """Pictures shown before a chunk starts."""
+        stride = self.vae.config.scale_factor_temporal
+        return max(0, chunk * stride * self.preset.sampler.frames_per_chunk - (stride - 1))
+
+    def _plan(
+        self,
+        cue_of: CueOf,
+        seeds: Sequence[int],
+        frames: int | None,
+        endless: bool,
+        steps: int | None,
+        width: int | None,
+        height: int | None,
+        recompute_window: bool,
+    ) -> Iterator[Chunk]:
+        """Check everything and encode the first cue now; the returned iterator only generates."""
+        latent_frames = None if endless else self.check_frames(frames)
+        latent_width, latent_height = self.check_size(width, height)
+        settings = self.preset.sampler
+        num_steps = settings.default_steps if steps is None else steps
+        channels = self.model.transformer.config.in_channels
+        director = _Director(self, cue_of)
+        sampler = ChunkSampler(
+            director.denoiser,
+            FlowMatchSchedule(settings.shift, settings.timesteps(num_steps), settings.warp),
+            settings.frames_per_chunk,
+            settings.window_frames,
+            settings.sink_frames,
+            settings.rope,
+        )
+        latents = sampler.stream(
+            None,
+            SeededNoise(seeds, (channels, latent_height, latent_width), self.model.device),
+            num_frames=latent_frames,
+            before_call=director.before_call,
+            recompute=director.changed if recompute_window else None,
+        )
+        return self._generate(latents, director)
+
+    def _generate(self, latents: Iterator[Tensor], director: _Director) -> Iterator[Chunk]:
+        decoder = StreamingDecoder(self.vae)
+        for index in count():
+            # Installed around the model's calls and not around the yield: between two chunks, and when a caller
+            # drops the stream, the model is as it was found.
+            with wan.install(self.model.transformer, director.steering):
+                x = next(latents, None)
+            if x is None:
+                return
+            pictures = decoder.decode(denormalize(self.vae, x))
+            cue, effect = director.cue_of(index), director.steering.meter.effect
+            if cue.guided:
+                require_effect(effect, cue)
+            frames = np.stack([frames_from_tensor(sample) for sample in pictures])
+            yield Chunk(index, frames, x, cue, effect)
+
+
+class _Director:
+    """Sets the stage before every model call: the prompts' keys, the method, the position in the loop."""
+
+    def __init__(self, pipeline: VideoPipeline, cue_of: CueOf) -> None:
+        self.pipeline = pipeline
+        self.cue_of = cue_of
+        self.steering = Steering(pipeline.attend, pipeline.model.num_layers)
+        first = cue_of(0)
+        self.branched: ClassifierFreeDenoiser | None = None
+        if isinstance(first.guidance, ClassifierFree):
+            self.branched = ClassifierFreeDenoiser(pipeline.model, self.steering)
+        self._current: Cue | None = None
+        self._encoded: dict[tuple[tuple[str, ...], bool], _EncodedPrompts] = {}
+        self._stage(first)
+
+    @property
+    def denoiser(self) -> Any:
+        """What the sampler calls."""
+        return self.branched or self.pipeline.model
+
+    def before_call(self, call: ModelCall) -> None:
+        """Called by the sampler before it calls the model."""
+        self._stage(self.cue_of(call.chunk))
+        self.steering.call = call
+
+    def changed(self, chunk: int) -> bool:
+        """Whether a chunk's prompt or negatives differ from those of the chunk before."""
+        now, before = self.cue_of(chunk), self.cue_of(chunk - 1)
+        return (now.prompts, now.negatives) != (before.prompts, before.negatives)
+
+    def _stage(self, cue: Cue) -> None:
+        if cue == self._current:
+            return
+        if cue.guidance is not None and isinstance(cue.guidance, ClassifierFree) != (self.branched is not None):
+            raise InputError("a video cannot change between classifier-free and attention guidance while it runs")
+        before, self._encoded = self._encoded, {}
+
+        def keys(texts: tuple[str, ...], padding: bool = True, *, negative: bool = False) -> PromptKeys:
+            # Only what the cue uses is kept: a live session may be given prompts for hours.
+            name = (texts, padding)
+            made = self._encoded[name] = self._encoded.get(name) or before.get(name) or self._encode(*name)
+            if negative:
+                for text, length in zip(texts, made.lengths, strict=True):
+                    check_negative(text, length, cue.prompts)
+            return made.keys
+
+        guidance = cue.guidance if cue.guided else None
+        if self.branched is not None:
+            self.branched.positive = keys(cue.prompts)
+            self.branched.negative = keys(tuple(_joined(n) for n in cue.negatives), negative=guidance is not None)
+            self.branched.guidance = guidance if isinstance(guidance, ClassifierFree) else None
+        else:
+            self.steering.positive = keys(cue.prompts)
+            self.steering.guidance = guidance if isinstance(guidance, AttentionGuidance) else None
+            branches = list(zip(*cue.negatives, strict=True)) if guidance is not None else []
+            padding = self.steering.guidance is None or self.steering.guidance.negative_padding
+            self.steering.negatives = [
+                (keys(tuple(n.text for n in branch), padding, negative=True), branch[0].weight) for branch in branches
+            ]
+        self._current = cue
+
+    def _encode(self, texts: tuple[str, ...], padding: bool) -> _EncodedPrompts:
+        context = encode(self.pipeline.text_encoder, texts)
+        transformer = self.pipeline.model.transformer
+        keys = wan.prompt_keys(transformer, context, fold=self.pipeline.fold_padding, padding=padding)
+        return _EncodedPrompts(keys, tuple(context.lengths.tolist()))
+
+
+@dataclass(frozen=True)
+class _EncodedPrompts:
+    keys: PromptKeys
+    lengths: tuple[int, ...]
+
+
+def _joined(negatives: Sequence[Negative]) -> str:
+    """The negatives as the one prompt that classifier-free guidance can take."""
+    if any(negative.weight != 1.0 for negative in negatives):
+        raise InputError("classifier-free guidance has one negative branch and takes no weights; use nasa, or leave them out")
+    return ", ".join(negative.text for negative in negatives)
+
+
+def encode(encoder: TextEncoder, texts: Sequence[str]) -> TextContext:
+    """Encode, and warn of what did not fit."""
+    context = encoder(texts)
+    for cut in context.cut:
+        if cut:
+            shown = cut if len(cut) <= 80 else f"{cut[:77]}..."
+            warnings.warn(
+                f"the prompt is longer than the {encoder.max_tokens} tokens that the text encoder takes; "
+                f"these {len(cut)} characters were cut: {shown!r}",
+                PromptWarning,
+                stacklevel=2,
+            )
+    return context
+
+
+def require_effect(effect: Effect | None, cue: Cue) -> None:
+    """Refuse to go on with a guidance that does nothing.
+
+    Raises:
+        InputError: the guided layers gave what the unguided ones give.
+    """
+    if effect is None or effect.relative_change < NO_EFFECT:
+        texts = ", ".join(repr(negative.text) for negative in cue.negatives[0])
+        raise InputError(
+            f"the negative prompt {texts} changed nothing: no layer and step is inside the guidance's schedule, or the "
+            "scale is too small; widen the schedule, raise the scale, or leave the negative out"
+        )
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device by name; None takes CUDA where there is one.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        available = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used ({reason}); available: {available}") from error
+    return chosen
+
+
+def load_text_encoder(settings: WordLlamaText | Umt5Text, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """The text encoder of a preset, on its device."""
+    if isinstance(settings, WordLlamaText):
+        return WordLlamaEncoder(settings.max_tokens)
+    folder = settings.fetch()
+    tokenizer = Source(repo=settings.repo, folder=settings.tokenizer_folder) if settings.repo else None
+    tokenizer_path = tokenizer.fetch() if tokenizer else folder.parent / settings.tokenizer_folder
+    return Umt5Encoder(folder, tokenizer_path, settings.max_tokens, device, dtype)

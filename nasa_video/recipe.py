@@ -1,0 +1,98 @@
+"""Everything that makes one video, in a form that is stored in the file and makes it again."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pydantic import ValidationError
+
+from nasa_video.errors import InputError
+from nasa_video.guidance import GUIDANCE, Guidance, Negative, ScaleSchedule
+from nasa_video.models import Strict
+from nasa_video.timeline import Timeline
+
+
+class StoredNegative(Strict):
+    """A negative prompt and its weight."""
+
+    text: str
+    weight: float = 1.0
+
+
+class StoredGuidance(Strict):
+    """A guidance method and all of its settings."""
+
+    method: str
+    settings: dict[str, Any]
+
+
+class Recipe(Strict):
+    """What ``generate`` was asked for. ``width`` and ``height`` are the model's pixels, before upscaling."""
+
+    prompt: str
+    negatives: tuple[StoredNegative, ...] = ()
+    guidance: StoredGuidance | None = None
+    model: str
+    seed: int
+    steps: int
+    frames: int
+    width: int
+    height: int
+    fps: float
+    timeline: Timeline | None = None
+    recompute_window: bool = False
+    fold_padding: bool = True
+    compare: bool = False
+    version: str = ""
+
+    @classmethod
+    def of_metadata(cls, metadata: dict[str, Any], source: str) -> Recipe:
+        """The recipe in a file's metadata.
+
+        Raises:
+            InputError: the file was not made by nasa-video, or by one that this version cannot read.
+        """
+        data = metadata.get("nasa_video")
+        if not isinstance(data, dict):
+            raise InputError(f"{source} carries no recipe: it was not written by nasa-video, or its metadata was removed")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise InputError(f"the recipe in {source} cannot be read ({error.error_count()} errors): {error}") from error
+
+    def to_metadata(self) -> dict[str, Any]:
+        """The form in which a sink stores it."""
+        return {"nasa_video": self.model_dump(mode="json")}
+
+
+def store_guidance(guidance: Guidance | None) -> StoredGuidance | None:
+    """The method with all its settings."""
+    return None if guidance is None else StoredGuidance(method=guidance.name, settings=dataclasses.asdict(guidance))
+
+
+def restore_guidance(stored: StoredGuidance | None) -> Guidance | None:
+    """The inverse of :func:`store_guidance`.
+
+    Raises:
+        InputError: the stored settings are not ones of that method.
+    """
+    if stored is None:
+        return None
+    settings = dict(stored.settings)
+    try:
+        if "schedule" in settings:
+            settings["schedule"] = ScaleSchedule(**settings["schedule"])
+        return GUIDANCE[stored.method](**settings)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the stored guidance {stored.method!r} is unknown to this version: {error}") from error
+
+
+def store_negatives(negatives: tuple[Negative, ...]) -> tuple[StoredNegative, ...]:
+    """Negatives in their stored form."""
+    return tuple(StoredNegative(text=n.text, weight=n.weight) for n in negatives)
+
+
+def restore_negatives(stored: tuple[StoredNegative, ...]) -> tuple[Negative, ...]:
+    """The inverse of :func:`store_negatives`."""
+    return tuple(Negative(n.text, n.weight) for n in stored)

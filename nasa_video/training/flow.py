@@ -1,0 +1,157 @@
+"""Stage one: one transformer that learns to denoise whole clips and chunk by chunk.
+
+It is the multi-step model, the teacher of the distillation (bidirectional) and the start of the student (causal).
+
+Shape legend: B batch, T latent frames, C channels, h w latent height and width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from causvid_adapter import CausalWan
+from nasa_video.text import TextEncoder
+from nasa_video.training.autoencoder import autocast
+from nasa_video.training.checkpoint import Average, load_state, save_state
+from nasa_video.training.dataset import ClipBatch, LatentClips
+from nasa_video.training.journal import Journal
+from nasa_video.training.optimiser import MatrixOptimiser, warm_then_linear
+from nasa_video.training.parallel import Team
+
+
+@dataclass(frozen=True)
+class FlowTraining:
+    """Settings of the base's training.
+
+    `model` holds arguments of diffusers' `WanTransformer3DModel`; `batch_size` is that of one process. `shift` moves the noise levels drawn in training
+    towards pure noise. Shares: of batches trained bidirectionally, of causal clips with a clean prefix, of captions
+    left empty.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    iterations: int = 3000
+    batch_size: int = 48
+    frames_per_chunk: int = 3
+    matrix_rate: float = 2e-3
+    other_rate: float = 2e-3
+    average_decay: float = 0.998
+    shift: float = 3.0
+    sprite_weight: float = 2.5
+    bidirectional_share: float = 0.45
+    clean_prefix_share: float = 0.5
+    empty_share: float = 0.1
+    checkpoint_every: int = 100
+    sheet_every: int = 400
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """One draw of noise levels: sigma (B, T) in [0, 1], frames that count (B, T), and the mask's chunk or None."""
+
+    sigma: Tensor
+    counted: Tensor
+    frames_per_chunk: int | None
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """Noise level of a uniform draw: shift u / (1 + (shift - 1) u), as in causvid_adapter's schedule."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def draw_noise_levels(settings: FlowTraining, batch: int, frames: int, generator: torch.Generator) -> NoisyBatch:
+    """Bidirectional: one level a clip. Causal: one a chunk, and a clean prefix in some clips (its loss is not counted)."""
+    counted = torch.ones(batch, frames)
+    if float(torch.rand((), generator=generator)) < settings.bidirectional_share:
+        u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        return NoisyBatch(shifted(u, settings.shift)[:, None].expand(batch, frames), counted, None)
+    chunks = frames // settings.frames_per_chunk
+    sigma = shifted(torch.rand(batch, chunks, generator=generator), settings.shift)
+    prefix = torch.randint(1, chunks, (batch,), generator=generator)
+    prefix[torch.rand(batch, generator=generator) >= settings.clean_prefix_share] = 0
+    clean = torch.arange(chunks)[None] < prefix[:, None]
+    sigma = sigma.masked_fill(clean, 0.0).repeat_interleave(settings.frames_per_chunk, 1)
+    counted = (~clean).float().repeat_interleave(settings.frames_per_chunk, 1)
+    return NoisyBatch(sigma, counted, settings.frames_per_chunk)
+
+
+def flow_loss(
+    model: CausalWan, batch: ClipBatch, context: Tensor, noise: Tensor, levels: NoisyBatch, sprite_weight: float
+) -> Tensor:
+    """Weighted mean squared error of the predicted flow, noise - x0."""
+    sigma = levels.sigma[:, :, None, None, None].to(batch.latents)
+    noisy = (1 - sigma) * batch.latents + sigma * noise
+    with autocast(noisy.device):
+        flow = model(noisy, levels.sigma.to(noisy.device) * 1000, context, frames_per_chunk=levels.frames_per_chunk)
+    weight = (1 + sprite_weight * batch.coverage) * levels.counted[:, :, None, None, None].to(batch.latents)
+    error = (flow.float() - (noise - batch.latents)).square()
+    return (weight * error).sum() / (weight.sum() * error.shape[2])
+
+
+def new_transformer(model: dict[str, Any]) -> CausalWan:
+    """A causal Wan with fresh weights; the last projection starts at zero, so that the first flow is zero."""
+    transformer = WanTransformer3DModel(**model)
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    return CausalWan(transformer)
+
+
+def train_flow(
+    settings: FlowTraining,
+    clips: LatentClips,
+    encoder: TextEncoder,
+    folder: Path,
+    seed: int,
+    device: torch.device,
+    journal: Journal,
+    team: Team,
+    show: Callable[[CausalWan, int], None] | None = None,
+) -> CausalWan:
+    """Trains the base and returns its average; resumes from `folder`/base.pt.
+
+    Args:
+        show: called now and then with the averaged model and the step, to draw samples or place weights.
+    """
+    torch.manual_seed(seed)
+    model = new_transformer(settings.model).to(device)
+    averaged = new_transformer(settings.model).to(device).eval().requires_grad_(False)
+    optimiser = MatrixOptimiser(model, settings.matrix_rate, settings.other_rate)
+    average = Average(model, settings.average_decay)
+    start = 0
+    if (state := load_state(folder / "base.pt")) is not None:
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        average.load_state_dict(state["average"])
+        start = int(state["step"])
+    for step in range(start + 1, settings.iterations + 1):
+        draw = step * team.size + team.rank
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
+        batch = clips.batch(settings.batch_size, seed * 7_000_003 + draw)
+        batch = ClipBatch(batch.latents.to(device), batch.coverage.to(device), batch.captions)
+        dropped = (torch.rand(len(batch.captions), generator=generator) < settings.empty_share).tolist()
+        texts = ["" if drop else text for drop, text in zip(dropped, batch.captions, strict=True)]
+        context = encoder(texts).embeds.to(device)
+        noise = torch.randn(batch.latents.shape, generator=generator).to(device)
+        levels = draw_noise_levels(settings, settings.batch_size, batch.latents.shape[1], generator)
+        loss = flow_loss(model, batch, context, noise, levels, settings.sprite_weight)
+        loss.backward()  # type: ignore[no-untyped-call]
+        team.average_gradients(model)
+        norm = optimiser.step(warm_then_linear(step / settings.iterations))
+        average.update(model)
+        if not team.leads:
+            continue
+        name = "bidirectional" if levels.frames_per_chunk is None else "causal"
+        journal.record(step, settings.iterations, {name: float(loss.detach()), "gradient": norm})
+        if step % settings.checkpoint_every == 0 or step == settings.iterations:
+            state = {"step": step, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
+            save_state(folder / "base.pt", {**state, "average": average.state_dict()})
+        if show is not None and (step % settings.sheet_every == 0 or step == settings.iterations):
+            average.copy_to(averaged)
+            show(averaged, step)
+    team.wait()
+    average.copy_to(averaged)
+    return averaged
