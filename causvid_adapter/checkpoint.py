@@ -63,9 +63,17 @@ def load_generator(
     else:
         state = to_diffusers(unwrap(read_state_dict(path)), source=str(path_or_id))
         transformer = build_transformer(state, _read_config(config), source=str(path_or_id))
-    if dtype is not None:
-        transformer = transformer.to(dtype)
+        _cast(transformer, dtype)
     return CausalWan(transformer.to(device).eval().requires_grad_(False))
+
+
+def _cast(transformer: WanTransformer3DModel, dtype: torch.dtype | None) -> None:
+    """Cast as diffusers' ``from_pretrained`` does: what Wan computes in float32 stays in float32."""
+    if dtype is None:
+        return
+    for name, parameter in transformer.named_parameters():
+        keep = any(part in name.split(".") for part in WanTransformer3DModel._keep_in_fp32_modules)
+        parameter.data = parameter.data.to(torch.float32 if keep else dtype)
 
 
 def read_state_dict(path: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nasa_video.fused_lse import fused_with_lse
+
 from nasa_video.errors import InputError
 
 Backend = Literal["sdpa", "xformers"]
@@ -60,8 +62,11 @@ class SdpaAttend:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
     def with_lse(self, q: Tensor, keys: TextKeys) -> tuple[Tensor, Tensor]:
-        # SDPA does not return the log-sum-exp on every device. Text keys are few (folded: the prompt's own tokens
-        # and one more), so the scores are small enough to be formed.
+        # SDPA throws the log-sum-exp away. Text keys are few (folded: the prompt's own tokens and one more), so that
+        # the scores are small enough to be formed; image keys of joint attention are not.
+        fused = fused_with_lse(q, keys.k, keys.v, keys.bias)
+        if fused is not None:
+            return fused
         scores = torch.einsum("bqhd,bnhd->bhqn", q.float(), keys.k.float()) / math.sqrt(q.shape[-1])
         if keys.bias is not None:
             scores = scores + keys.bias

@@ -19,6 +19,7 @@ from nasa_video.sprites.renderer import render_with_mask
 from nasa_video.sprites.world import sample_scenes
 from nasa_video.training.checkpoint import Average, load_state, save_state
 from nasa_video.training.journal import Journal, contact_sheet
+from nasa_video.training.optimiser import MatrixOptimiser, inner_convolution, warm_then_linear
 from nasa_video.training.parallel import Team
 
 
@@ -34,8 +35,8 @@ class AutoencoderTraining:
     iterations: int = 2000
     batch_size: int = 6
     clip_frames: int = 9
-    learning_rate: float = 2e-3
-    warmup: int = 50
+    matrix_rate: float = 3e-3
+    other_rate: float = 2e-3
     average_decay: float = 0.995
     kl_weight: float = 5e-4
     sprite_weight: float = 3.0
@@ -95,7 +96,7 @@ def train_autoencoder(
     """Trains, measures the latents, and returns the averaged autoencoder; resumes from `folder`/autoencoder.pt."""
     torch.manual_seed(seed)
     vae = new_autoencoder(settings.model).to(device)
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3)
+    optimiser = MatrixOptimiser(vae, inner_convolution, settings.matrix_rate, settings.other_rate)
     average = Average(vae, settings.average_decay)
     start = 0
     if (state := load_state(folder / "autoencoder.pt")) is not None:
@@ -104,16 +105,10 @@ def train_autoencoder(
         average.load_state_dict(state["average"])
         start = int(state["step"])
     for step in range(start + 1, settings.iterations + 1):
-        progress = step / settings.iterations
-        rate = settings.learning_rate * min(1.0, step / settings.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        for group in optimiser.param_groups:
-            group["lr"] = rate
         loss, values = _loss(vae, settings, seed * 1_000_003 + step * team.size + team.rank, device)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         team.average_gradients(vae)
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
+        optimiser.step(warm_then_linear(step / settings.iterations))
         average.update(vae)
         if not team.leads:
             continue

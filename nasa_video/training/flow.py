@@ -21,7 +21,7 @@ from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average, load_state, save_state
 from nasa_video.training.dataset import ClipBatch, LatentClips
 from nasa_video.training.journal import Journal
-from nasa_video.training.optimiser import MatrixOptimiser, warm_then_linear
+from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
 from nasa_video.training.parallel import Team
 
 
@@ -119,7 +119,7 @@ def train_flow(
     torch.manual_seed(seed)
     model = new_transformer(settings.model).to(device)
     averaged = new_transformer(settings.model).to(device).eval().requires_grad_(False)
-    optimiser = MatrixOptimiser(model, settings.matrix_rate, settings.other_rate)
+    optimiser = MatrixOptimiser(model, block_matrix, settings.matrix_rate, settings.other_rate)
     average = Average(model, settings.average_decay)
     start = 0
     if (state := load_state(folder / "base.pt")) is not None:

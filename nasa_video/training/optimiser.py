@@ -1,20 +1,68 @@
-"""One optimiser for a transformer: Muon for its inner matrices, AdamW for everything else."""
+"""One optimiser for a network: orthogonalised momentum for its inner weights, AdamW for everything else."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """A matrix (M, N) with its singular values moved to about one: the quintic Newton-Schulz iteration of Muon.
+
+    K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised, for weights of two or more dimensions (convolutions count as (out, everything else)).
+
+    Updates are scaled to the root mean square of AdamW's (arXiv 2502.16982), so that learning rates are alike.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update; `closure` is not used."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(gradient)
+        state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        nesterov = gradient.lerp(state["momentum"], group["momentum"])
+        update = orthogonalise(nesterov.flatten(1))
+        scale = 0.2 * math.sqrt(max(update.shape))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.sub_(update.view_as(parameter) * (group["lr"] * scale))
 
 
 class MatrixOptimiser:
-    """Muon (orthogonalised momentum) on the blocks' two-dimensional weights, AdamW on the rest, with one schedule.
+    """Muon on a network's inner weights, AdamW on the rest, with one schedule.
 
     Args:
-        model: the module whose parameters are trained; matrices under a name with "blocks." go to Muon.
-        matrix_rate: Muon's learning rate, scaled so that updates have AdamW's size.
+        model: the module whose parameters are trained.
+        inner: whether a parameter, given its name, goes to Muon.
+        matrix_rate: Muon's learning rate.
         other_rate: AdamW's learning rate.
         betas: AdamW's momenta.
         decay: weight decay of both.
@@ -23,38 +71,34 @@ class MatrixOptimiser:
     def __init__(
         self,
         model: nn.Module,
+        inner: Callable[[str, nn.Parameter], bool],
         matrix_rate: float,
         other_rate: float,
         betas: tuple[float, float] = (0.9, 0.98),
         decay: float = 0.01,
     ) -> None:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        matrices = [p for n, p in named if "blocks." in n and p.dim() == 2]
-        others = [p for n, p in named if not ("blocks." in n and p.dim() == 2)]
         self.rates = (matrix_rate, other_rate)
         self.parts: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=other_rate, betas=betas, weight_decay=decay),
+            Muon([p for n, p in named if inner(n, p)], lr=matrix_rate, weight_decay=decay),
+            torch.optim.AdamW([p for n, p in named if not inner(n, p)], lr=other_rate, betas=betas, weight_decay=decay),
         )
         self.parameters = [p for _, p in named]
 
     def step(self, scale: float, clip: float = 1.0) -> float:
-        """One update at `scale` times the learning rates, gradients clipped; returns the gradients' norm."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
-        if not math.isfinite(norm):
-            self.zero_grad()
-            return norm
-        for part, rate in zip(self.parts, self.rates, strict=True):
-            for group in part.param_groups:
-                group["lr"] = rate * scale
-            part.step()
-        self.zero_grad()
-        return norm
+        """One update at `scale` times the learning rates, gradients clipped; returns the gradients' norm.
 
-    def zero_grad(self) -> None:
-        """Forgets the gradients."""
+        Gradients that are not finite are dropped.
+        """
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, clip))
+        if math.isfinite(norm):
+            for part, rate in zip(self.parts, self.rates, strict=True):
+                for group in part.param_groups:
+                    group["lr"] = rate * scale
+                part.step()
         for part in self.parts:
             part.zero_grad(set_to_none=True)
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint."""
@@ -64,6 +108,17 @@ class MatrixOptimiser:
         """Restores what `state_dict` gave."""
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
+
+
+def block_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """A matrix inside a transformer's blocks."""
+    return "blocks." in name and parameter.dim() == 2
+
+
+def inner_convolution(name: str, parameter: nn.Parameter) -> bool:
+    """A convolution's weight that neither reads nor writes pixels."""
+    outer = name in ("encoder.conv_in.weight", "decoder.conv_out.weight")
+    return parameter.dim() >= 4 and min(parameter.shape[:2]) > 1 and not outer
 
 
 def warm_then_linear(progress: float, warmup: float = 0.02, last: float = 0.02, flat: float = 0.4) -> float:

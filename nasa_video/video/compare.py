@@ -33,8 +33,9 @@ def side_by_side(videos: Sequence[Frames], labels: Sequence[str], *, scale: int 
     num_frames, height, width, _ = videos[0].shape
     font_size = max(9, min(28, width // 16))
     band, gap = font_size + font_size // 2 + 2, 2
-    total_height, total_width = band + height, width * len(videos) + gap * (len(videos) - 1)
-    canvas = np.empty((num_frames, total_height + total_height % 2, total_width + total_width % 2, 3), np.uint8)
+    band += (band + height) % 2
+    total_width = width * len(videos) + gap * (len(videos) - 1)
+    canvas = np.empty((num_frames, band + height, total_width + total_width % 2, 3), np.uint8)
     canvas[:] = _PAPER
     for column, (video, label) in enumerate(zip(videos, labels, strict=True)):
         left = column * (width + gap)
@@ -109,10 +110,10 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     """`text` on one line, cut with an ellipsis where it is wider than `width` pixels."""
-    text = " ".join(text.split())
+    # A prompt may be a million characters long; no more than one a pixel can be seen.
+    text = " ".join(text[: 4 * int(width)].split())
     if font.getlength(text) <= width:
         return text
-    # Cut by halves: a prompt may be a million characters long.
     fits, too_long = 0, len(text)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2

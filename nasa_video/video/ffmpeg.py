@@ -69,11 +69,12 @@ class FfmpegProcess:
         self, source: Sequence[str], target: Sequence[str], ffmetadata: bytes, *, pipe_stdout: bool = False
     ) -> None:
         self._lines: deque[str] = deque(maxlen=20)
+        program = executable()
         self._tags = _temporary_file(ffmetadata)
         tags = ["-f", "ffmetadata", "-i", url(self._tags), "-map", "0:v:0", "-map_metadata", "1"]
         try:
             self._process = subprocess.Popen(
-                [executable(), *_COMMON, *source, *tags, *target],
+                [program, *_COMMON, *source, *tags, *target],
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if pipe_stdout else subprocess.DEVNULL,

@@ -85,6 +85,7 @@ class FfmpegSink(BaseSink):
     def _abort(self) -> Path | None:
         """Complete the capture as far as possible, then convert it; where the disk has no room for that, rename it."""
         if self._capture is None or not self._capture.path.exists():
+            self._clean_up()
             return None
         capture = self._capture.path
         try:

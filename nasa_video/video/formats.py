@@ -91,9 +91,9 @@ def _copy_to(*muxer: str) -> Callable[[Path, Path, str], None]:
 def _convert_to_gif(capture: Path, target: Path, comment: str) -> None:
     """Two passes, palette then picture: one pass with `split` would hold the whole video in memory."""
     inputs = ["-xerror", "-i", ffmpeg.url(capture)]
-    # Colours from every eighth frame: palettegen is slow where there are many, and they last longer than that.
+    # Colours from every third frame: palettegen is slow where there are many, and they last longer than that.
     one_png = ["-frames:v", "1", "-c:v", "png", "-f", "image2pipe", "pipe:1"]
-    palette = ffmpeg.run([*inputs, "-vf", r"select=not(mod(n\,8)),palettegen", *one_png])
+    palette = ffmpeg.run([*inputs, "-vf", r"select=not(mod(n\,3)),palettegen", *one_png])
     plain = target.with_name(f"{target.name}.plain")
     # An ordered pattern stands still; diffused errors flicker from frame to frame, and take thrice the bytes.
     filters = ["-lavfi", "[0:v:0][1:v]paletteuse=dither=bayer:bayer_scale=4:diff_mode=rectangle"]

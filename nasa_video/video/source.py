@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from nasa_video.errors import InputError
+from nasa_video.video import ffmpeg
 from nasa_video.video.frames import Frames, check_frames
 
 
@@ -37,6 +38,11 @@ class VideoSource:
             raise InputError(f"{self.path} is a folder; name a video file")
         if self.path.stat().st_size == 0:
             raise InputError(f"video {self.path} is empty (0 bytes)")
+        # First ffmpeg reads it through: it sees where a file is cut, and says so in an exception, not on the terminal.
+        try:
+            ffmpeg.count_frames(self.path)
+        except ffmpeg.FfmpegError as error:
+            raise InputError(f"{self.path} is no readable video: cut, damaged or of another kind ({error})") from error
         reader = self._open()
         height, width, _ = reader[0].shape
         self.info = VideoInfo(len(reader), float(reader.get_avg_fps()), width, height)

@@ -21,7 +21,7 @@ _LOW_LATENCY = (
     *("-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-frag_duration", "1", "-flush_packets", "1"),
     *("-f", "mp4", "pipe:1"),
 )
-_SECONDS_TO_FLUSH = 5.0
+_SECONDS_TO_FLUSH = 2.0
 
 
 class StreamSink(BaseSink):
@@ -44,6 +44,7 @@ class StreamSink(BaseSink):
         if target.isatty():
             raise OutputError("video does not go to a terminal; redirect the output (-o - > ball.mp4) or name a file")
         target.flush()
+        self._owner = target  # It would close its raw file if it were collected.
         # Unbuffered: a buffer that could not be flushed would complain once more when the interpreter ends.
         self._target: IO[bytes] = getattr(target, "raw", target)
         self._rate = frame_rate(fps)

@@ -89,7 +89,7 @@ def test_brightness_does_not_drift(tmp_path: Path, suffix: str) -> None:
     exactly = ["-vf", "scale=flags=accurate_rnd+full_chroma_int,format=rgb24", "-f", "rawvideo", "pipe:1"]
     raw = ffmpeg.run(["-i", str(tmp_path / f"a{suffix}"), *exactly])
     differences = np.frombuffer(raw, np.uint8).reshape(clip.shape).astype(int) - clip
-    assert np.abs(differences.mean(axis=(0, 1, 2))).max() < 0.6
+    assert np.abs(differences.mean(axis=(0, 1, 2))).max() < 1
     assert np.abs(differences).mean() < 1.5
 
 
@@ -181,7 +181,7 @@ def test_frames_sink(tmp_path: Path) -> None:
 
 
 def test_aborted_frames_stay_without_metadata(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt) as caught, open_sink(f"{tmp_path}/new/", 16) as sink:
+    with pytest.raises(KeyboardInterrupt) as caught, open_sink(f"{tmp_path}/new/", 16) as sink:  # noqa: PT012
         sink.write(make_clip(3))
         raise KeyboardInterrupt
     assert sorted(os.listdir(tmp_path / "new")) == ["000000.png", "000001.png", "000002.png"]
@@ -215,7 +215,7 @@ def test_tee(tmp_path: Path) -> None:
 
 
 def test_frames_of_another_size_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one size"), FfmpegSink(tmp_path / "a.mp4", 16) as sink:
+    with pytest.raises(ValueError, match="one size"), FfmpegSink(tmp_path / "a.mp4", 16) as sink:  # noqa: PT012
         sink.write(make_clip(3))
         sink.write(make_clip(3, 32, 64))
     assert os.listdir(tmp_path) == ["a.partial.mp4"]

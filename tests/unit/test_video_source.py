@@ -88,7 +88,7 @@ def test_cut_files(video: Path, tmp_path: Path, share: float) -> None:
     content = video.read_bytes()
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(InputError, match="cut, damaged|is damaged"):
+    with pytest.raises(InputError, match=r"cut, damaged|is damaged"):
         read_frames(cut)
 
 

@@ -1,5 +1,6 @@
 """Fragmented MP4 to a stream: at once, whole, and never stuck."""
 
+import inspect
 import io
 import os
 import subprocess
@@ -82,7 +83,7 @@ def test_a_reader_that_goes_away() -> None:
     sink = StreamSink(os.fdopen(writing, "wb"), 16)
     sink.write(make_clip(3))
     os.close(reading)
-    with pytest.raises(OutputError, match=r"reader of the video stream went away after \d+ frames .*Broken pipe"):
+    with pytest.raises(OutputError, match=r"reader of the video stream went away after \d+ frames .*Broken pipe"):  # noqa: PT012
         for _ in range(200):
             sink.write(make_clip(10))
     assert sink.abort() is None
@@ -94,14 +95,14 @@ def test_a_reader_that_goes_away_at_the_end() -> None:
             raise ConnectionResetError("the client closed the page")
 
     sink = StreamSink(Gone(), 16)
-    with pytest.raises(OutputError, match="went away after .* the client closed the page"):
+    with pytest.raises(OutputError, match=r"went away after .*the client closed the page"):  # noqa: PT012
         sink.write(make_clip(1))
         sink.finish()
 
 
 def test_abort_ends_the_stream_playably(tmp_path: Path) -> None:
     target = io.BytesIO()
-    with pytest.raises(KeyboardInterrupt), StreamSink(target, 16) as sink:
+    with pytest.raises(KeyboardInterrupt), StreamSink(target, 16) as sink:  # noqa: PT012
         sink.write(make_clip(9))
         raise KeyboardInterrupt
     (tmp_path / "a.mp4").write_bytes(target.getvalue())
@@ -118,9 +119,8 @@ def test_a_terminal_is_refused() -> None:
 
 
 SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-from test_video_frames import make_clip
+import numpy as np
+{helper}
 from nasa_video.video.sinks import open_sink
 with open_sink("-", 16) as sink:
     for _ in range({chunks}):
@@ -129,7 +129,7 @@ with open_sink("-", 16) as sink:
 
 
 def run_to_stdout(chunks: int, stdout: int) -> subprocess.Popen[bytes]:
-    script = SCRIPT.format(tests=str(Path(__file__).parent), chunks=chunks)
+    script = SCRIPT.format(helper=inspect.getsource(make_clip), chunks=chunks)
     return subprocess.Popen([sys.executable, "-c", script], stdout=stdout, stderr=subprocess.PIPE)
 
 

@@ -1,0 +1,5 @@
+"""``python -m nasa_video`` is the command line."""
+
+from nasa_video.cli import main
+
+main()

@@ -1,0 +1,131 @@
+"""The text streams of FLUX's negatives: each runs beside the positive one, through the blocks' own modules."""
+
+# B batch, L text tokens, C channels, E text dim, P pooled dim
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, cat, float16, nn
+
+from nasa_video.backbones.joint import JointFormula
+from nasa_video.backbones.scope import NegativeContext, ScopedSteering, expand_rows
+
+
+@dataclass
+class TextStream:
+    """One negative prompt on its way through the blocks.
+
+    Attributes:
+        temb: (B, C), timestep and pooled embedding.
+        text: (B, L, C), as it enters the running block.
+        inner: (B, L, C), after the block's norm: what its attention sees.
+        modulation: gates and shifts of the block for this stream.
+        mlp: (B, L, 4 C), the single block's parallel branch.
+        attended: (B, L, C), what the attention gave back.
+    """
+
+    context: NegativeContext
+    bias: Tensor | None
+    temb: Tensor | None = None
+    text: Tensor | None = None
+    inner: Tensor | None = None
+    modulation: tuple[Tensor, ...] = ()
+    mlp: Tensor | None = None
+    attended: Tensor | None = None
+
+
+@dataclass
+class FluxRun:
+    """What the hooks and processors of one transformer share."""
+
+    steering: ScopedSteering
+    formula: JointFormula
+    streams: list[TextStream] = field(default_factory=list)
+    text_tokens: int = 0
+
+    @property
+    def last_layer(self) -> int:
+        """The last layer that is guided in the running call; -1 when none is."""
+        layers = range(self.steering.num_layers - 1, -1, -1)
+        return next((layer for layer in layers if self.streams and self.steering.acts(layer)), -1)
+
+
+class EmbedTime:
+    """Hook of the timestep embedding: the same for each negative, with its own pooled embedding."""
+
+    def __init__(self, run: FluxRun) -> None:
+        self.run = run
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if self.run.last_layer < 0:
+            return
+        *times, pooled = args
+        for stream in self.run.streams:
+            assert stream.context.pooled is not None
+            own = expand_rows(stream.context.pooled.to(pooled), pooled.shape[0])
+            stream.temb = module.forward(*times, own)
+
+
+class EmbedText:
+    """Hook of the text embedding: starts each negative's stream."""
+
+    def __init__(self, run: FluxRun) -> None:
+        self.run = run
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if self.run.last_layer < 0:
+            return
+        for stream in self.run.streams:
+            embeds = expand_rows(stream.context.embeds.to(args[0]), args[0].shape[0])
+            stream.text = module.forward(embeds)
+
+
+def block_hooks(run: FluxRun, layer: int, *, double: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks before and after a block that take the negatives' streams through it."""
+    enter_stream, leave_stream = (_enter_double, _leave_double) if double else (_enter_single, _leave_single)
+
+    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+        run.text_tokens = text.shape[1]
+        if layer <= run.last_layer:
+            for stream in run.streams:
+                enter_stream(block, stream)
+
+    def leave(block: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        last = run.last_layer
+        for stream in run.streams:
+            if layer < last:
+                leave_stream(block, stream)
+                if stream.text is not None and stream.text.dtype == float16:
+                    stream.text = stream.text.clip(-65504, 65504)
+            elif layer == last:  # nothing reads the stream any more
+                stream.text = stream.inner = stream.mlp = stream.attended = stream.temb = None
+
+    return enter, leave
+
+
+def _enter_double(block: nn.Module, stream: TextStream) -> None:
+    stream.inner, *modulation = block.norm1_context(stream.text, emb=stream.temb)
+    stream.modulation = tuple(modulation)
+
+
+def _leave_double(block: nn.Module, stream: TextStream) -> None:
+    gate, shift_mlp, scale_mlp, gate_mlp = (x.unsqueeze(1) for x in stream.modulation)
+    text = stream.text + gate * stream.attended
+    inner = block.norm2_context(text) * (1 + scale_mlp) + shift_mlp
+    stream.text = text + gate_mlp * block.ff_context(inner)
+
+
+def _enter_single(block: nn.Module, stream: TextStream) -> None:
+    stream.inner, gate = block.norm(stream.text, emb=stream.temb)
+    stream.modulation = (gate,)
+    stream.mlp = block.act_mlp(block.proj_mlp(stream.inner))
+
+
+def _leave_single(block: nn.Module, stream: TextStream) -> None:
+    (gate,) = stream.modulation
+    assert stream.attended is not None and stream.mlp is not None
+    stream.text = stream.text + gate.unsqueeze(1) * block.proj_out(cat([stream.attended, stream.mlp], dim=2))
