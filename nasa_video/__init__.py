@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nasa_video.guidance import ClassifierFree, Nag, Nasa, Negative, ScaleSchedule, Vsf
-    from nasa_video.guided import guided
+    from nasa_video.guided_models import guided
     from nasa_video.pipeline import VideoPipeline
 
 try:
@@ -21,7 +21,7 @@ _HOMES = {
     "ScaleSchedule": "guidance",
     "Vsf": "guidance",
     "VideoPipeline": "pipeline",
-    "guided": "guided",
+    "guided": "guided_models",
 }
 __all__ = ["ClassifierFree", "Nag", "Nasa", "Negative", "ScaleSchedule", "VideoPipeline", "Vsf", "__version__", "guided"]
 

@@ -210,7 +210,8 @@ class VideoPipeline:
         Raises:
             InputError: patch and VAE do not allow it; the message names the nearest sizes.
         """
-        sizes = (width or self.preset.video.width, height or self.preset.video.height)
+        video = self.preset.video
+        sizes = (video.width if width is None else width, video.height if height is None else height)
         stride = self.vae.config.scale_factor_spatial
         _, patch_height, patch_width = self.model.transformer.config.patch_size
         for name, size, unit in (("width", sizes[0], stride * patch_width), ("height", sizes[1], stride * patch_height)):

@@ -1,4 +1,4 @@
-"""Follows a classic diffusers pipeline from outside: encodes the negatives as it encodes its prompt, and knows its passes.
+"""Follows a classic diffusers pipeline from outside: encodes the negatives as it encodes its prompt, tells its passes.
 
 Only instance attributes are set, inside a scope that removes them: ``pipe.encode_prompt`` (when a run begins, and with
 what settings) and ``denoiser.cache_context`` (which of two classifier-free passes comes).
@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from causvid_adapter import ModelCall
 from diffusers import DiffusionPipeline, FluxTransformer2DModel, PixArtTransformer2DModel
 from torch import Tensor, nn
 
+from causvid_adapter import ModelCall
 from nasa_video.backbones.scope import Backbone, NegativeContext
 from nasa_video.errors import InputError
 from nasa_video.guidance import Negative, ScaleSchedule
@@ -66,7 +66,7 @@ class PipelineScope:
             stack.enter_context(_attribute(self.pipe, "encode_prompt", self._encode_prompt))
             for denoiser in self.denoisers.values():
                 if self.two_passes and hasattr(denoiser, "cache_context"):
-                    model = getattr(denoiser, "_orig_mod", denoiser)
+                    model: Any = getattr(denoiser, "_orig_mod", denoiser)
                     stack.enter_context(_attribute(model, "cache_context", self._passes(model.cache_context)))
                 if (self.schedule.first_step, self.schedule.last_step) != (0.0, 1.0):
                     stack.callback(denoiser.register_forward_pre_hook(self._count_step).remove)
@@ -99,7 +99,8 @@ class PipelineScope:
         for backbone in self.backbones:
             backbone.steering.doubled = doubled
         own = {name: value for name, value in settings.items() if not _is_prompt(name)}
-        own["lora_scale"] = settings.get("lora_scale") or (getattr(self.pipe, "_attention_kwargs", None) or {}).get("scale")
+        extra = getattr(self.pipe, "_attention_kwargs", None) or {}  # Wan does not tell encode_prompt
+        own["lora_scale"] = settings.get("lora_scale", extra.get("scale"))
         for negative in self.negatives:
             if isinstance(negative, Negative):
                 check_negative(negative.text, self._count_tokens(negative.text), prompts)
@@ -171,7 +172,7 @@ class PipelineScope:
 
 def _is_prompt(name: str) -> bool:
     """Whether an argument of encode_prompt carries prompts, their embeddings or their masks."""
-    return name in ("prompt", "prompt_2", "prompt_3") or name.startswith("negative_prompt") or "embeds" in name or "mask" in name
+    return name.removeprefix("negative_") in ("prompt", "prompt_2", "prompt_3") or "embeds" in name or "mask" in name
 
 
 @contextmanager

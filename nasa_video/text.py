@@ -70,7 +70,8 @@ class WordLlamaEncoder:
             ids = encoding.ids[: self.max_tokens]
             embeds[row, : len(ids)] = self._table[ids]
             lengths.append(len(ids))
-            cut.append(text[encoding.offsets[self.max_tokens][0] :] if len(encoding.ids) > self.max_tokens else "")
+            fits = len(encoding.ids) <= self.max_tokens
+            cut.append("" if fits else text[encoding.offsets[self.max_tokens][0] :].strip())
         return TextContext(embeds, torch.tensor(lengths), tuple(cut))
 
 

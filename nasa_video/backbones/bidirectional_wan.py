@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
@@ -19,7 +20,7 @@ from nasa_video.guidance import AttentionGuidance
 from nasa_video.steering import EffectMeter
 from nasa_video.text import TextContext
 
-WanModel = WanTransformer3DModel | WanVACETransformer3DModel | CausalWan
+WanModel: TypeAlias = WanTransformer3DModel | WanVACETransformer3DModel | CausalWan
 
 
 def real_tokens(embeds: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
-from torch import Tensor, cat, nn
+from torch import Tensor, cat
 
 from nasa_video.attention import Attend, TextKeys
 from nasa_video.backbones.flux_streams import EmbedText, EmbedTime, FluxRun, TextStream, block_hooks
@@ -55,15 +55,14 @@ class GuidedJointAttention:
         if attention_mask is not None:
             raise InputError("FLUX's joint attention has no mask; a guided layer does not ignore an unknown one")
         double = encoder_hidden_states is not None
-        length = encoder_hidden_states.shape[1] if double else run.text_tokens
+        length = run.text_tokens if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         text_rotary = image_rotary = None
         if image_rotary_emb is not None:
             cos, sin = image_rotary_emb
             text_rotary, image_rotary = (cos[:length], sin[:length]), (cos[length:], sin[length:])
-        own, text = (hidden_states, encoder_hidden_states) if double else (
-            hidden_states[:, length:],
-            hidden_states[:, :length],
-        )
+        own, text = hidden_states, encoder_hidden_states
+        if text is None:
+            own, text = hidden_states[:, length:], hidden_states[:, :length]
         q_image, image = project(attn, own, image_rotary)
         q_text, positive = project(attn, text, text_rotary, added=double)
         z_text = run.steering.attend(q_text, join_keys(positive, image)).flatten(2)
@@ -109,7 +108,7 @@ class GuidedJointAttention:
 
 
 def project(attn: FluxAttention, x: Tensor, rotary: Rotary | None, *, added: bool = False) -> tuple[Tensor, TextKeys]:
-    """Queries and keys of one stream after QK-norm and rotation, (B, tokens, H, D); ``added``: by the text's weights."""
+    """Queries and keys of a stream after QK-norm and rotation, (B, tokens, H, D); ``added``: by the text's weights."""
     if added:
         norm_q, norm_k = attn.norm_added_q, attn.norm_added_k
         if attn.fused_projections:
@@ -142,8 +141,8 @@ class FluxBackbone:
     ) -> None:
         formula.check(guidance)
         self.model = model
-        self.doubles: list[nn.Module] = list(model.transformer_blocks)
-        self.singles: list[nn.Module] = list(model.single_transformer_blocks)
+        self.doubles: list[Any] = list(model.transformer_blocks)
+        self.singles: list[Any] = list(model.single_transformer_blocks)
         self.steering = new_steering(guidance, attend, len(self.doubles) + len(self.singles), meter)
         self.run = FluxRun(self.steering, formula)
         for block in (*self.doubles, *self.singles):
@@ -186,4 +185,3 @@ class FluxBackbone:
                 run.streams = []
                 for block, processor in zip(blocks, before, strict=True):
                     block.attn.set_processor(processor)
-

@@ -107,25 +107,29 @@ def block_hooks(run: FluxRun, layer: int, *, double: bool) -> tuple[Callable[...
     return enter, leave
 
 
-def _enter_double(block: nn.Module, stream: TextStream) -> None:
+def _enter_double(block: Any, stream: TextStream) -> None:
     stream.inner, *modulation = block.norm1_context(stream.text, emb=stream.temb)
     stream.modulation = tuple(modulation)
 
 
-def _leave_double(block: nn.Module, stream: TextStream) -> None:
+def _leave_double(block: Any, stream: TextStream) -> None:
+    assert stream.text is not None
+    assert stream.attended is not None
     gate, shift_mlp, scale_mlp, gate_mlp = (x.unsqueeze(1) for x in stream.modulation)
     text = stream.text + gate * stream.attended
     inner = block.norm2_context(text) * (1 + scale_mlp) + shift_mlp
     stream.text = text + gate_mlp * block.ff_context(inner)
 
 
-def _enter_single(block: nn.Module, stream: TextStream) -> None:
+def _enter_single(block: Any, stream: TextStream) -> None:
     stream.inner, gate = block.norm(stream.text, emb=stream.temb)
     stream.modulation = (gate,)
     stream.mlp = block.act_mlp(block.proj_mlp(stream.inner))
 
 
-def _leave_single(block: nn.Module, stream: TextStream) -> None:
+def _leave_single(block: Any, stream: TextStream) -> None:
     (gate,) = stream.modulation
-    assert stream.attended is not None and stream.mlp is not None
+    assert stream.text is not None
+    assert stream.attended is not None
+    assert stream.mlp is not None
     stream.text = stream.text + gate.unsqueeze(1) * block.proj_out(cat([stream.attended, stream.mlp], dim=2))

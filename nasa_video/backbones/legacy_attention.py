@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
@@ -21,7 +22,7 @@ from nasa_video.errors import InputError
 from nasa_video.guidance import AttentionGuidance
 from nasa_video.steering import EffectMeter, PromptKeys
 
-LegacyModel = PixArtTransformer2DModel | UNet2DConditionModel
+LegacyModel: TypeAlias = PixArtTransformer2DModel | UNet2DConditionModel
 REPLACEABLE = (
     processors.AttnProcessor,
     processors.AttnProcessor2_0,

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention
-from torch import Tensor, nn
+from torch import Tensor
 
 from causvid_adapter.model import IMAGE_MODEL_TEXT_TOKENS
 from nasa_video.attention import TextKeys, folded_embeds, key_bias
@@ -88,7 +89,7 @@ def prompt_keys(
         return PromptKeys(tuple(project_text(block.attn2, text, bias) for block in guided_blocks(transformer)))
 
 
-def guided_blocks(transformer: WanTransformer3DModel) -> list[nn.Module]:
+def guided_blocks(transformer: WanTransformer3DModel) -> list[Any]:
     """Blocks with text cross-attention, numbered as the steering's layers; VACE has some of its own."""
     return [*transformer.blocks, *getattr(transformer, "vace_blocks", ())]
 

@@ -104,7 +104,8 @@ def _resolve(
 ) -> Recipe:
     preset = pipeline.preset
     first = timeline.timeline[0] if timeline else None
-    prompt = request.prompt or (stored.prompt if stored else None) or (first.prompt if first else None)
+    given = (request.prompt, stored.prompt if stored else None, first.prompt if first else None)
+    prompt = next((text for text in given if text is not None), None)
     if prompt is None:
         raise InputError("say what the video should show: nasa-video generate \"a red ball bouncing\"")
     negatives = tuple(parse_negative(text) for text in request.negatives)

@@ -32,10 +32,14 @@ def render(scenes: Scenes, num_frames: int = CLIP_FRAMES, first_frame: int = 0) 
 
 
 def render_with_mask(scenes: Scenes, num_frames: int = CLIP_FRAMES, first_frame: int = 0) -> tuple[Tensor, Tensor]:
-    """Frames (B, F, 3, 64, 64) in [-1, 1] and the sprites' coverage (B, F, 1, 64, 64) in [0, 1]."""
+    """Frames (B, F, 3, 64, 64) in [-1, 1] and the sprites' coverage (B, F, 1, 64, 64) in [0, 1].
+
+    A scene whose `count` is -1 shows its background alone.
+    """
     time_F = torch.arange(first_frame, first_frame + num_frames, device=scenes.shape.device, dtype=torch.float32)
     picture = _background(scenes)[:, None].expand(-1, num_frames, -1, -1, -1)
     first, mask = _sprite(scenes, time_F, second=False)
+    mask = mask * (scenes.count >= 0)[:, None, None, None, None]
     picture = torch.lerp(picture, first, mask)
     two = scenes.count == 1
     if two.any():

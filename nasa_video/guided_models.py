@@ -1,7 +1,7 @@
 """Guidance for any supported diffusers model or classic pipeline, in one line::
 
-    with guided(pipe, "blurry, low quality", Nasa(scale=0.5)):
-        image = pipe("a fox in a suit", num_inference_steps=1, guidance_scale=0).images[0]
+with guided(pipe, "blurry, low quality", Nasa(scale=0.5)):
+    image = pipe("a fox in a suit", num_inference_steps=1, guidance_scale=0).images[0]
 """
 
 # B batch, L text tokens, E text dim
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from causvid_adapter import CausalWan
 from diffusers import (
     DiffusionPipeline,
     FluxTransformer2DModel,
@@ -23,6 +22,7 @@ from diffusers import (
 from diffusers.modular_pipelines import ModularPipeline
 from torch import Tensor, nn
 
+from causvid_adapter import CausalWan
 from nasa_video.attention import Attend, make_attend
 from nasa_video.backbones.bidirectional_wan import WanBackbone
 from nasa_video.backbones.flux import FluxBackbone
@@ -85,8 +85,8 @@ def guided(
     given = _read_negatives(negatives)
     if isinstance(guidance, ClassifierFree):
         raise InputError(
-            "classifier-free guidance is the pipeline's own: pass it negative_prompt and guidance_scale. guided() takes "
-            "Nasa, Nag and Vsf, which act in attention and may be combined with it"
+            "classifier-free guidance is the pipeline's own: pass it negative_prompt and guidance_scale. guided() "
+            "takes Nasa, Nag and Vsf, which act in attention and may be combined with it"
         )
     if isinstance(model_or_pipeline, ModularPipeline):
         raise InputError(
@@ -101,9 +101,7 @@ def guided(
         return
     if isinstance(model_or_pipeline, DiffusionPipeline):
         two_passes = isinstance(_unwrap(next(iter(denoisers.values()))), TWO_PASSES)
-        scope = PipelineScope(
-            model_or_pipeline, denoisers, backbones, given, guidance.schedule, two_passes=two_passes
-        )
+        scope = PipelineScope(model_or_pipeline, denoisers, backbones, given, guidance.schedule, two_passes=two_passes)
         with scope.open():
             yield GuidedScope(meter)
         return
@@ -150,8 +148,8 @@ def make_backbone(
     if isinstance(model, WanTransformer3DModel | WanVACETransformer3DModel | CausalWan):
         return WanBackbone(model, guidance, attend, meter)
     raise InputError(
-        f"no way to guide a {type(model).__name__} is known; PixArt, UNet2DConditionModel (Stable Diffusion, SDXL), FLUX "
-        "and Wan models can be guided"
+        f"no way to guide a {type(model).__name__} is known; PixArt, UNet2DConditionModel (Stable Diffusion, SDXL), "
+        "FLUX and Wan models can be guided"
     )
 
 

@@ -1,0 +1,194 @@
+"""Whatever a person can type has a defined answer: one clear message, a status that is not 0, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nasa_video.video.source import read_frames
+
+Run = Callable[..., Any]
+MODEL = ("--model", "{model}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["", *MODEL], "prompt must not be empty"),
+        (["  \n ", *MODEL], "prompt must not be empty"),
+        ([*MODEL], "say what the video should show"),
+        (["x", "--neg", "", *MODEL], "must not be empty"),
+        (["x", "--neg", "y", "--scale", "-1", *MODEL], "scale must be a number from 0 to 100, got -1"),
+        (["x", "--neg", "y", "--scale", "nan", *MODEL], "got nan"),
+        (["x", "--neg", "y", "--scale", "1e9", *MODEL], "from 0 to 100"),
+        (["x", "--neg", "y:0", *MODEL], "weight of a negative must be above 0"),
+        (["x", "--neg", "y:inf", *MODEL], "weight in 'y:inf' must be a number"),
+        (["x", "--neg", ":0.5", *MODEL], "a weight but no text"),
+        (["x", "--neg", "X", *MODEL], "is the prompt itself"),
+        (["x", "--neg", "y", "--guidance", "none", *MODEL], "leave out one of the two"),
+        (["x", "--guidance", "apg", *MODEL], "guidance must be one of nasa, nag, vsf, cfg or none"),
+        (["x", "--neg", "y:0.5", "--guidance", "cfg", *MODEL], "takes no weights"),
+        (["x", "--neg", "y", "--guidance", "cfg", "--guide-layers", "0:0.5", *MODEL], "not for cfg"),
+        (["x", "--neg", "y", "--guide-steps", "0.6:0.7", "--no-guide-clean", *MODEL], "changed nothing"),
+        (["x", "--guide-steps", "1:0", "--neg", "y", *MODEL], "first <= last"),
+        (["x", "--guide-steps", "half", *MODEL], "FIRST:LAST"),
+        (["x", "--frames", "10", *MODEL], "frames must be 9 + 12k for this model, got 10; use 9 or 21"),
+        (["x", "--frames", "0", *MODEL], "use 9 or 21"),
+        (["x", "--frames", "-5", *MODEL], "use 9 or 21"),
+        (["x", "--width", "40", *MODEL], "width must be a multiple of 16 for this model, got 40; use 32 or 48"),
+        (["x", "--height", "0", *MODEL], "height must be a multiple of 16"),
+        (["x", "--fps", "0", *MODEL], "fps must be above 0"),
+        (["x", "--steps", "7", *MODEL], "this model runs in 1, 2 steps, got 7"),
+        (["x", "--device", "cuda:99", *MODEL], "cannot be used"),
+        (["x", "--device", "teapot", *MODEL], "cannot be used"),
+        (["x", "--attention", "xformers", *MODEL], "xformers"),
+        (["x", "--attention", "magic", *MODEL], "attention backend must be"),
+        (["x", "--model", "nope"], "unknown model 'nope'; use a preset"),
+        (["x", "-o", "a.avi", *MODEL], ".mp4, .webm, .gif"),
+        (["x", "-o", "missing/a.mp4", *MODEL], "missing does not exist"),
+        (["x", "--timeline", "none.yaml", *MODEL], "none.yaml"),
+        (["--from", "none.mp4"], "none.mp4"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_written(
+    nasa_video: Run, words: list[str], message: str
+) -> None:
+    done = nasa_video("generate", *words)
+    assert done.status != 0
+    assert message in " ".join(done.stderr.split())
+    assert list(Path().iterdir()) == []
+
+
+def test_machines_get_the_error_as_an_object(nasa_video: Run) -> None:
+    done = nasa_video("generate", "x", "--frames", "10", *MODEL, "--json")
+    assert done.status == 1
+    assert "use 9 or 21" in done.json["error"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n", "must hold a mapping"),
+        ("timeline: []\n", "at least 1"),
+        ("timeline:\n- {at: 1}\n- {at: 0}\n", "times must rise"),
+        ("timeline:\n- {at: 0, promt: x}\n", "promt"),
+        ("timeline:\n- {at: -1, prompt: x}\n", "greater than or equal to 0"),
+        ("timeline: [", "cannot be read as YAML"),
+        ("timeline:\n- {at: 0, prompt: x, scale: -3, negatives: [y]}\n", "scale must be"),
+    ],
+)
+def test_a_wrong_timeline_is_named(nasa_video: Run, text: str, message: str) -> None:
+    Path("t.yaml").write_text(text)
+    done = nasa_video("generate", "--timeline", "t.yaml", *MODEL, "-o", "a.mp4")
+    assert done.status != 0
+    assert message in " ".join(done.stderr.split())
+    assert not Path("a.mp4").exists()
+
+
+def test_a_prompt_beyond_the_encoder_is_cut_with_a_note(nasa_video: Run) -> None:
+    done = nasa_video("generate", "a red star " * 20, *MODEL, "--frames", "9", "-o", "a.mp4")
+    assert done.status == 0
+    note = " ".join(done.stderr.split())
+    assert "longer than the 24 tokens" in note
+    assert "characters were cut" in note
+
+
+@pytest.mark.parametrize("prompt", ["🙂🙃", "红色的球", "مرحبا ‮abc", "a\u0000b", "a\udcff b", "e\u0301" * 30, "x" * 1_000_000])
+def test_strange_and_huge_prompts_give_a_video(nasa_video: Run, prompt: str) -> None:
+    done = nasa_video("generate", prompt, *MODEL, "--frames", "9", "-o", "a.mp4")
+    assert done.status == 0
+    assert len(read_frames("a.mp4")) == 9
+    assert nasa_video("generate", "--from", "a.mp4", "-o", "b.mp4").status == 0
+    assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "code", "shape", "missing", "text"])
+def test_a_bad_checkpoint_is_refused_and_named(
+    nasa_video: Run, model_folder: Path, tmp_path: Path, damage: str
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "bad")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    preset = folder / "preset.yaml"
+    expected = "safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "text":
+        weights.write_text("<html>404</html>")
+    elif damage == "missing":
+        weights.unlink()
+        expected = "transformer"
+    else:
+        file = folder / "model.pt"
+        preset.write_text(preset.read_text().replace("path: transformer", "path: model.pt"))
+        if damage == "code":
+            torch.save({"generator": os.system}, file)
+            expected = "could run code"
+        elif damage == "foreign":
+            torch.save({"down_blocks.0.resnets.0.conv1.weight": torch.zeros(3)}, file)
+            expected = "Stable Diffusion UNet"
+        else:
+            torch.save({"generator": {"model.blocks.0.self_attn.q.weight": torch.zeros(3, 3)}}, file)
+            expected = "patch_embedding"
+    done = nasa_video("generate", "x", "--model", str(folder), "-o", "a.mp4")
+    assert done.status == 1
+    assert expected in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not Path("a.mp4").exists()
+
+
+def test_an_unknown_preset_key_is_an_error(nasa_video: Run, model_folder: Path, tmp_path: Path) -> None:
+    text = (model_folder / "preset.yaml").read_text()
+    (tmp_path / "p.yaml").write_text(text + "colour: red\n")
+    done = nasa_video("generate", "x", "--model", "p.yaml")
+    assert done.status == 1
+    assert "colour" in done.stderr
+
+
+def _start(model_folder: Path, folder: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "nasa_video", "generate", "a star", "--model", str(model_folder), "--neg", "red"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *options], cwd=folder, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def _wait_for(folder: Path, size: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if any(path.stat().st_size > size for path in folder.glob("*.part*")):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run wrote nothing")
+
+
+def test_ctrl_c_keeps_what_was_made(model_folder: Path, tmp_path: Path) -> None:
+    process = _start(model_folder, tmp_path, "--frames", str(9 + 12 * 2000), "-o", "a.mp4")
+    _wait_for(tmp_path, 20_000)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.partial.mp4"]
+    assert len(read_frames(tmp_path / "a.partial.mp4")) > 9
+
+
+def test_a_killed_ffmpeg_ends_the_run_and_keeps_what_was_made(model_folder: Path, tmp_path: Path) -> None:
+    process = _start(model_folder, tmp_path, "--frames", str(9 + 12 * 2000), "-o", "a.mp4")
+    _wait_for(tmp_path, 20_000)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    for pid in children.stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "ffmpeg" in stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "a.mp4").exists()
+    assert len(read_frames(tmp_path / "a.partial.mp4")) > 9

@@ -1,0 +1,132 @@
+"""The main job, through the command line, on a small real model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nasa_video.video.metadata import read_metadata
+from nasa_video.video.source import probe, read_frames
+
+Run = Callable[..., Any]
+
+
+def test_a_prompt_and_its_negatives_become_a_file_with_its_recipe(nasa_video: Run) -> None:
+    done = nasa_video(
+        "generate", "a red ball", "--neg", "blurry", "--neg", "text:0.4", "--model", "{model}", "-o", "a.mp4", "--json"
+    )
+    assert done.status == 0
+    assert set(done.json) >= {"output", "frames", "fps", "seconds", "seed", "model", "guidance", "effect"}
+    assert (done.json["frames"], done.json["fps"], done.json["guidance"]) == (21, 12, "nasa")
+    assert 0.01 < done.json["effect"]["relative_change"] < 2
+    assert 0 < done.json["effect"]["negative_share"] < 1
+    info = probe("a.mp4")
+    assert (info.frames, info.width, info.height) == (21, 64, 32)
+    recipe = read_metadata("a.mp4")["nasa_video"]
+    assert recipe["negatives"] == [{"text": "blurry", "weight": 1.0}, {"text": "text", "weight": 0.4}]
+    assert recipe["prompt"] == "a red ball"
+
+
+def test_a_file_makes_itself_again(nasa_video: Run) -> None:
+    words = ["--neg", "blurry:0.7", "--scale", "0.6", "--seed", "5", "--guide-steps", "0:0.6", "--guidance", "nag"]
+    nasa_video("generate", "a star", "--scale", "2", *words, "--scale", "2.5", "--model", "{model}", "-o", "a.mp4")
+    assert nasa_video("generate", "--from", "a.mp4", "-o", "b.mp4").status == 0
+    assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+
+
+def test_an_option_beside_from_replaces_the_stored_one(nasa_video: Run) -> None:
+    nasa_video("generate", "a star", "--seed", "5", "--model", "{model}", "-o", "a/")
+    nasa_video("generate", "a star", "--seed", "6", "--model", "{model}", "-o", "b/")
+    nasa_video("generate", "--from", "a/", "--seed", "6", "-o", "c/")
+    a, b, c = (np.asarray(Image.open(f"{name}/000020.png")) for name in "abc")
+    assert np.array_equal(b, c)
+    assert not np.array_equal(a, b)
+
+
+def test_no_guidance_scale_zero_and_no_negative_are_one_video(nasa_video: Run) -> None:
+    nasa_video("generate", "a star", "--model", "{model}", "-o", "plain/")
+    nasa_video("generate", "a star", "--neg", "red", "--scale", "0", "--model", "{model}", "-o", "zero/")
+    nasa_video("generate", "a star", "--guidance", "none", "--model", "{model}", "-o", "none/")
+    nasa_video("generate", "a star", "--neg", "red", "--model", "{model}", "-o", "guided/")
+    plain, zero, none, guided = (
+        np.stack([np.asarray(Image.open(path)) for path in sorted(Path(name).glob("*.png"))])
+        for name in ("plain", "zero", "none", "guided")
+    )
+    assert np.array_equal(plain, zero)
+    assert np.array_equal(plain, none)
+    assert not np.array_equal(plain, guided)
+
+
+@pytest.mark.parametrize("method", ["nasa", "nag", "vsf", "cfg"])
+def test_every_method_runs_and_reports_its_effect(nasa_video: Run, method: str) -> None:
+    done = nasa_video(
+        "generate", "a star", "--neg", "red", "--guidance", method, "--model", "{model}", "-o", "a.mp4", "--json"
+    )
+    assert done.status == 0
+    assert done.json["guidance"] == method
+    assert done.json["effect"]["relative_change"] > 1e-3
+
+
+def test_compare_shows_both_videos_and_a_contact_sheet(nasa_video: Run) -> None:
+    done = nasa_video("generate", "a star", "--neg", "red", "--compare", "--model", "{model}", "-o", "c.mp4", "--json")
+    assert done.json["contact_sheet"] == "c.png"
+    assert Image.open("c.png").width > 400
+    wide = read_frames("c.mp4")
+    assert wide.shape[0] == 21
+    assert wide.shape[2] >= 2 * 64
+    nasa_video("generate", "a star", "--neg", "red", "--model", "{model}", "-o", "guided.mp4")
+    guided = read_frames("guided.mp4")
+    right = wide[:, -guided.shape[1] :, -guided.shape[2] :]
+    assert np.abs(right.astype(int) - guided).mean() < 6
+
+
+def test_standard_output_carries_a_playable_stream(model_folder: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "nasa_video", "generate", "a star", "--model", str(model_folder), "-o", "-"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    (tmp_path / "out.mp4").write_bytes(done.stdout)
+    assert len(read_frames(tmp_path / "out.mp4")) == 21
+
+
+def test_a_timeline_changes_the_picture_from_its_chunk_on(nasa_video: Run) -> None:
+    Path("t.yaml").write_text(
+        "timeline:\n- {at: 0, prompt: a red star}\n- {at: 0.5, negatives: ['red:0.5', blurry], scale: 0.7}\n"
+    )
+    nasa_video("generate", "--timeline", "t.yaml", "--frames", "33", "--model", "{model}", "-o", "t/")
+    nasa_video("generate", "a red star", "--frames", "33", "--model", "{model}", "-o", "plain/")
+    pairs = list(zip(sorted(Path("t").glob("*.png")), sorted(Path("plain").glob("*.png")), strict=True))
+    same = [np.array_equal(np.asarray(Image.open(a)), np.asarray(Image.open(b))) for a, b in pairs]
+    # 0.5 s at 12 FPS is inside the first chunk of 9 frames; the next chunk is the first that can change.
+    assert all(same[:9])
+    assert not any(same[10:])
+
+
+def test_a_recomputed_window_changes_what_follows_a_prompt_switch(nasa_video: Run) -> None:
+    Path("t.yaml").write_text("timeline:\n- {at: 0, prompt: a red star}\n- {at: 0.7, prompt: a blue heart}\n")
+    for name, option in (("kept", "--no-recompute"), ("again", "--recompute")):
+        nasa_video("generate", "--timeline", "t.yaml", option, "--model", "{model}", "-o", f"{name}/")
+    kept, again = (np.asarray(Image.open(f"{name}/000015.png")) for name in ("kept", "again"))
+    first_kept, first_again = (np.asarray(Image.open(f"{name}/000008.png")) for name in ("kept", "again"))
+    assert np.array_equal(first_kept, first_again)
+    assert not np.array_equal(kept, again)
+
+
+def test_a_default_name_never_replaces_a_file(nasa_video: Run) -> None:
+    first = nasa_video("generate", "a Star!", "--model", "{model}", "--frames", "9", "--json").json["output"]
+    second = nasa_video("generate", "a Star!", "--model", "{model}", "--frames", "9", "--json").json["output"]
+    assert (first, second) == ("a-star.mp4", "a-star-2.mp4")
+
+
+def test_models_lists_what_there_is_and_what_it_needs(nasa_video: Run) -> None:
+    rows = {row["name"]: row for row in nasa_video("models", "--json").json}
+    assert {"sprites", "causvid", "self-forcing"} <= rows.keys()
+    assert all({"name", "kind", "present", "licence", "needs"} <= row.keys() for row in rows.values())
+    assert rows["causvid"]["present"] is False
+    assert any("tianweiy/CausVid" in need for need in rows["causvid"]["needs"])
