@@ -38,8 +38,10 @@ class StreamingDecoder:
         self._first = True
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         """(B, T, C, h, w) -> (B, F, 3, H, W) in [-1, 1]; F is 4 T, or 4 T - 3 when these are the video's first.
+
+        ``clamp=False`` leaves what the VAE puts outside of the range, so that it can be measured.
 
         (4 is the stride of Wan's VAE; another one's takes its place.)
 
@@ -56,7 +58,7 @@ class StreamingDecoder:
         frames = torch.cat(pieces, dim=2)
         if self.vae.config.patch_size is not None:
             frames = unpatchify(frames, patch_size=self.vae.config.patch_size)
-        return rearrange(frames.clamp(-1.0, 1.0), "b c f h w -> b f c h w")
+        return rearrange(frames.clamp(-1.0, 1.0) if clamp else frames, "b c f h w -> b f c h w")
 
 
 class StreamingEncoder:

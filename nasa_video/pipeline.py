@@ -39,6 +39,8 @@ from nasa_video.video.frames import frames_from_tensor
 
 # Below this relative change two branches are the same numbers: guidance runs, and does nothing.
 NO_EFFECT = 1e-6
+# Decoders overshoot a little on any clean picture; only more than this counts as out of range.
+RANGE_MARGIN = 0.05
 
 
 class PromptWarning(UserWarning):
@@ -55,6 +57,8 @@ class Chunk:
         latents: (B, T, C, h, w), normalised.
         cue: what it was made for.
         effect: what guidance did since the video's start; None while nothing was guided.
+        own_effect: what it did since the chunk before was finished; None where nothing was guided.
+        out_of_range: share of colour values that the decoder put beyond black or white by more than 5 %, one a sample.
     """
 
     index: int
@@ -62,6 +66,8 @@ class Chunk:
     latents: Tensor
     cue: Cue
     effect: Effect | None
+    out_of_range: list[float]
+    own_effect: Effect | None = None
 
 
 class VideoPipeline:
@@ -147,7 +153,8 @@ class VideoPipeline:
             steps: denoising steps a chunk; None takes the preset's.
             width, height: in pixels; None takes the preset's.
             cues: what each chunk shows, instead of prompt, negative and guidance (see Timeline.cues).
-            recompute_window: when the prompt changes, make the window's keys again under the new one.
+            recompute_window: when the prompt or the negatives change, make the window's keys again under the new
+                ones; a cue may say otherwise for its chunk.
 
         Raises:
             InputError: anything above that cannot be used; before the first chunk is made.
@@ -242,7 +249,7 @@ class VideoPipeline:
         settings = self.preset.sampler
         num_steps = settings.default_steps if steps is None else steps
         channels = self.model.transformer.config.in_channels
-        director = _Director(self, cue_of)
+        director = _Director(self, cue_of, recompute_window)
         sampler = ChunkSampler(
             director.denoiser,
             FlowMatchSchedule(settings.shift, settings.timesteps(num_steps), settings.warp),
@@ -256,7 +263,7 @@ class VideoPipeline:
             SeededNoise(seeds, (channels, latent_height, latent_width), self.model.device),
             num_frames=latent_frames,
             before_call=director.before_call,
-            recompute=director.changed if recompute_window else None,
+            recompute=director.recompute,
         )
         return self._generate(latents, director)
 
@@ -269,20 +276,22 @@ class VideoPipeline:
                 x = next(latents, None)
             if x is None:
                 return
-            pictures = decoder.decode(denormalize(self.vae, x))
+            pictures = decoder.decode(denormalize(self.vae, x), clamp=False)
+            out_of_range = (pictures.abs() > 1 + RANGE_MARGIN).float().mean(dim=(1, 2, 3, 4))
             cue, effect = director.cue_of(index), director.steering.meter.effect
             if cue.guided:
                 require_effect(effect, cue)
             frames = np.stack([frames_from_tensor(sample) for sample in pictures])
-            yield Chunk(index, frames, x, cue, effect)
+            yield Chunk(index, frames, x, cue, effect, out_of_range.tolist(), director.steering.meter.lap())
 
 
 class _Director:
     """Sets the stage before every model call: the prompts' keys, the method, the position in the loop."""
 
-    def __init__(self, pipeline: VideoPipeline, cue_of: CueOf) -> None:
+    def __init__(self, pipeline: VideoPipeline, cue_of: CueOf, recompute_window: bool) -> None:
         self.pipeline = pipeline
         self.cue_of = cue_of
+        self.recompute_window = recompute_window
         self.steering = Steering(pipeline.attend, pipeline.model.num_layers)
         first = cue_of(0)
         self.branched: ClassifierFreeDenoiser | None = None
@@ -302,10 +311,11 @@ class _Director:
         self._stage(self.cue_of(call.chunk))
         self.steering.call = call
 
-    def changed(self, chunk: int) -> bool:
-        """Whether a chunk's prompt or negatives differ from those of the chunk before."""
+    def recompute(self, chunk: int) -> bool:
+        """Whether a chunk needs the window's keys anew: its prompt or acting negatives are not those of the one before."""
         now, before = self.cue_of(chunk), self.cue_of(chunk - 1)
-        return (now.prompts, now.negatives) != (before.prompts, before.negatives)
+        wanted = self.recompute_window if now.recompute is None else now.recompute
+        return wanted and _acting_texts(now) != _acting_texts(before)
 
     def _stage(self, cue: Cue) -> None:
         if cue == self._current:
@@ -343,6 +353,10 @@ class _Director:
         transformer = self.pipeline.model.transformer
         keys = wan.prompt_keys(transformer, context, fold=self.pipeline.fold_padding, padding=padding)
         return _EncodedPrompts(keys, tuple(context.lengths.tolist()))
+
+
+def _acting_texts(cue: Cue) -> tuple[Any, ...]:
+    return cue.prompts, cue.negatives if cue.guided else None
 
 
 @dataclass(frozen=True)

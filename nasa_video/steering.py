@@ -53,6 +53,7 @@ class EffectMeter:
     def reset(self) -> None:
         """Start anew."""
         self._sum: Tensor | None = None
+        self._lap: Tensor | None = None
 
     @torch.no_grad()
     def add(self, guided: GuidedAttention) -> None:
@@ -71,10 +72,18 @@ class EffectMeter:
     @property
     def effect(self) -> Effect | None:
         """The means so far; None when nothing was guided."""
-        if self._sum is None:
-            return None
-        change, share, count = self._sum.tolist()
-        return Effect(change / count, share / count)
+        return _mean(self._sum)
+
+    def lap(self) -> Effect | None:
+        """The means since the last call; None when nothing was guided since."""
+        sums = self._sum if self._sum is None or self._lap is None else self._sum - self._lap
+        self._lap = self._sum
+        return _mean(sums)
+
+
+def _mean(sums: Tensor | None) -> Effect | None:
+    change, share, count = (0.0, 0.0, 0.0) if sums is None else sums.tolist()
+    return Effect(change / count, share / count) if count else None
 
 
 @dataclass

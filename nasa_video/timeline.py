@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,11 +35,14 @@ class Cue:
         prompts: one a sample.
         negatives: one tuple a sample; all samples have as many, with the same weights.
         guidance: the method, or None for an unguided chunk.
+        recompute: whether a change of prompt or negatives at this chunk makes the window's keys again under the new
+            ones; None leaves it to the stream.
     """
 
     prompts: tuple[str, ...]
     negatives: tuple[tuple[Negative, ...], ...]
     guidance: Guidance | None = None
+    recompute: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts or any(not prompt.strip() for prompt in self.prompts):
@@ -50,14 +54,25 @@ class Cue:
             raise InputError("all samples of a batch must have the same number of negatives with the same weights")
 
     @classmethod
-    def of(cls, prompt: str, negative: Negatives = None, guidance: Guidance | None = None) -> Cue:
+    def of(
+        cls,
+        prompt: str,
+        negative: Negatives = None,
+        guidance: Guidance | None = None,
+        recompute: bool | None = None,
+    ) -> Cue:
         """A cue of one sample."""
-        return cls((prompt,), (as_negatives(negative),), guidance)
+        return cls((prompt,), (as_negatives(negative),), guidance, recompute)
 
     @property
     def guided(self) -> bool:
         """Whether guidance has something to steer away from."""
         return self.guidance is not None and self.guidance.active and any(self.negatives)
+
+    @property
+    def unguided(self) -> Cue:
+        """The same without what guidance needs."""
+        return dataclasses.replace(self, negatives=((),) * len(self.prompts), guidance=None)
 
 
 CueOf = Callable[[int], Cue]
@@ -65,17 +80,26 @@ CueOf = Callable[[int], Cue]
 
 
 class TimelineEntry(Strict):
-    """From ``at`` seconds on: what is given replaces what was, what is left out stays."""
+    """From ``at`` seconds on: what is given replaces what was, what is left out stays.
+
+    ``guidance`` is a method's name or "none"; ``recompute`` as in :class:`Cue`.
+    """
 
     at: float = Field(ge=0)
     prompt: str | None = None
     negatives: tuple[str, ...] | None = None
+    guidance: str | None = None
     scale: float | None = None
+    recompute: bool | None = None
 
 
 class Timeline(Strict):
-    """A video's cues over time, as written in a YAML file."""
+    """A video's cues over time, as written in a YAML file, and what else makes the same video again where it says so."""
 
+    model: str | None = None
+    seed: int | None = None
+    steps: int | None = None
+    frames: int | None = None
     timeline: tuple[TimelineEntry, ...] = Field(min_length=1)
 
     @classmethod
@@ -103,14 +127,14 @@ class Timeline(Strict):
     def cues(
         self,
         first: Cue,
-        with_scale: Callable[[float], Guidance],
+        guide: Callable[[Guidance | None, str | None, float | None], Guidance | None],
         seconds_of_chunk: Callable[[int], float],
     ) -> CueOf:
         """Cues by chunk: an entry holds from the first chunk that starts at its time or later.
 
         Args:
             first: what holds until an entry says otherwise (one sample).
-            with_scale: the guidance with another scale.
+            guide: (the guidance so far, a method's name or None, a scale or None) to the guidance from there on.
             seconds_of_chunk: when a chunk's first frame is shown.
         """
         states: list[tuple[float, Cue]] = []
@@ -119,7 +143,10 @@ class Timeline(Strict):
             cue = Cue.of(
                 entry.prompt if entry.prompt is not None else cue.prompts[0],
                 cue.negatives[0] if entry.negatives is None else [parse_negative(text) for text in entry.negatives],
-                cue.guidance if entry.scale is None else with_scale(entry.scale),
+                cue.guidance
+                if entry.guidance is None and entry.scale is None
+                else guide(cue.guidance, entry.guidance, entry.scale),
+                cue.recompute if entry.recompute is None else entry.recompute,
             )
             states.append((entry.at, cue))
 
@@ -129,6 +156,13 @@ class Timeline(Strict):
             return holding[-1] if holding else first
 
         return cue_of
+
+
+def format_negative(negative: Negative) -> str:
+    """The inverse of :func:`parse_negative`."""
+    if negative.weight == 1 and ":" not in negative.text:
+        return negative.text
+    return f"{negative.text}:{negative.weight!r}"
 
 
 def parse_negative(text: str) -> Negative:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from nasa_video import __version__
+from nasa_video.cli.evaluate import evaluate
 from nasa_video.cli.generate import generate
 from nasa_video.cli.models import models
 
@@ -36,3 +37,4 @@ def main(
 
 app.command()(generate)
 app.command()(models)
+app.add_typer(evaluate)

@@ -67,10 +67,11 @@ def run(
             known before.
     """
     stored = Recipe.of_metadata(read_metadata(request.source), str(request.source)) if request.source else None
-    timeline = Timeline.read(request.timeline) if request.timeline else (stored.timeline if stored else None)
+    given = Timeline.read(request.timeline) if request.timeline else None
+    timeline = given or (stored.timeline if stored else None)
     if request.fps is not None and not (math.isfinite(request.fps) and 0 < request.fps <= 240):
         raise InputError(f"fps must be above 0 and at most 240, got {request.fps}")
-    name = request.model or (stored.model if stored else DEFAULT_MODEL)
+    name = request.model or (given and given.model) or (stored.model if stored else DEFAULT_MODEL)
     try:
         pipeline = VideoPipeline.from_pretrained(
             name, request.device, attention=cast(Backend, request.attention), fold_padding=request.fold
@@ -83,7 +84,7 @@ def run(
     chunks = _stream(pipeline, recipe, cues)
     unguided = None
     if recipe.compare:
-        unguided = _stream(pipeline, recipe, lambda chunk: dataclasses.replace(cues(chunk), guidance=None))
+        unguided = _stream(pipeline, recipe, lambda chunk: cues(chunk).unguided)
     written = _write(chunks, unguided, recipe, pipeline, output, make_progress)
     _report(written, recipe, say)
     return {
@@ -103,6 +104,7 @@ def _resolve(
     request: Request, stored: Recipe | None, timeline: Timeline | None, name: str, pipeline: VideoPipeline
 ) -> Recipe:
     preset = pipeline.preset
+    given = timeline if request.timeline else None
     first = timeline.timeline[0] if timeline else None
     given = (request.prompt, stored.prompt if stored else None, first.prompt if first else None)
     prompt = next((text for text in given if text is not None), None)
@@ -115,9 +117,9 @@ def _resolve(
         prompt=_without_surrogates(prompt),
         negatives=store_negatives(negatives),
         model=name,
-        seed=_first(request.seed, stored and stored.seed, 0),
-        steps=_first(request.steps, stored and stored.steps, preset.sampler.default_steps),
-        frames=_first(request.frames, stored and stored.frames, preset.video.frames),
+        seed=_first(request.seed, given and given.seed, stored and stored.seed, 0),
+        steps=_first(request.steps, given and given.steps, stored and stored.steps, preset.sampler.default_steps),
+        frames=_first(request.frames, given and given.frames, stored and stored.frames, preset.video.frames),
         width=_first(request.width, stored and stored.width, preset.video.width),
         height=_first(request.height, stored and stored.height, preset.video.height),
         fps=_first(request.fps, stored and stored.fps, preset.video.fps),
@@ -176,11 +178,15 @@ def _cues(recipe: Recipe, pipeline: VideoPipeline) -> CueOf:
     if recipe.timeline is None:
         return lambda chunk: first
 
-    def with_scale(scale: float) -> Guidance:
-        assert guidance is not None
-        return dataclasses.replace(guidance, scale=scale)
+    def guide(current: Guidance | None, method: str | None, scale: float | None) -> Guidance | None:
+        if method == "none":
+            return None
+        if method is not None:
+            return pipeline.guidance(method, scale)
+        base = current or guidance or pipeline.guidance()
+        return dataclasses.replace(base, scale=scale)
 
-    return recipe.timeline.cues(first, with_scale, lambda chunk: pipeline.frames_until(chunk) / recipe.fps)
+    return recipe.timeline.cues(first, guide, lambda chunk: pipeline.frames_until(chunk) / recipe.fps)
 
 
 def _stream(pipeline: VideoPipeline, recipe: Recipe, cues: CueOf) -> Iterator[Chunk]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Mapping
 
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS
 
@@ -117,6 +117,11 @@ def full_caption(row: Mapping[str, int], rng: random.Random) -> Caption:
     return Caption(_sentence(names, frozenset(stated), rng), frozenset(stated))
 
 
+def caption_stating(row: Mapping[str, int], stated: frozenset[str], rng: random.Random) -> Caption:
+    """A sentence that states exactly these attributes of a scene (the shape's noun is always there)."""
+    return Caption(_sentence(value_names(row), stated, rng), stated)
+
+
 def random_caption(row: Mapping[str, int], rng: random.Random) -> Caption:
     """A caption for training: never a held-out one."""
     while True:
@@ -142,7 +147,9 @@ def _draw(row: Mapping[str, int], rng: random.Random) -> Caption:
     if rng.random() < 0.12:
         attribute = rng.choice(there)
         return Caption(_phrase(attribute, names[attribute], rng), frozenset({attribute}))
-    stated = frozenset(a for a in there if rng.random() < (0.45 if a in FLAWS else 0.2 if _is_default(a, names) else 0.62))
+    stated = frozenset(
+        a for a in there if rng.random() < (0.45 if a in FLAWS else 0.2 if _is_default(a, names) else 0.62)
+    )
     if not stated:
         stated = frozenset({rng.choice(there)})
     if rng.random() < 0.2:

@@ -144,7 +144,8 @@ def _read(logits: dict[str, Tensor]) -> dict[str, list[str]]:
         ]
     for name, values in _SEVERAL.items():
         columns[name] = [
-            _several(row, values, count) for row, count in zip(logits[name].sigmoid().tolist(), columns["count"], strict=True)
+            _several(row, values, count)
+            for row, count in zip(logits[name].sigmoid().tolist(), columns["count"], strict=True)
         ]
     for name in _OF_A_SPRITE:
         columns[name] = [

@@ -23,7 +23,14 @@ SPEED = 1.25
 """Pixels a frame of the four straight motions."""
 _SDF_SIZE = 96
 _SDF_EXTENT = 1.6
-_PALETTE = ((0.90, 0.16, 0.17), (0.98, 0.55, 0.10), (0.97, 0.87, 0.17), (0.16, 0.70, 0.30), (0.18, 0.42, 0.93), (0.62, 0.25, 0.80))
+_PALETTE = (
+    (0.90, 0.16, 0.17),
+    (0.98, 0.55, 0.10),
+    (0.97, 0.87, 0.17),
+    (0.16, 0.70, 0.30),
+    (0.18, 0.42, 0.93),
+    (0.62, 0.25, 0.80),
+)
 
 
 def render(scenes: Scenes, num_frames: int = CLIP_FRAMES, first_frame: int = 0) -> Tensor:
@@ -179,9 +186,7 @@ _STARS = (
 _FLAKES = ((4, 6, 2.1), (20, 2, 1.7), (12, 17, 1.9), (27, 22, 2.2), (5, 28, 1.6))
 
 
-def _spots(
-    x: Tensor, y: Tensor, spots: tuple[tuple[float, float, float], ...], period: float
-) -> Tensor:
+def _spots(x: Tensor, y: Tensor, spots: tuple[tuple[float, float, float], ...], period: float) -> Tensor:
     """Coverage of soft round spots that repeat with a period, at pixel coordinates x, y (…, H, W)."""
     cover = torch.zeros_like(x + y)
     for spot_x, spot_y, radius in spots:
@@ -214,11 +219,25 @@ def _background(scenes: Scenes) -> Tensor:
     mix = torch.stack((flat, flat, down, stripes, checks, stars), 1)
     chosen = mix[torch.arange(batch, device=device), scenes.background][:, None]
     low = torch.tensor(
-        ((0.09, 0.10, 0.14), (0.86, 0.85, 0.82), (0.15, 0.19, 0.34), (0.30, 0.33, 0.37), (0.40, 0.36, 0.34), (0.04, 0.04, 0.12)),
+        (
+            (0.09, 0.10, 0.14),
+            (0.86, 0.85, 0.82),
+            (0.15, 0.19, 0.34),
+            (0.30, 0.33, 0.37),
+            (0.40, 0.36, 0.34),
+            (0.04, 0.04, 0.12),
+        ),
         device=device,
     )[scenes.background][:, :, None, None]
     high = torch.tensor(
-        ((0.09, 0.10, 0.14), (0.86, 0.85, 0.82), (0.72, 0.82, 0.84), (0.56, 0.59, 0.63), (0.68, 0.63, 0.58), (0.95, 0.95, 0.88)),
+        (
+            (0.09, 0.10, 0.14),
+            (0.86, 0.85, 0.82),
+            (0.72, 0.82, 0.84),
+            (0.56, 0.59, 0.63),
+            (0.68, 0.63, 0.58),
+            (0.95, 0.95, 0.88),
+        ),
         device=device,
     )[scenes.background][:, :, None, None]
     return torch.lerp(low, high, chosen) + 0.04 * (jitter[:, 8:9] - 0.5)

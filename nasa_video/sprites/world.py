@@ -8,9 +8,9 @@ Shape legend: B batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Mapping
 
 import torch
 from torch import Tensor

@@ -121,13 +121,20 @@ def train_autoencoder(
             continue
         journal.record(step, settings.iterations, values)
         if step % settings.checkpoint_every == 0 or step == settings.iterations:
-            state = {"step": step, "model": vae.state_dict(), "optimiser": optimiser.state_dict(), "average": average.state_dict()}
+            state = {
+                "step": step,
+                "model": vae.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "average": average.state_dict(),
+            }
             save_state(folder / "autoencoder.pt", state)
         if step % settings.sheet_every == 0:
             write_sheet(vae, folder / "sheets" / f"autoencoder-{step:05d}.png", device)
     team.wait()
     average.copy_to(vae)
     vae.eval().requires_grad_(False)
+    for parameter in vae.parameters():
+        parameter.data = parameter.data.contiguous()  # as files want it
     measure_latents(vae, settings.measure_clips, seed + 1, device)
     return vae
 

@@ -21,6 +21,7 @@ from nasa_video.sprites.renderer import render_with_mask
 from nasa_video.sprites.world import Scenes, concatenate, sample_scenes
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import load_state, save_state
+from nasa_video.training.parallel import Team
 
 SHARD_CLIPS = 256
 
@@ -88,21 +89,23 @@ def encode_clips(
     folder: Path,
     seed: int,
     device: torch.device,
+    team: Team,
     report: Callable[[int, int], None] | None = None,
 ) -> LatentClips:
-    """Renders and encodes clips in shards under `folder`; shards that are there already are read back."""
+    """Renders and encodes clips in shards under `folder`, a share of them in each process of the team.
+
+    Shards that are there already are read back.
+    """
     vae = vae.to(device).eval()
-    shards = []
     total = -(-clips // SHARD_CLIPS)
-    for number in range(total):
-        path = folder / f"clips-{number:04d}.pt"
-        shard = load_state(path)
-        if shard is None:
-            shard = _encode_shard(vae, seed * 1_000_003 + number, device)
-            save_state(path, shard)
-        shards.append(shard)
-        if report is not None:
-            report(number + 1, total)
+    paths = [folder / f"clips-{number:04d}.pt" for number in range(total)]
+    for number in range(team.rank, total, team.size):
+        if not paths[number].exists():
+            save_state(paths[number], _encode_shard(vae, seed * 1_000_003 + number, device))
+        if report is not None and team.leads:
+            report(min(number + team.size, total), total)
+    team.wait()
+    shards = [shard for path in paths if (shard := load_state(path)) is not None]
     names = [f.name for f in fields(Scenes)]
     return LatentClips(
         torch.cat([s["latents"] for s in shards]),

@@ -7,9 +7,10 @@ Shape legend: B batch, T latent frames, C channels, h w latent height and width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -18,7 +18,9 @@ Report = Callable[[int, int, dict[str, float]], None]
 """Called with (step, steps in all, values) for a progress display."""
 
 
-def contact_sheet(clips: Tensor, path: Path, frames: Sequence[int] = (0, 6, 12, 18, 24, 32), columns: int = 2, zoom: int = 2) -> None:
+def contact_sheet(
+    clips: Tensor, path: Path, frames: Sequence[int] = (0, 6, 12, 18, 24, 32), columns: int = 2, zoom: int = 2
+) -> None:
     """Writes clips (B, F, 3, H, W) in [-1, 1] as a PNG: a row of chosen frames each, clips in `columns`."""
     chosen = [f for f in frames if f < clips.shape[1]]
     pictures = ((clips[:, chosen].float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()

@@ -42,7 +42,9 @@ def saved(state: dict[str, Tensor], folder: Path) -> Path:
 def test_dtype_and_device_and_eval_mode(new_wan: NewWan, tmp_path: Path) -> None:
     model = new_wan()
     loaded = load_generator(saved(model.state_dict(), tmp_path), config_of(model), dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.dtype == loaded.transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    # diffusers keeps its sensitive parts in float32.
+    assert loaded.transformer.scale_shift_table.dtype == torch.float32
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 

@@ -35,7 +35,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(disk)], capture_output=True).returncode:
         pytest.skip("no right to mount a small disk")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    # Lazily: a test that failed may still hold a file open, and the mount must not outlive it.
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm"])
@@ -165,8 +166,16 @@ with open_sink({path!r}, 16) as sink:
 
 def start_child(path: Path) -> subprocess.Popen[bytes]:
     script = CHILD.format(helper=HELPER, path=str(path))
+    temporary = path.parent.with_name(
+        path.parent.name + "-temporary"
+    )  # A killed Python leaves its temporary files behind.
+    temporary.mkdir()
     child = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
     )
     assert child.stdout is not None
     assert child.stdout.readline() == b"ready\n"
@@ -261,7 +270,7 @@ def test_read_only_folder(tmp_path: Path) -> None:
             with pytest.raises(OutputError, match=r"cannot write in .*Read-only file system; choose another -o"):
                 open_sink(target, 16)
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.parametrize(("fps", "suffix"), [(0, ".mp4"), (-1, ".mp4"), (float("nan"), ".mp4"), (60, ".gif")])

@@ -1,0 +1,1 @@
+"""Measuring what guidance does: removal tables, picture quality, and the judges behind them."""

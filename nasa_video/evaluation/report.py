@@ -1,0 +1,85 @@
+"""The removal table for people: Markdown, and curves of removed against held."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Rows of one (method label, steps, case), averaged over the attributes; n is summed."""
+    groups: dict[tuple[str, int, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["label"], row["steps"], row["case"]].append(row)
+    columns = ("removed", "held", "both", "out_of_range", "sharpness", "flicker", "luma")
+    return [
+        {
+            "label": label,
+            "method": group[0]["method"],
+            "scale": group[0]["scale"],
+            "steps": steps,
+            "case": case,
+            "n": sum(row["n"] for row in group),
+            **{column: sum(row[column] for row in group) / len(group) for column in columns},
+        }
+        for (label, steps, case), group in groups.items()
+    ]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Means over the attributes, then every cell with its intervals."""
+    lines = ["| method | steps | case | n | removed | held | both | out of range | sharpness | flicker |", "|---" * 10 + "|"]
+    for row in summary(rows):
+        lines.append(
+            f"| {row['label']} | {row['steps']} | {row['case']} | {row['n']} | {_percent(row['removed'])} | "
+            f"{_percent(row['held'])} | {_percent(row['both'])} | {row['out_of_range']:.2%} | {row['sharpness']:.2f} | "
+            f"{row['flicker']:.2f} |"
+        )
+    lines += ["", "Each cell, with 95 % Wilson intervals:", ""]
+    lines += ["| method | steps | case | attribute | n | removed | held | both |", "|---" * 8 + "|"]
+    for row in rows:
+        shares = " | ".join(_with_interval(row, name) for name in ("removed", "held", "both"))
+        lines.append(f"| {row['label']} | {row['steps']} | {row['case']} | {row['attribute']} | {row['n']} | {shares} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Removed against held, one curve a method over its scales, one panel a case and step count."""
+    from matplotlib.figure import Figure
+
+    means = summary(rows)
+    cases = sorted({row["case"] for row in means})
+    steps = sorted({row["steps"] for row in means}, reverse=True)
+    figure = Figure(figsize=(4.2 * len(cases), 3.8 * len(steps)), layout="constrained")
+    panels = figure.subplots(len(steps), len(cases), squeeze=False, sharex=True, sharey=True)
+    for line, count in zip(panels, steps, strict=True):
+        for panel, case in zip(line, cases, strict=True):
+            here = [row for row in means if (row["steps"], row["case"]) == (count, case)]
+            for method in dict.fromkeys(_family(row) for row in here):
+                points = sorted((r for r in here if _family(r) == method), key=lambda r: r["scale"] or 0)
+                panel.plot([p["removed"] for p in points], [p["held"] for p in points], "o-", label=method, ms=4)
+                for point in points:
+                    if point["scale"] is not None:
+                        panel.annotate(f"{point['scale']:g}", (point["removed"], point["held"]), fontsize=7)
+            panel.set(title=f"{case}, {count} steps", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+            panel.set(xlabel="unwanted feature removed", ylabel="what was asked for held")
+            panel.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _family(row: Row) -> str:
+    return str(row["label"]).partition(":")[0]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _with_interval(row: Row, name: str) -> str:
+    low, high = row[f"{name}_interval"]
+    return f"{_percent(row[name])} ({_percent(low)} to {_percent(high)})"

@@ -1,0 +1,160 @@
+"""How good a trained sprites model is: attribute accuracy on held-out captions, spread on unstated attributes, speed.
+
+Shape legend: B batch, T latent frames, C channels, F frames, h w latent height and width, H W picture height and width.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, StreamingDecoder
+from causvid_adapter.noise import SeededNoise
+from causvid_adapter.vae_stream import denormalize
+from nasa_video.sprites.captions import held_out_caption, value_names
+from nasa_video.sprites.detectors import BETWEEN, NONE, Detector
+from nasa_video.sprites.world import ATTRIBUTES, COLOURS, SHAPES, sample_scenes
+from nasa_video.text import TextEncoder
+from nasa_video.training.autoencoder import autocast
+from nasa_video.training.flow import shifted
+
+
+@dataclass(frozen=True)
+class HeldOutPrompt:
+    """A caption that training never saw, and the values that it states."""
+
+    text: str
+    stated: dict[str, str]
+
+
+def held_out_prompts(n: int, seed: int) -> list[HeldOutPrompt]:
+    """n full captions from the held-out twentieth, of scenes drawn with this seed."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    prompts: list[HeldOutPrompt] = []
+    while len(prompts) < n:
+        scenes = sample_scenes(64, generator)
+        for index in range(64):
+            row = scenes.row(index)
+            caption = held_out_caption(row, rng)
+            if caption is not None and len(prompts) < n:
+                names = _expected(value_names(row))
+                prompts.append(HeldOutPrompt(caption.text, {a: names[a] for a in sorted(caption.stated)}))
+    return prompts
+
+
+def _expected(names: dict[str, str]) -> dict[str, str]:
+    """Value names as the detector would write them: two objects' shapes and colours joined."""
+    if names["count"] == "two":
+        for attribute, order in (("shape", SHAPES), ("colour", COLOURS)):
+            both = {names[attribute], names[attribute + "2"]}
+            names[attribute] = BETWEEN.join(v for v in order if v in both)
+    return names
+
+
+class Studio:
+    """Makes clips from prompts: an encoder, an autoencoder, and the size of their latents."""
+
+    def __init__(
+        self, vae: AutoencoderKLWan, encoder: TextEncoder, latent_size: tuple[int, int, int] = (12, 8, 8)
+    ) -> None:
+        self.vae, self.encoder, self.latent_size = vae, encoder, latent_size
+
+    @torch.no_grad()
+    def stream(
+        self,
+        model: CausalWan,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        timesteps: Sequence[float],
+        num_latents: int = 9,
+        window_frames: int | None = None,
+        sink_frames: int = 0,
+    ) -> Tensor:
+        """Frames (B, F, 3, H, W) by the few-step chunk loop."""
+        rope = "absolute" if window_frames is None else "window"
+        schedule = FlowMatchSchedule(1.0, tuple(timesteps))
+        sampler = ChunkSampler(model, schedule, 3, window_frames, sink_frames, rope=rope)  # type: ignore[arg-type]
+        noise = SeededNoise(seeds, self.latent_size, model.device)
+        context = self.encoder(list(prompts)).embeds.to(model.device)
+        with autocast(model.device):
+            chunks = [c.float() for c in sampler.stream(context, noise, num_frames=num_latents)]
+        return self.decode(torch.cat(chunks, 1))
+
+    @torch.no_grad()
+    def whole(
+        self,
+        model: CausalWan,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int,
+        scale: float,
+        shift: float = 3.0,
+    ) -> Tensor:
+        """Frames (B, F, 3, H, W) by the bidirectional teacher: Euler steps with classifier-free guidance."""
+        x = SeededNoise(seeds, self.latent_size, model.device)(range(9), 0)
+        context = self.encoder(list(prompts)).embeds.to(model.device)
+        levels = shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
+        for level, following in zip(levels, levels[1:]):
+            with autocast(model.device):
+                flow = model(x, 1000 * level, context).float()
+                if scale != 1:
+                    without = model(x, 1000 * level, torch.zeros_like(context)).float()
+                    flow = without + scale * (flow - without)
+            x = x + (following - level) * flow
+        return self.decode(x)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch: int = 16) -> Tensor:
+        """Normalised latents (B, T, C, h, w) → frames."""
+        parts = []
+        for part in latents.split(batch):
+            with autocast(part.device):
+                parts.append(StreamingDecoder(self.vae).decode(denormalize(self.vae, part)).float())
+        return torch.cat(parts)
+
+
+def accuracy(detector: Detector, frames: Tensor, prompts: Sequence[HeldOutPrompt]) -> dict[str, tuple[float, int]]:
+    """By attribute: the share of clips that show what the prompt states, and the number of prompts that state it."""
+    found = detector.detect(frames)
+    table = {}
+    for attribute in ATTRIBUTES:
+        pairs = [(found[attribute][i], p.stated[attribute]) for i, p in enumerate(prompts) if attribute in p.stated]
+        if pairs:
+            table[attribute] = (sum(a == b for a, b in pairs) / len(pairs), len(pairs))
+    return table
+
+
+def spread(detector: Detector, frames: Tensor, attribute: str) -> dict[str, float]:
+    """Shares of an attribute's values among clips that were not told which to show."""
+    labels = Counter(detector.detect(frames)[attribute])
+    values = [*ATTRIBUTES[attribute], NONE]
+    return {v: labels[v] / frames.shape[0] for v in values if v in ATTRIBUTES[attribute] or labels[v]}
+
+
+def data_spread(attribute: str, given: dict[str, str], n: int = 20000, seed: int = 99) -> dict[str, float]:
+    """The same shares in the data, among scenes with the given values."""
+    scenes = sample_scenes(n, torch.Generator().manual_seed(seed))
+    keep = torch.ones(n, dtype=torch.bool)
+    for name, value in given.items():
+        keep &= getattr(scenes, name) == ATTRIBUTES[name].index(value)
+    chosen = getattr(scenes, attribute)[keep]
+    return {v: float((chosen == i).float().mean()) for i, v in enumerate(ATTRIBUTES[attribute])}
+
+
+def seconds_for(action: object, repeats: int = 5) -> float:
+    """Median seconds of a call."""
+    assert callable(action)
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2]

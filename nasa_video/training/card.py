@@ -1,0 +1,182 @@
+"""Measures a trained sprites model and writes its model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from causvid_adapter import CausalWan
+from nasa_video.sprites.detectors import Detector
+from nasa_video.sprites.renderer import render
+from nasa_video.sprites.world import ATTRIBUTES, SHAPES
+from nasa_video.training.assessment import (
+    HeldOutPrompt,
+    Studio,
+    accuracy,
+    data_spread,
+    held_out_prompts,
+    seconds_for,
+    spread,
+)
+from nasa_video.training.detector import decode_clips, detector_accuracy, draw_scenes
+from nasa_video.training.plan import TrainingPlan
+
+_SPREAD_ATTRIBUTES = ("colour", "background", "motion", "size", "texture", "count", "weather")
+
+
+def measure(
+    plan: TrainingPlan, studio: Studio, detector: Detector, base: CausalWan, student: CausalWan
+) -> dict[str, Any]:
+    """Everything that the card reports; prompts and seeds are used for nothing else."""
+    settings = plan.evaluation
+    prompts = held_out_prompts(settings.prompts, settings.prompt_seed)
+    texts, seeds = [p.text for p in prompts], [settings.prompt_seed + i for i in range(len(prompts))]
+    results: dict[str, Any] = {"detector": _detector_tables(plan, studio, detector), "accuracy": {}, "spread": {}}
+    for count, timesteps in sorted(plan.student.steps.items(), reverse=True):
+        name = f"student, {count} step{'s' if count > 1 else ''}"
+        results["accuracy"][name] = accuracy(detector, studio.stream(student, texts, seeds, timesteps), prompts)
+    results["accuracy"]["base, 4 steps, causal"] = accuracy(
+        detector, studio.stream(base, texts, seeds, plan.student.steps[4]), prompts
+    )
+    name = f"teacher, {settings.teacher_steps} steps, guidance {settings.teacher_scale:g}"
+    whole = studio.whole(base, texts, seeds, settings.teacher_steps, settings.teacher_scale)
+    results["accuracy"][name] = accuracy(detector, whole, prompts)
+    results["spread"] = spread_tables(plan, studio, detector, student)
+    results["speed"] = _speed(plan, studio, student)
+    results["long"] = _long_rollout(plan, studio, detector, student, prompts[:32])
+    return results
+
+
+def _detector_tables(
+    plan: TrainingPlan, studio: Studio, detector: Detector, clips: int = 512
+) -> dict[str, dict[str, float]]:
+    scenes = draw_scenes(clips, 0.03, torch.Generator().manual_seed(plan.evaluation.prompt_seed + 5))
+    device = next(studio.vae.parameters()).device
+    decoded = decode_clips(studio.vae, scenes, device).float() / 127.5 - 1
+    return {
+        "rendered": detector_accuracy(detector, render(scenes), scenes),
+        "encoded and decoded": detector_accuracy(detector, decoded, scenes),
+    }
+
+
+def spread_tables(
+    plan: TrainingPlan, studio: Studio, detector: Detector, student: CausalWan, n: int = 40
+) -> dict[str, Any]:
+    """Shares of unstated attributes: prompts that name a shape and nothing else, beside the data's shares."""
+    frames = {
+        shape: studio.stream(student, [f"a {shape}"] * n, range(7000, 7000 + n), plan.student.steps[4])
+        for shape in SHAPES
+    }
+    everything = torch.cat(list(frames.values()))
+    tables: dict[str, Any] = {
+        name: {"model": spread(detector, everything, name), "data": data_spread(name, {})}
+        for name in _SPREAD_ATTRIBUTES
+    }
+    for flaw in ("blurry", "noisy", "dim", "flickering", "pixelated", "watermark", "border"):
+        tables[flaw] = {"model": spread(detector, everything, flaw), "data": data_spread(flaw, {})}
+    star = frames["star"]
+    tables["colour of a star"] = {
+        "model": spread(detector, star, "colour"),
+        "data": data_spread("colour", {"shape": "star"}),
+    }
+    return tables
+
+
+def _speed(plan: TrainingPlan, studio: Studio, student: CausalWan) -> dict[str, float]:
+    timesteps = plan.student.steps[4]
+    latents = torch.randn(1, 9, *plan.latent_size, device=student.device)
+    return {
+        "33 frames, 4 steps, decoded (s)": seconds_for(lambda: studio.stream(student, ["a red star"], [1], timesteps)),
+        "of that, decoding (s)": seconds_for(lambda: studio.decode(latents)),
+    }
+
+
+def _long_rollout(
+    plan: TrainingPlan, studio: Studio, detector: Detector, student: CausalWan, prompts: list[HeldOutPrompt]
+) -> dict[str, Any]:
+    """Accuracy in the last 33 of 285 frames, window of 9 latent frames of which 3 are the sink."""
+    texts = [p.text for p in prompts]
+    frames = studio.stream(student, texts, range(len(texts)), plan.student.steps[4], 72, window_frames=9, sink_frames=3)
+    return {name: share for name, (share, _) in accuracy(detector, frames[:, -33:], prompts).items()}
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _table(columns: dict[str, dict[str, float]]) -> str:
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for attribute in ATTRIBUTES:
+        if any(attribute in column for column in columns.values()):
+            cells = [_percent(column.get(attribute)) for column in columns.values()]
+            lines.append(f"| {attribute} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _minutes(folder: Path) -> str:
+    parts = []
+    for name in ("autoencoder", "detector", "base", "student"):
+        path = folder / f"{name}.jsonl"
+        if not path.exists():
+            continue
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        seconds, last = 0.0, 0.0
+        for line in lines:  # the clock starts again whenever a run is resumed
+            seconds += max(line["seconds"] - last, 0.0) if line["seconds"] >= last else line["seconds"]
+            last = line["seconds"]
+        parts.append(f"{name} {lines[-1]['step']} iterations, {seconds / 60:.0f} minutes")
+    return "; ".join(parts)
+
+
+def write_card(path: Path, plan: TrainingPlan, results: dict[str, Any], folder: Path, device: torch.device) -> None:
+    """Writes the model card as Markdown."""
+    accuracies = {name: {a: share for a, (share, _) in column.items()} for name, column in results["accuracy"].items()}
+    counts = {a: n for column in results["accuracy"].values() for a, (_, n) in column.items()}
+    spreads = [
+        f"| {name} | " + ", ".join(f"{v} {_percent(s)}" for v, s in table["model"].items()) + " | "
+        + ", ".join(f"{v} {_percent(s)}" for v, s in table["data"].items()) + " |"
+        for name, table in results["spread"].items()
+    ]  # fmt: skip
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {platform.machine()}"
+    speed = "; ".join(f"{name} {value:.2f}" for name, value in results["speed"].items())
+    long = ", ".join(f"{name} {_percent(value)}" for name, value in results["long"].items())
+    path.write_text(
+        f"""# Model card: sprites
+
+Written by `scripts/train_sprites.py`; every number is measured by the detectors on prompts and seeds that nothing was
+chosen on.
+
+- **What**: a causal few-step video model of 64 x 64 pictures, {plan.base.frames_per_chunk} latent frames a chunk: diffusers'
+  `WanTransformer3DModel` and `AutoencoderKLWan`, text by wordllama token embeddings ({plan.text_tokens} tokens).
+  `weights/transformer` is the student, `weights/teacher/transformer` the multi-step base, `weights/vae` the autoencoder.
+- **Steps**: {"; ".join(f"{n}: {list(t)}" for n, t in plan.student.steps.items())} (timesteps as they are, no warp; trained with shift {plan.base.shift:g}).
+- **Data**: {plan.dataset.clips} clips drawn by `nasa_video.sprites.world`, captioned anew at every use; captions whose SHA-1 is
+  a multiple of 20 are never trained on.
+- **Recipe**: {_minutes(folder)}. Flow matching with bidirectional and block-causal batches; then self-forcing distribution
+  matching with the teacher's guidance at {plan.student.teacher_scale:g}.
+- **Hardware**: {hardware}, PyTorch {torch.__version__}. **Speed there**: {speed}.
+- **Licence**: Apache-2.0, weights and data.
+
+## Accuracy on held-out captions that state everything, %
+{_table(accuracies)}
+
+Prompts that state each attribute: {", ".join(f"{a} {n}" for a, n in counts.items())}.
+
+In the last 33 of 285 frames (window 9, sink 3 latent frames, n = 32): {long}.
+
+## Spread: attributes that the prompt does not state, %
+Prompts "a circle" to "a ring", 40 each, 4 steps.
+
+| | model | data |
+|---|---|---|
+{chr(10).join(spreads)}
+
+## The detectors' own accuracy on unseen clips, %
+{_table(results["detector"])}
+""",
+        encoding="utf-8",
+    )

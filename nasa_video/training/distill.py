@@ -1,0 +1,249 @@
+"""Stage two: a few-step student, trained on its own rollouts by distribution matching.
+
+Self-Forcing (arXiv 2506.08009) with DMD (arXiv 2311.18828, 2405.14867): the student rolls out a clip chunk by chunk
+with its cache; the gradient of the divergence from the data is the difference of two denoisers, the frozen teacher
+(real) and one that keeps learning the student's clips (fake), both bidirectional.
+
+Shape legend: B batch, T latent frames, C channels, h w latent height and width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from causvid_adapter import CausalWan, FlowMatchSchedule
+from nasa_video.text import TextEncoder
+from nasa_video.training.autoencoder import autocast
+from nasa_video.training.checkpoint import Average, load_state, save_state
+from nasa_video.training.dataset import LatentClips
+from nasa_video.training.flow import shifted
+from nasa_video.training.journal import Journal
+from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
+from nasa_video.training.parallel import Team
+
+
+@dataclass(frozen=True)
+class DistillTraining:
+    """Settings of the distillation.
+
+    `steps` maps a number of steps to the sampler's timesteps; `step_counts` is what a rollout's number is drawn from.
+    `teacher_scale` is the teacher's classifier-free guidance, 1 being none. `data_weight` mixes in the flow loss on
+    data, which holds the student near the spread of the data.
+    """
+
+    steps: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    step_counts: tuple[int, ...] = (1, 2, 4, 4)
+    iterations: int = 500
+    batch_size: int = 16
+    frames_per_chunk: int = 3
+    matrix_rate: float = 6e-4
+    other_rate: float = 4e-4
+    fake_rate_factor: float = 2.0
+    fake_updates: int = 1
+    fake_warmup: int = 20
+    average_decay: float = 0.98
+    shift: float = 3.0
+    teacher_scale: float = 1.75
+    empty_share: float = 0.05
+    checkpoint_every: int = 25
+    sheet_every: int = 50
+
+
+def rollout(
+    student: CausalWan,
+    context: Tensor,
+    noise: Tensor,
+    timesteps: tuple[float, ...],
+    exit_step: int,
+    size: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """A clip (B, T, C, h, w) by the student; only the call at `exit_step` of each chunk has a gradient.
+
+    Every chunk stops at the same step, whose x0 is its result; the keys that later chunks see come from a pass
+    without a gradient on that result, so no gradient passes from a chunk to an earlier one.
+    """
+    schedule = FlowMatchSchedule(1.0, timesteps)
+    cache = student.new_cache(*noise.shape[-2:])
+    chunks = []
+    for start in range(0, noise.shape[1], size):
+        x = noise[:, start : start + size]
+        for step, t in enumerate(timesteps[: exit_step + 1]):
+            with torch.set_grad_enabled(step == exit_step), autocast(x.device):
+                flow = student(x, t, context, cache=cache)
+            x0 = schedule.to_x0(x, flow.float(), t)
+            if step < exit_step:
+                fresh = torch.randn(x.shape, generator=generator).to(x.device)
+                x = schedule.add_noise(x0, fresh, timesteps[step + 1])
+        chunks.append(x0)
+        if start + size < noise.shape[1]:
+            with torch.no_grad(), autocast(x.device):
+                student(x0.detach(), 0.0, context, cache=cache)
+            cache.commit()
+    return torch.cat(chunks, 1)
+
+
+def clean_estimate(model: CausalWan, noisy: Tensor, sigma_B: Tensor, context: Tensor) -> Tensor:
+    """The denoiser's x0 (B, T, C, h, w) at one noise level a clip, bidirectional."""
+    with autocast(noisy.device):
+        flow = model(noisy, sigma_B * 1000, context)
+    return noisy - sigma_B[:, None, None, None, None] * flow.float()
+
+
+@torch.no_grad()
+def matching_direction(
+    real: CausalWan,
+    fake: CausalWan,
+    clip: Tensor,
+    context: Tensor,
+    empty: Tensor,
+    scale: float,
+    sigma_B: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """DMD's gradient (x_fake - x_real) / mean |x - x_real| for clips (B, T, C, h, w); eq. 7 and 8 of arXiv 2311.18828."""
+    level = sigma_B[:, None, None, None, None]
+    noisy = (1 - level) * clip + level * noise
+    x_fake = clean_estimate(fake, noisy, sigma_B, context)
+    x_real = clean_estimate(real, noisy, sigma_B, context)
+    if scale != 1:
+        x_empty = clean_estimate(real, noisy, sigma_B, empty)
+        x_real = x_empty + scale * (x_real - x_empty)
+    size = (clip - x_real).abs().mean((1, 2, 3, 4), keepdim=True)
+    return torch.nan_to_num((x_fake - x_real) / (size + 1e-6))
+
+
+class Distillation:
+    """Student, teacher and fake score, and one iteration of their game."""
+
+    def __init__(
+        self,
+        settings: DistillTraining,
+        base: CausalWan,
+        clips: LatentClips,
+        encoder: TextEncoder,
+        seed: int,
+        team: Team,
+    ) -> None:
+        self.settings, self.clips, self.encoder, self.seed, self.team = settings, clips, encoder, seed, team
+        self.real = base.eval().requires_grad_(False)
+        self.student = copy.deepcopy(base).requires_grad_(True)
+        self.fake = copy.deepcopy(base).requires_grad_(True)
+        rates = (settings.matrix_rate, settings.other_rate)
+        fake_rates = tuple(r * settings.fake_rate_factor for r in rates)
+        self.student_optimiser = MatrixOptimiser(self.student, block_matrix, *rates, betas=(0.5, 0.95))
+        self.fake_optimiser = MatrixOptimiser(self.fake, block_matrix, fake_rates[0], fake_rates[1], betas=(0.5, 0.95))
+        self.average = Average(self.student, settings.average_decay)
+        self.device = base.device
+
+    def _sigma(self, generator: torch.Generator, low: float = 0.02, high: float = 0.98) -> Tensor:
+        batch = self.settings.batch_size
+        u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        u = u[torch.randperm(batch, generator=generator)]
+        return shifted(u, self.settings.shift).clamp(low, high).to(self.device)
+
+    def iterate(self, step: int) -> dict[str, float]:
+        """A rollout, an update of the student on it, and updates of the fake score on it."""
+        settings = self.settings
+        # the number of steps is the same in the whole team, so that nobody waits
+        plan = torch.Generator().manual_seed(self.seed * 5_000_011 + step)
+        count = settings.step_counts[int(torch.randint(len(settings.step_counts), (1,), generator=plan))]
+        exit_step = int(torch.randint(count, (1,), generator=plan))
+        draw = step * self.team.size + self.team.rank
+        generator = torch.Generator().manual_seed(self.seed * 9_000_011 + draw)
+        batch = self.clips.batch(settings.batch_size, self.seed * 11_000_003 + draw)
+        dropped = (torch.rand(len(batch.captions), generator=generator) < settings.empty_share).tolist()
+        texts = ["" if drop else text for drop, text in zip(dropped, batch.captions, strict=True)]
+        context = self.encoder(texts).embeds.to(self.device)
+        empty = torch.zeros_like(context)
+
+        def normal() -> Tensor:
+            return torch.randn(batch.latents.shape, generator=generator).to(self.device)
+
+        warming = step <= settings.fake_warmup
+        with torch.set_grad_enabled(not warming):
+            clip = rollout(
+                self.student, context, normal(), settings.steps[count], exit_step, settings.frames_per_chunk, generator
+            )
+        values = {}
+        if not warming:
+            sigma = self._sigma(generator)
+            direction = matching_direction(
+                self.real, self.fake, clip.detach(), context, empty, settings.teacher_scale, sigma, normal()
+            )
+            loss = 0.5 * (clip - (clip - direction).detach()).square().mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.team.average_gradients(self.student)
+            progress = (step - settings.fake_warmup) / (settings.iterations - settings.fake_warmup)
+            values["student gradient"] = self.student_optimiser.step(warm_then_linear(progress, flat=0.7))
+            self.average.update(self.student)
+            values["direction"] = float(direction.abs().mean())
+        values["fake"] = sum(
+            self._update_fake(clip.detach(), context, normal(), generator) for _ in range(settings.fake_updates)
+        )
+        return values
+
+    def _update_fake(self, clip: Tensor, context: Tensor, noise: Tensor, generator: torch.Generator) -> float:
+        sigma = self._sigma(generator)
+        level = sigma[:, None, None, None, None]
+        with autocast(self.device):
+            flow = self.fake((1 - level) * clip + level * noise, sigma * 1000, context)
+        loss = (flow.float() - (noise - clip)).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.team.average_gradients(self.fake)
+        self.fake_optimiser.step(1.0)
+        return float(loss.detach()) / self.settings.fake_updates
+
+    def save(self, path: Path, step: int) -> None:
+        """Writes everything that goes on changing."""
+        state = {"step": step, "student": self.student.state_dict(), "fake": self.fake.state_dict()}
+        optimisers = {
+            "student_optimiser": self.student_optimiser.state_dict(),
+            "fake_optimiser": self.fake_optimiser.state_dict(),
+        }
+        save_state(path, {**state, **optimisers, "average": self.average.state_dict()})
+
+    def load(self, path: Path) -> int:
+        """Continues from a file where there is one; returns the steps done."""
+        state = load_state(path)
+        if state is None:
+            return 0
+        for name in ("student", "fake", "student_optimiser", "fake_optimiser", "average"):
+            getattr(self, name).load_state_dict(state[name])
+        return int(state["step"])
+
+
+def train_student(
+    settings: DistillTraining,
+    base: CausalWan,
+    clips: LatentClips,
+    encoder: TextEncoder,
+    folder: Path,
+    seed: int,
+    journal: Journal,
+    team: Team,
+    show: Callable[[CausalWan, int], None] | None = None,
+) -> CausalWan:
+    """Distils the base and returns the student's average; resumes from `folder`/student.pt."""
+    torch.manual_seed(seed)
+    averaged = copy.deepcopy(base).eval().requires_grad_(False)
+    game = Distillation(settings, base, clips, encoder, seed, team)
+    for step in range(game.load(folder / "student.pt") + 1, settings.iterations + 1):
+        values = game.iterate(step)
+        if not team.leads:
+            continue
+        journal.record(step, settings.iterations, values)
+        if step % settings.checkpoint_every == 0 or step == settings.iterations:
+            game.save(folder / "student.pt", step)
+        if show is not None and (step % settings.sheet_every == 0 or step == settings.iterations):
+            game.average.copy_to(averaged)
+            show(averaged, step)
+    team.wait()
+    game.average.copy_to(averaged)
+    return averaged

@@ -1,0 +1,88 @@
+"""The settings of a whole training, read from one YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nasa_video.training.autoencoder import AutoencoderTraining
+from nasa_video.training.detector import DetectorTraining
+from nasa_video.training.distill import DistillTraining
+from nasa_video.training.flow import FlowTraining
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    """How many clips are rendered and encoded."""
+
+    clips: int = 8192
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What the model card measures: prompts that nothing was chosen on, and the teacher's sampler."""
+
+    prompts: int = 240
+    prompt_seed: int = 20260101
+    teacher_steps: int = 20
+    teacher_scale: float = 2.0
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Every stage's settings."""
+
+    seed: int
+    text_tokens: int
+    autoencoder: AutoencoderTraining
+    dataset: DatasetSettings
+    detector: DetectorTraining
+    base: FlowTraining
+    student: DistillTraining
+    evaluation: EvaluationSettings
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """(C, h, w) of a latent frame of a 64 x 64 picture."""
+        model = self.autoencoder.model
+        side = 64 // int(model["scale_factor_spatial"])
+        return int(model["z_dim"]), side, side
+
+
+_STAGES: dict[str, type] = {
+    "autoencoder": AutoencoderTraining,
+    "dataset": DatasetSettings,
+    "detector": DetectorTraining,
+    "base": FlowTraining,
+    "student": DistillTraining,
+    "evaluation": EvaluationSettings,
+}
+
+
+def load_plan(path: Path) -> TrainingPlan:
+    """Reads a plan; every setting must be there and known.
+
+    Raises:
+        ValueError: a missing or unknown setting, by name.
+    """
+    data: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    _check_names(path.name, data, {"seed", "text_tokens", *_STAGES})
+    stages = {}
+    for name, stage in _STAGES.items():
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in data[name].items()}
+        _check_names(f"{path.name}, {name}", values, {f.name for f in fields(stage)})
+        if "steps" in values:
+            values["steps"] = {int(n): tuple(float(t) for t in ts) for n, ts in values["steps"].items()}
+        stages[name] = stage(**values)
+    return TrainingPlan(seed=int(data["seed"]), text_tokens=int(data["text_tokens"]), **stages)
+
+
+def _check_names(where: str, given: dict[str, Any], known: set[str]) -> None:
+    unknown, missing = sorted(set(given) - known), sorted(known - set(given))
+    if unknown:
+        raise ValueError(f"{where}: unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    if missing:
+        raise ValueError(f"{where}: missing settings {', '.join(missing)}")

@@ -1,0 +1,274 @@
+"""Trains the shipped model from nothing: autoencoder, clips, detector, base, few-step student, model card.
+
+    python scripts/train_sprites.py                        two CPU cores, hours
+    python scripts/train_sprites.py --preset sprites-gpu --device cuda
+
+Every stage resumes where it stopped. Curves and contact sheets appear under the run's folder while it trains, and the
+weights are placed in the package after every stage and every now and then inside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    from causvid_adapter import CausalWan
+    from nasa_video.sprites.detectors import Detector
+    from nasa_video.training.dataset import LatentClips
+    from nasa_video.training.journal import Report
+    from nasa_video.training.parallel import Team
+    from nasa_video.training.plan import TrainingPlan
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("autoencoder", "dataset", "detector", "base", "student", "card")
+# Read by the C library and by OpenMP when a process starts: large blocks are kept, threads sleep while they wait.
+CPU_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "1000000000",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "200000000",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "OMP_NUM_THREADS": "1",
+}
+RANK = "TRAIN_SPRITES_RANK"
+MEETING_POINT = "TRAIN_SPRITES_MEETING_POINT"
+SHEET_PROMPTS = (
+    "a big red star bouncing on a dark background",
+    "a small blue circle moving right on a checkered background",
+    "a big green triangle spinning on a light background",
+    "a purple heart pulsing on a starry background",
+    "a big yellow square moving up on a striped background, snow",
+    "a small orange ring moving left on a gradient background",
+    "a big striped blue square still on a light background",
+    "a red heart moving down on a dark background, blurry",
+    "a big yellow star on a checkered background, border",
+    "a green circle on a gradient background, noisy",
+    "a red star and a blue circle moving right on a dark background",
+    "a star",
+)
+
+
+@dataclass
+class Run:
+    """One process's view of a training run."""
+
+    plan: TrainingPlan
+    folder: Path
+    weights: Path
+    device: torch.device
+    team: Team
+    report: Report | None
+    started: float
+
+    def autoencoder(self) -> AutoencoderKLWan:
+        """Trains the autoencoder, or reads the finished one."""
+        from diffusers import AutoencoderKLWan
+
+        from nasa_video.training.autoencoder import train_autoencoder, write_sheet
+        from nasa_video.training.journal import Journal
+
+        folder = self.folder / "vae"
+        if not (folder / "config.json").exists():
+            journal = Journal(self.folder, "autoencoder", self.report)
+            vae = train_autoencoder(self.plan.autoencoder, self.folder, self.plan.seed, self.device, journal, self.team)
+            if self.team.leads:
+                vae.save_pretrained(folder)
+                vae.half().save_pretrained(self.weights / "vae")
+                write_sheet(vae.float(), self.folder / "sheets" / "autoencoder-final.png", self.device)
+            self.team.wait()
+        vae = AutoencoderKLWan.from_pretrained(folder, low_cpu_mem_usage=False).to(self.device).eval()
+        return vae.requires_grad_(False)  # type: ignore[no-any-return]
+
+    def clips(self) -> LatentClips:
+        """Renders and encodes the clips, or reads them."""
+        from nasa_video.training.dataset import encode_clips
+
+        report = self.report
+        shards = (lambda done, total: report(done, total, {})) if report else None
+        return encode_clips(
+            self.autoencoder(),
+            self.plan.dataset.clips,
+            self.folder / "clips",
+            self.plan.seed,
+            self.device,
+            self.team,
+            shards,
+        )
+
+    def detector(self) -> Detector:
+        """Trains the detector (the first process only), or reads the finished one."""
+        from nasa_video.sprites.detectors import Detector
+        from nasa_video.training.detector import train_detector
+        from nasa_video.training.journal import Journal
+
+        path = self.folder / "detector.safetensors"
+        if not path.exists() and self.team.leads:
+            journal = Journal(self.folder, "detector", self.report)
+            detector = train_detector(
+                self.plan.detector, self.autoencoder(), self.folder, self.plan.seed, self.device, journal
+            )
+            detector.save(self.weights / "detector.safetensors")
+            detector.save(path)
+        self.team.wait()
+        return Detector.load(path)
+
+    def base(self) -> CausalWan:
+        """Trains the base, or reads the finished one."""
+        from nasa_video.text import WordLlamaEncoder
+        from nasa_video.training.flow import train_flow
+        from nasa_video.training.journal import Journal
+
+        folder = self.folder / "base"
+        if not (folder / "config.json").exists():
+            encoder = WordLlamaEncoder(self.plan.text_tokens)
+            journal = Journal(self.folder, "base", self.report)
+            show = self._show("base", (1000, 964, 923, 875, 818, 750, 667, 563, 429, 250), student_too=True)
+            args = (self.folder, self.plan.seed, self.device, journal, self.team, show)
+            model = train_flow(self.plan.base, self.clips(), encoder, *args)
+            if self.team.leads:
+                model.transformer.save_pretrained(folder)
+                self._place(model, "teacher/transformer")
+            self.team.wait()
+        return self._read_transformer(folder)
+
+    def student(self) -> CausalWan:
+        """Distils the student, or reads the finished one."""
+        from nasa_video.text import WordLlamaEncoder
+        from nasa_video.training.distill import train_student
+        from nasa_video.training.journal import Journal
+
+        folder = self.folder / "student"
+        if not (folder / "config.json").exists():
+            encoder = WordLlamaEncoder(self.plan.text_tokens)
+            journal = Journal(self.folder, "student", self.report, draw_every=50)
+            show = self._show("student", self.plan.student.steps[4])
+            args = (self.folder, self.plan.seed, journal, self.team, show)
+            model = train_student(self.plan.student, self.base(), self.clips(), encoder, *args)
+            if self.team.leads:
+                model.transformer.save_pretrained(folder)
+                self._place(model, "transformer")
+            self.team.wait()
+        return self._read_transformer(folder)
+
+    def card(self) -> None:
+        """Measures everything and writes the model card (the first process only)."""
+        from nasa_video.text import WordLlamaEncoder
+        from nasa_video.training.assessment import Studio
+        from nasa_video.training.card import measure, write_card
+
+        if self.team.leads:
+            studio = Studio(self.autoencoder(), WordLlamaEncoder(self.plan.text_tokens), self.plan.latent_size)
+            results = measure(self.plan, studio, self.detector(), self.base(), self.student())
+            (self.folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+            write_card(self.weights.parent / "MODEL_CARD.md", self.plan, results, self.folder, self.device)
+        self.team.wait()
+
+    def _show(self, name: str, timesteps: tuple[float, ...], student_too: bool = False):  # type: ignore[no-untyped-def]
+        from nasa_video.text import WordLlamaEncoder
+        from nasa_video.training.assessment import Studio
+        from nasa_video.training.journal import contact_sheet
+
+        studio = Studio(self.autoencoder(), WordLlamaEncoder(self.plan.text_tokens), self.plan.latent_size)
+
+        def show(model: CausalWan, step: int) -> None:
+            clips = studio.stream(model, SHEET_PROMPTS, range(len(SHEET_PROMPTS)), timesteps)
+            contact_sheet(clips, self.folder / "sheets" / f"{name}-{step:05d}.png")
+            self._place(model, "teacher/transformer" if student_too else "transformer")
+            if student_too:
+                self._place(model, "transformer")
+
+        return show
+
+    def _place(self, model: CausalWan, where: str) -> None:
+        """Writes a transformer's float16 copy into the package's weights."""
+        import copy
+
+        half = copy.deepcopy(model.transformer).half()
+        half.save_pretrained(self.weights / where)
+
+    def _read_transformer(self, folder: Path) -> CausalWan:
+        from diffusers import WanTransformer3DModel
+
+        from causvid_adapter import CausalWan
+
+        return CausalWan(WanTransformer3DModel.from_pretrained(folder, low_cpu_mem_usage=False)).to(self.device).eval()
+
+
+def train(
+    preset: Annotated[str, typer.Option(help="A file under configs/train, without .yaml.")] = "sprites",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    folder: Annotated[Path, typer.Option(help="Where the run keeps its data and checkpoints.")] = ROOT
+    / "runs"
+    / "sprites",
+    weights: Annotated[Path, typer.Option(help="Where finished weights are placed.")] = ROOT
+    / "nasa_video"
+    / "sprites"
+    / "weights",
+    processes: Annotated[int, typer.Option(help="Processes that train together; one a CPU core, one on a GPU.")] = 2,
+    until: Annotated[str, typer.Option(help=f"Last stage to run: {', '.join(STAGES)}.")] = STAGES[-1],
+) -> None:
+    """Trains the sprites model from nothing, or goes on where the last run stopped."""
+    if until not in STAGES:
+        raise typer.BadParameter(f"--until must be one of {', '.join(STAGES)}, got {until}")
+    if RANK not in os.environ:
+        sys.exit(_start_team(processes if device == "cpu" else 1))
+    sys.path.insert(0, str(ROOT))
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from nasa_video.training.parallel import join_team
+    from nasa_video.training.plan import load_plan
+
+    plan = load_plan(ROOT / "configs" / "train" / f"{preset}.yaml")
+    team = join_team(int(os.environ[RANK]), processes if device == "cpu" else 1, Path(os.environ[MEETING_POINT]))
+    columns = (
+        TextColumn("{task.description:12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[values]}"),
+    )
+    with Progress(*columns, disable=not team.leads) as progress:
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            task = progress.add_task(stage, total=None, values="")
+
+            def report(step: int, steps: int, values: dict[str, float], task=task) -> None:  # type: ignore[no-untyped-def]
+                text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+                progress.update(task, completed=step, total=steps, values=text)
+
+            run = Run(plan, folder, weights, torch.device(device), team, report if team.leads else None, time.time())
+            getattr(run, {"dataset": "clips"}.get(stage, stage))()
+            progress.update(task, total=1, completed=1)
+
+
+def _start_team(processes: int) -> int:
+    """Starts this script once a process and waits; the exit status is the worst of theirs."""
+    environment = {**CPU_ENVIRONMENT, **os.environ} if processes > 1 else dict(os.environ)
+    with tempfile.TemporaryDirectory() as meeting:
+        environment[MEETING_POINT] = str(Path(meeting) / "team")
+        team = [
+            subprocess.Popen([sys.executable, *sys.argv], env={**environment, RANK: str(rank)})
+            for rank in range(processes)
+        ]
+        try:
+            return max(member.wait() for member in team)
+        except KeyboardInterrupt:
+            for member in team:
+                member.terminate()
+            return 130
+
+
+if __name__ == "__main__":
+    typer.run(train)
