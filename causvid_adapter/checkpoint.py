@@ -64,7 +64,7 @@ def load_generator(
         state = to_diffusers(unwrap(read_state_dict(path)), source=str(path_or_id))
         transformer = build_transformer(state, _read_config(config), source=str(path_or_id))
         _cast(transformer, dtype)
-    return CausalWan(transformer.to(device).eval().requires_grad_(False))
+    return CausalWan(transformer.to(device).requires_grad_(False)).eval()
 
 
 def _cast(transformer: WanTransformer3DModel, dtype: torch.dtype | None) -> None:

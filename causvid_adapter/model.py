@@ -105,7 +105,7 @@ class CausalWan(nn.Module):
         """
         if latents.ndim != 5:
             raise ShapeError(f"latents must be (B, T, C, H, W), got {tuple(latents.shape)}")
-        batch, frames, _, height, width = latents.shape
+        frames, _, height, width = latents.shape[1:]
         rows, columns = self._token_grid(height, width)
         if cache is not None:
             if frames_per_chunk is not None:

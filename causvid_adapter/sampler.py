@@ -96,6 +96,8 @@ class ChunkSampler:
         *,
         num_frames: int | None = None,
         prefix: Tensor | None = None,
+        source: Tensor | None = None,
+        first_step: int = 0,
         before_call: Callable[[ModelCall], None] | None = None,
         recompute: Callable[[int], bool] | None = None,
     ) -> Iterator[Tensor]:
@@ -107,6 +109,8 @@ class ChunkSampler:
                 ``num_frames`` streams without end.
             num_frames: latent frames to generate, the prefix not counted.
             prefix: clean latents (B, T0, C, H, W) to continue; T0 is a multiple of frames_per_chunk.
+            source: clean latents (B, T, C, H, W) of a video to start from instead of pure noise (video to video);
+                they are noised to the timestep of ``first_step``, and the steps before it are left out.
             before_call: told of every model call before it is made.
             recompute: asked before each chunk; True reruns the window's clean latents at t = 0, so that its keys
                 belong to the prompt of this chunk (the "KV recache" of LongLive, arXiv 2509.22622).
@@ -122,6 +126,8 @@ class ChunkSampler:
             num_frames = noise.first_frame + noise.num_frames - offset
         self._check_whole_chunks("num_frames", num_frames)
         self._check_whole_chunks("the prefix", offset)
+        if source is not None and num_frames is None:
+            num_frames = source.shape[1] - offset
         rollout = _Rollout(self, context, before_call, remember=recompute is not None)
         total = None if num_frames is None else (offset + num_frames) // size
         for chunk in count() if total is None else range(total):
@@ -131,7 +137,8 @@ class ChunkSampler:
                 continue
             if recompute is not None and chunk > 0 and recompute(chunk):
                 rollout.recompute(chunk)
-            x = rollout.denoise(noise, frames, chunk)
+            given = None if source is None else source[:, frames.start : frames.stop]
+            x = rollout.denoise(noise, frames, chunk, given, first_step)
             yield x
             # After the yield: whoever shows the frames need not wait for it, and the last chunk does not need it.
             if chunk + 1 != total:
@@ -163,13 +170,19 @@ class _Rollout:
         self.clean: dict[int, Tensor] = {}
         self._cache: ChunkCache | None = None
 
-    def denoise(self, noise: NoiseSource, frames: range, chunk: int) -> Tensor:
-        """The few steps of a chunk."""
+    def denoise(
+        self, noise: NoiseSource, frames: range, chunk: int, source: Tensor | None = None, first_step: int = 0
+    ) -> Tensor:
+        """The few steps of a chunk, from noise or from a noised source (B, T, C, H, W)."""
         schedule = self.sampler.first_schedule if chunk == 0 else self.sampler.schedule
-        num_steps = len(schedule.timesteps)
+        timesteps = schedule.timesteps
         x = noise(frames, 0)
-        for step, (t, t_next) in enumerate(pairwise((*schedule.timesteps, 0.0))):
-            self.announce(ModelCall(chunk, step, num_steps, clean=False))
+        if source is not None:
+            x = schedule.add_noise(source, x, timesteps[first_step])
+        for step, (t, t_next) in enumerate(pairwise((*timesteps, 0.0))):
+            if step < first_step:
+                continue
+            self.announce(ModelCall(chunk, step, len(timesteps), clean=False))
             flow = self.sampler.model(x, t, self.context_of(chunk), cache=self.cache(x))
             x0 = schedule.to_x0(x, flow, t)
             x = schedule.add_noise(x0, noise(frames, step + 1), t_next) if t_next else x0

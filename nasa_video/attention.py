@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nasa_video.fused_lse import fused_with_lse
-
 from nasa_video.errors import InputError
+from nasa_video.fused_lse import fused_with_lse
 
 Backend = Literal["sdpa", "xformers"]
 

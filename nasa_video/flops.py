@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from causvid_adapter.model import IMAGE_MODEL_TEXT_TOKENS
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 Branches = Sequence[Sequence[int]]
@@ -122,7 +121,3 @@ def flop_counter() -> FlopCounterMode:
         display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     )
 
-
-def shape_only(x: Tensor) -> Tensor:
-    """``x`` on the meta device, where operations are counted and not computed."""
-    return x.to("meta")

@@ -155,7 +155,9 @@ class SamplerSettings(Strict):
         if self.steps == "any":
             if not 1 <= num_steps <= 200:
                 raise InputError(f"steps must be from 1 to 200, got {num_steps}")
-            shifted = [self.shift * u / (1 + (self.shift - 1) * u) for u in (1 - i / num_steps for i in range(num_steps))]
+            shifted = [
+                self.shift * u / (1 + (self.shift - 1) * u) for u in (1 - i / num_steps for i in range(num_steps))
+            ]
             return tuple(1000 * sigma for sigma in shifted)
         if num_steps not in self.steps:
             allowed = ", ".join(str(count) for count in sorted(self.steps))
@@ -271,7 +273,9 @@ def find_preset(model: str | os.PathLike[str]) -> VideoPreset:
                 f"{model} is not on this machine and could not be downloaded from the hub ({type(error).__name__}). "
                 f"Presets: {', '.join(presets)}"
             ) from error
-    raise InputError(f"unknown model {str(model)!r}; use a preset ({', '.join(presets)}), a folder, or a hub id owner/name")
+    raise InputError(
+        f"unknown model {str(model)!r}; use a preset ({', '.join(presets)}), a folder, or a hub id owner/name"
+    )
 
 
 def preset_of_folder(folder: Path) -> VideoPreset:
@@ -286,8 +290,8 @@ def preset_of_folder(folder: Path) -> VideoPreset:
     missing = [part for part in ("transformer", "vae", "text_encoder", "tokenizer") if not (folder / part).is_dir()]
     if missing:
         raise InputError(
-            f"{folder} has neither a preset.yaml nor diffusers' layout: {', '.join(missing)} missing; see configs/video "
-            "for examples of a preset"
+            f"{folder} has neither a preset.yaml nor diffusers' layout: {', '.join(missing)} missing; "
+            "see configs/video for examples of a preset"
         )
     base = video_presets()["self-forcing"]
     components = Components(

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
 from causvid_adapter import (
     CausalWan,
     ChunkSampler,
@@ -20,12 +24,11 @@ from causvid_adapter import (
     ModelCall,
     SeededNoise,
     StreamingDecoder,
+    StreamingEncoder,
     denormalize,
     load_generator,
+    normalize,
 )
-from diffusers import AutoencoderKLWan
-from torch import Tensor
-
 from nasa_video.attention import Backend, make_attend
 from nasa_video.backbones import wan
 from nasa_video.classifier_free import ClassifierFreeDenoiser
@@ -35,7 +38,7 @@ from nasa_video.models import Source, Umt5Text, VideoPreset, WordLlamaText, find
 from nasa_video.steering import Effect, PromptKeys, Steering, check_negative
 from nasa_video.text import TextContext, TextEncoder, Umt5Encoder, WordLlamaEncoder
 from nasa_video.timeline import Cue, CueOf, Negatives, as_negatives
-from nasa_video.video.frames import frames_from_tensor
+from nasa_video.video.frames import frames_from_tensor, tensor_from_frames
 
 # Below this relative change two branches are the same numbers: guidance runs, and does nothing.
 NO_EFFECT = 1e-6
@@ -141,6 +144,9 @@ class VideoPipeline:
         height: int | None = None,
         cues: CueOf | None = None,
         recompute_window: bool = False,
+        prefix: Tensor | None = None,
+        source: Tensor | None = None,
+        strength: float = 1.0,
     ) -> Iterator[Chunk]:
         """Make one video, yielding frames as they are made.
 
@@ -155,12 +161,19 @@ class VideoPipeline:
             cues: what each chunk shows, instead of prompt, negative and guidance (see Timeline.cues).
             recompute_window: when the prompt or the negatives change, make the window's keys again under the new
                 ones; a cue may say otherwise for its chunk.
+            prefix: latents (1, T0, C, h, w) of a video to continue (see :meth:`encode_frames`); only what comes after
+                them is yielded, chunk indices count them, and ``frames`` is the length of prefix and new frames.
+            source: latents (1, T, C, h, w) of a video to redraw, one for every frame.
+            strength: how much of it is redrawn, above 0 to 1: that share of the steps is run.
 
         Raises:
             InputError: anything above that cannot be used; before the first chunk is made.
         """
         cue = Cue.of(prompt, negative, guidance or (self.guidance() if as_negatives(negative) else None))
-        chunks = self._plan(cues or (lambda index: cue), [seed], frames, endless, steps, width, height, recompute_window)
+        chunks = self._plan(
+            cues or (lambda index: cue), [seed], frames, endless, steps, width, height, recompute_window,
+            start=_Start(prefix, source, strength),
+        )  # fmt: skip
         return (dataclasses.replace(chunk, frames=chunk.frames[0]) for chunk in chunks)
 
     def stream_batch(
@@ -221,11 +234,32 @@ class VideoPipeline:
         sizes = (video.width if width is None else width, video.height if height is None else height)
         stride = self.vae.config.scale_factor_spatial
         _, patch_height, patch_width = self.model.transformer.config.patch_size
-        for name, size, unit in (("width", sizes[0], stride * patch_width), ("height", sizes[1], stride * patch_height)):
+        for name, size, unit in (
+            ("width", sizes[0], stride * patch_width),
+            ("height", sizes[1], stride * patch_height),
+        ):
             if size <= 0 or size % unit:
                 below = max(unit, size // unit * unit)
-                raise InputError(f"{name} must be a multiple of {unit} for this model, got {size}; use {below} or {below + unit}")
+                raise InputError(
+                    f"{name} must be a multiple of {unit} for this model, got {size}; use {below} or {below + unit}"
+                )
         return sizes[0] // stride, sizes[1] // stride
+
+    def encode_frames(self, frames: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+        """Latents (1, T, C, h, w) of a video (F, H, W, 3), in the transformer's scale.
+
+        Raises:
+            InputError: a length or size that the model does not allow.
+        """
+        self.check_frames(len(frames))
+        self.check_size(frames.shape[2], frames.shape[1])
+        encoder = StreamingEncoder(self.vae)
+        stride = self.vae.config.scale_factor_temporal
+        pictures = tensor_from_frames(frames).unsqueeze(0).to(self.model.device)
+        # Some frames at a time: a long clip's activations need not fit at once.
+        bounds = [0, *range(1 + 2 * stride, len(frames), 2 * stride), len(frames)]
+        parts = [encoder.encode(pictures[:, a:b]) for a, b in itertools.pairwise(bounds)]
+        return normalize(self.vae, torch.cat(parts, dim=1)).float()
 
     def frames_until(self, chunk: int) -> int:
         """Pictures shown before a chunk starts."""
@@ -242,6 +276,7 @@ class VideoPipeline:
         width: int | None,
         height: int | None,
         recompute_window: bool,
+        start: _Start | None = None,
     ) -> Iterator[Chunk]:
         """Check everything and encode the first cue now; the returned iterator only generates."""
         latent_frames = None if endless else self.check_frames(frames)
@@ -249,6 +284,10 @@ class VideoPipeline:
         settings = self.preset.sampler
         num_steps = settings.default_steps if steps is None else steps
         channels = self.model.transformer.config.in_channels
+        start = start or _Start()
+        offset = 0 if start.prefix is None else start.prefix.shape[1]
+        first_step = start.first_step(num_steps)
+        start.check(offset, latent_frames, settings.frames_per_chunk, (channels, latent_height, latent_width))
         director = _Director(self, cue_of, recompute_window)
         sampler = ChunkSampler(
             director.denoiser,
@@ -261,15 +300,23 @@ class VideoPipeline:
         latents = sampler.stream(
             None,
             SeededNoise(seeds, (channels, latent_height, latent_width), self.model.device),
-            num_frames=latent_frames,
+            num_frames=None if latent_frames is None else latent_frames - offset,
+            prefix=start.prefix,
+            source=start.source,
+            first_step=first_step,
             before_call=director.before_call,
             recompute=director.recompute,
         )
-        return self._generate(latents, director)
+        return self._generate(latents, director, start.prefix)
 
-    def _generate(self, latents: Iterator[Tensor], director: _Director) -> Iterator[Chunk]:
+    def _generate(self, latents: Iterator[Tensor], director: _Director, prefix: Tensor | None) -> Iterator[Chunk]:
         decoder = StreamingDecoder(self.vae)
-        for index in count():
+        first = 0
+        if prefix is not None:
+            # The decoder must have seen the given frames: its convolutions look back on them.
+            decoder.decode(denormalize(self.vae, prefix))
+            first = prefix.shape[1] // self.preset.sampler.frames_per_chunk
+        for index in count(first):
             # Installed around the model's calls and not around the yield: between two chunks, and when a caller
             # drops the stream, the model is as it was found.
             with wan.install(self.model.transformer, director.steering):
@@ -283,6 +330,37 @@ class VideoPipeline:
                 require_effect(effect, cue)
             frames = np.stack([frames_from_tensor(sample) for sample in pictures])
             yield Chunk(index, frames, x, cue, effect, out_of_range.tolist(), director.steering.meter.lap())
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a video starts from, beside noise."""
+
+    prefix: Tensor | None = None
+    source: Tensor | None = None
+    strength: float = 1.0
+
+    def first_step(self, num_steps: int) -> int:
+        """The step at which a redrawn video enters the loop."""
+        if not 0 < self.strength <= 1:
+            raise InputError(f"strength must be above 0 and at most 1, got {self.strength}")
+        if self.source is None:
+            return 0
+        return num_steps - max(1, round(self.strength * num_steps))
+
+    def check(self, offset: int, latent_frames: int | None, per_chunk: int, shape: tuple[int, int, int]) -> None:
+        """Raise InputError where the given latents do not fit the video."""
+        for name, given in (("prefix", self.prefix), ("source", self.source)):
+            if given is not None and tuple(given.shape[2:]) != shape:
+                raise InputError(f"the {name} must have latents of {shape}, got {tuple(given.shape[2:])}")
+        if offset % per_chunk:
+            raise InputError(f"the prefix must be whole chunks of {per_chunk} latent frames, got {offset}")
+        if latent_frames is not None and latent_frames <= offset:
+            raise InputError(
+                f"a video of {latent_frames} latent frames leaves nothing to make behind {offset} given ones"
+            )
+        if self.source is not None and (latent_frames is None or self.source.shape[1] < latent_frames):
+            raise InputError("the source must have latents for every frame of the video")
 
 
 class _Director:
@@ -312,7 +390,7 @@ class _Director:
         self.steering.call = call
 
     def recompute(self, chunk: int) -> bool:
-        """Whether a chunk needs the window's keys anew: its prompt or acting negatives are not those of the one before."""
+        """Whether a chunk needs the window's keys anew: its prompt or acting negatives are new."""
         now, before = self.cue_of(chunk), self.cue_of(chunk - 1)
         wanted = self.recompute_window if now.recompute is None else now.recompute
         return wanted and _acting_texts(now) != _acting_texts(before)
@@ -368,7 +446,9 @@ class _EncodedPrompts:
 def _joined(negatives: Sequence[Negative]) -> str:
     """The negatives as the one prompt that classifier-free guidance can take."""
     if any(negative.weight != 1.0 for negative in negatives):
-        raise InputError("classifier-free guidance has one negative branch and takes no weights; use nasa, or leave them out")
+        raise InputError(
+            "classifier-free guidance has one negative branch and takes no weights; use nasa, or leave them out"
+        )
     return ", ".join(negative.text for negative in negatives)
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from nasa_video.errors import InputError
 from nasa_video.guidance import GUIDANCE, Guidance, Negative, ScaleSchedule
 from nasa_video.models import Strict
+from nasa_video.start import StoredStart
 from nasa_video.timeline import Timeline
 
 
@@ -44,6 +45,7 @@ class Recipe(Strict):
     recompute_window: bool = False
     fold_padding: bool = True
     compare: bool = False
+    start: StoredStart | None = None
     version: str = ""
 
     @classmethod
@@ -55,11 +57,15 @@ class Recipe(Strict):
         """
         data = metadata.get("nasa_video")
         if not isinstance(data, dict):
-            raise InputError(f"{source} carries no recipe: it was not written by nasa-video, or its metadata was removed")
+            raise InputError(
+                f"{source} carries no recipe: it was not written by nasa-video, or its metadata was removed"
+            )
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise InputError(f"the recipe in {source} cannot be read ({error.error_count()} errors): {error}") from error
+            raise InputError(
+                f"the recipe in {source} cannot be read ({error.error_count()} errors): {error}"
+            ) from error
 
     def to_metadata(self) -> dict[str, Any]:
         """The form in which a sink stores it."""

@@ -94,7 +94,7 @@ class TimelineEntry(Strict):
 
 
 class Timeline(Strict):
-    """A video's cues over time, as written in a YAML file, and what else makes the same video again where it says so."""
+    """A video's cues over time, as written in a YAML file; what else it states makes the same video again."""
 
     model: str | None = None
     seed: int | None = None

@@ -32,7 +32,7 @@ def run(command: Sequence[str | Path], env: dict[str, str] | None = None) -> Non
 
 def ensure(extras: str = "") -> None:
     """Create the environment when it is missing and install the project in it (nothing to do: a few seconds)."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - whoever has an older one must be told
         sys.exit(f"nasa-video needs Python 3.11 or newer, this is {sys.version.split()[0]}")
     if not python().exists():
         print(f"+ python -m venv {VENV}", flush=True)

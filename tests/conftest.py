@@ -33,7 +33,7 @@ def randomise(module: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name and name.endswith("weight") or name.endswith("gamma"):
+        if ("norm" in name and name.endswith("weight")) or name.endswith("gamma"):
             parameter.data = 1 + 0.3 * noise
         elif "scale_shift_table" in name:
             parameter.data = 0.5 * noise
@@ -48,10 +48,10 @@ def new_wan() -> Callable[..., WanTransformer3DModel]:
     """Makes a Wan transformer of 2 layers, 2 heads of 24."""
 
     def new(seed: int = 0, **settings: Any) -> WanTransformer3DModel:
-        config: dict[str, Any] = dict(
-            num_attention_heads=2, attention_head_dim=24, in_channels=LATENT[0], out_channels=LATENT[0],
-            text_dim=TEXT_DIM, freq_dim=16, ffn_dim=40, num_layers=2,
-        )  # fmt: skip
+        config: dict[str, Any] = {
+            "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": LATENT[0], "out_channels": LATENT[0],
+            "text_dim": TEXT_DIM, "freq_dim": 16, "ffn_dim": 40, "num_layers": 2,
+        }  # fmt: skip
         model = WanTransformer3DModel(**config | settings)
         randomise(model, seed)
         return model.eval().requires_grad_(False)
@@ -64,7 +64,13 @@ def new_vae() -> Callable[..., AutoencoderKLWan]:
     """Makes a Wan VAE of stride 4 x 8 x 8, or what the settings say."""
 
     def new(seed: int = 0, **settings: Any) -> AutoencoderKLWan:
-        config: dict[str, Any] = dict(base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
+        config: dict[str, Any] = {
+            "base_dim": 4,
+            "z_dim": 4,
+            "num_res_blocks": 1,
+            "latents_mean": [0.1] * 4,
+            "latents_std": [2.0] * 4,
+        }
         vae = AutoencoderKLWan(**config | settings)
         randomise(vae, seed)
         return vae.eval().requires_grad_(False)
@@ -102,6 +108,7 @@ def distance() -> Callable[[Tensor, Tensor], float]:
 
     def measure(actual: Tensor, expected: Tensor) -> float:
         assert actual.shape == expected.shape
-        return float((actual.double() - expected.double()).norm() / expected.double().norm())
+        actual, expected = actual.detach().double(), expected.detach().double()
+        return float((actual - expected).norm() / expected.norm())
 
     return measure

@@ -8,6 +8,7 @@ import typer
 
 from nasa_video import __version__
 from nasa_video.cli.evaluate import evaluate
+from nasa_video.cli.extend import extend
 from nasa_video.cli.generate import generate
 from nasa_video.cli.models import models
 
@@ -36,5 +37,6 @@ def main(
 
 
 app.command()(generate)
+app.command()(extend)
 app.command()(models)
 app.add_typer(evaluate)

@@ -37,7 +37,6 @@ def emit_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
 def is_user_error(error: BaseException) -> bool:
     """Whether an error is one that a person caused and can mend, so that its message is enough."""
     from causvid_adapter.errors import CausvidAdapterError
-
     from nasa_video.errors import NasaVideoError
 
     return isinstance(error, NasaVideoError | CausvidAdapterError)

@@ -9,28 +9,34 @@ from typing import Annotated
 import typer
 
 from nasa_video.cli.console import chunk_progress, emit_json, say, shown_warnings
+from nasa_video.cli.options import (
+    AsJsonOption,
+    DeviceOption,
+    FpsOption,
+    GuidanceOption,
+    ModelOption,
+    NegOption,
+    OutputOption,
+    ScaleOption,
+    SeedOption,
+    StepsOption,
+)
 
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video should show.")] = None,
-    neg: Annotated[
-        list[str] | None,
-        typer.Option("--neg", help="What must not be there: TEXT or TEXT:WEIGHT. Give it once a term.", show_default=False),
-    ] = None,
-    scale: Annotated[float | None, typer.Option(help="Strength of the guidance; the model's own by default.")] = None,
-    guidance: Annotated[str | None, typer.Option(help="nasa, nag, vsf, cfg or none.", show_default="nasa")] = None,
-    model: Annotated[str | None, typer.Option(help="Preset, folder, or hub id.", show_default="sprites")] = None,
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", help="FILE.mp4, .webm, .gif, a folder DIR/ of PNG files, or - for a stream."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same video.", show_default="0")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps a chunk.")] = None,
+    neg: NegOption = None,
+    scale: ScaleOption = None,
+    guidance: GuidanceOption = None,
+    model: ModelOption = None,
+    output: OutputOption = None,
+    seed: SeedOption = None,
+    steps: StepsOption = None,
     frames: Annotated[int | None, typer.Option(help="Length in frames.")] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels, as the model makes it.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels, as the model makes it.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames a second of the file.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one")] = None,
+    fps: FpsOption = None,
+    device: DeviceOption = None,
     timeline: Annotated[
         Path | None, typer.Option(help="YAML file: prompts, negatives and scales at seconds.", show_default=False)
     ] = None,
@@ -43,6 +49,11 @@ def generate(
     source: Annotated[
         Path | None, typer.Option("--from", help="Make the video of this file again; other options replace its own.")
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Start from this picture; --frames then counts the new frames.")
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="Redraw this clip (video to video).")] = None,
+    strength: Annotated[float, typer.Option(help="How much of --video is redrawn, above 0 to 1.")] = 0.6,
     guide_steps: Annotated[str, typer.Option(help="Share of the steps that are guided, FIRST:LAST.")] = "0:1",
     guide_layers: Annotated[str, typer.Option(help="Share of the layers that are guided, FIRST:LAST.")] = "0:1",
     guide_clean: Annotated[bool, typer.Option(help="Guide the pass that writes the keys for later chunks.")] = True,
@@ -51,11 +62,19 @@ def generate(
     ] = None,
     fold: Annotated[bool, typer.Option(help="Compute equal padding keys once (exact).")] = True,
     attention: Annotated[str, typer.Option(help="sdpa or xformers.")] = "sdpa",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
+    as_json: AsJsonOption = False,
 ) -> None:
     """Make a video that shows PROMPT and steers away from every --neg."""
     from nasa_video.cli.generation import Request, run
+    from nasa_video.start import StoredStart
 
+    if image is not None and video is not None:
+        raise typer.BadParameter("a video starts from one of them", param_hint="--image, --video")
+    start = None
+    if image is not None:
+        start = StoredStart.of_file("image", image, new_frames=frames)
+    elif video is not None:
+        start = StoredStart.of_file("redraw", video, strength, frames)
     request = Request(
         prompt=prompt,
         negatives=tuple(neg or ()),
@@ -73,6 +92,7 @@ def generate(
         recompute=recompute,
         compare=compare,
         source=source,
+        start=start,
         guide_steps=_share(guide_steps, "--guide-steps"),
         guide_layers=_share(guide_layers, "--guide-layers"),
         guide_clean=guide_clean,

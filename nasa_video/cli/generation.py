@@ -22,9 +22,11 @@ from nasa_video.guidance import Guidance, ScaleSchedule
 from nasa_video.models import DEFAULT_MODEL
 from nasa_video.pipeline import Chunk, PromptWarning, VideoPipeline
 from nasa_video.recipe import Recipe, restore_guidance, restore_negatives, store_guidance, store_negatives
+from nasa_video.start import Start, StoredStart, read_start
 from nasa_video.steering import Effect
 from nasa_video.timeline import Cue, CueOf, Timeline, parse_negative
 from nasa_video.video.compare import contact_sheet, side_by_side
+from nasa_video.video.frames import Frames
 from nasa_video.video.metadata import read_metadata
 from nasa_video.video.sinks import open_sink
 
@@ -33,28 +35,29 @@ from nasa_video.video.sinks import open_sink
 class Request:
     """The options of ``generate``; None means "not given"."""
 
-    prompt: str | None
-    negatives: tuple[str, ...]
-    scale: float | None
-    guidance: str | None
-    model: str | None
-    seed: int | None
-    steps: int | None
-    frames: int | None
-    width: int | None
-    height: int | None
-    fps: float | None
-    device: str | None
-    timeline: Path | None
-    recompute: bool
-    compare: bool
-    source: Path | None
-    guide_steps: tuple[float, float]
-    guide_layers: tuple[float, float]
-    guide_clean: bool
-    neg_padding: bool | None
-    fold: bool
-    attention: str
+    prompt: str | None = None
+    negatives: tuple[str, ...] = ()
+    scale: float | None = None
+    guidance: str | None = None
+    model: str | None = None
+    seed: int | None = None
+    steps: int | None = None
+    frames: int | None = None
+    width: int | None = None
+    height: int | None = None
+    fps: float | None = None
+    device: str | None = None
+    timeline: Path | None = None
+    recompute: bool = False
+    compare: bool = False
+    source: Path | None = None
+    start: StoredStart | None = None
+    guide_steps: tuple[float, float] = (0.0, 1.0)
+    guide_layers: tuple[float, float] = (0.0, 1.0)
+    guide_clean: bool = True
+    neg_padding: bool | None = None
+    fold: bool = True
+    attention: str = "sdpa"
 
 
 def run(
@@ -79,13 +82,17 @@ def run(
     except (AttentionError, ValueError) as error:
         raise InputError(str(error)) from error
     recipe = _resolve(request, stored, timeline, name, pipeline)
+    start = None
+    if recipe.start is not None:
+        start = read_start(recipe.start, pipeline, recipe.width, recipe.height)
+        recipe = recipe.model_copy(update={"frames": start.frames})
     cues = _cues(recipe, pipeline)
     warn_of_unknown_words(pipeline, recipe)
-    chunks = _stream(pipeline, recipe, cues)
+    chunks = _stream(pipeline, recipe, cues, start)
     unguided = None
     if recipe.compare:
-        unguided = _stream(pipeline, recipe, lambda chunk: cues(chunk).unguided)
-    written = _write(chunks, unguided, recipe, pipeline, output, make_progress)
+        unguided = _stream(pipeline, recipe, lambda chunk: cues(chunk).unguided, start)
+    written = _write(chunks, unguided, recipe, pipeline, output, make_progress, start)
     _report(written, recipe, say)
     return {
         "output": written.output,
@@ -104,12 +111,12 @@ def _resolve(
     request: Request, stored: Recipe | None, timeline: Timeline | None, name: str, pipeline: VideoPipeline
 ) -> Recipe:
     preset = pipeline.preset
-    given = timeline if request.timeline else None
+    replayed = timeline if request.timeline else None
     first = timeline.timeline[0] if timeline else None
     given = (request.prompt, stored.prompt if stored else None, first.prompt if first else None)
     prompt = next((text for text in given if text is not None), None)
     if prompt is None:
-        raise InputError("say what the video should show: nasa-video generate \"a red ball bouncing\"")
+        raise InputError('say what the video should show: nasa-video generate "a red ball bouncing"')
     negatives = tuple(parse_negative(text) for text in request.negatives)
     if not negatives and stored:
         negatives = restore_negatives(stored.negatives)
@@ -117,9 +124,9 @@ def _resolve(
         prompt=_without_surrogates(prompt),
         negatives=store_negatives(negatives),
         model=name,
-        seed=_first(request.seed, given and given.seed, stored and stored.seed, 0),
-        steps=_first(request.steps, given and given.steps, stored and stored.steps, preset.sampler.default_steps),
-        frames=_first(request.frames, given and given.frames, stored and stored.frames, preset.video.frames),
+        seed=_first(request.seed, replayed and replayed.seed, stored and stored.seed, 0),
+        steps=_first(request.steps, replayed and replayed.steps, stored and stored.steps, preset.sampler.default_steps),
+        frames=_first(request.frames, replayed and replayed.frames, stored and stored.frames, preset.video.frames),
         width=_first(request.width, stored and stored.width, preset.video.width),
         height=_first(request.height, stored and stored.height, preset.video.height),
         fps=_first(request.fps, stored and stored.fps, preset.video.fps),
@@ -127,6 +134,7 @@ def _resolve(
         recompute_window=request.recompute or bool(stored and stored.recompute_window),
         fold_padding=request.fold,
         compare=request.compare or bool(stored and stored.compare),
+        start=request.start or (stored.start if stored else None),
         version=__version__,
     )
     return recipe.model_copy(update={"guidance": store_guidance(_guidance(request, stored, recipe, pipeline))})
@@ -183,13 +191,13 @@ def _cues(recipe: Recipe, pipeline: VideoPipeline) -> CueOf:
             return None
         if method is not None:
             return pipeline.guidance(method, scale)
-        base = current or guidance or pipeline.guidance()
-        return dataclasses.replace(base, scale=scale)
+        assert scale is not None
+        return dataclasses.replace(current or guidance or pipeline.guidance(), scale=scale)
 
     return recipe.timeline.cues(first, guide, lambda chunk: pipeline.frames_until(chunk) / recipe.fps)
 
 
-def _stream(pipeline: VideoPipeline, recipe: Recipe, cues: CueOf) -> Iterator[Chunk]:
+def _stream(pipeline: VideoPipeline, recipe: Recipe, cues: CueOf, start: Start | None) -> Iterator[Chunk]:
     return pipeline.stream(
         recipe.prompt,
         cues=cues,
@@ -199,6 +207,9 @@ def _stream(pipeline: VideoPipeline, recipe: Recipe, cues: CueOf) -> Iterator[Ch
         width=recipe.width,
         height=recipe.height,
         recompute_window=recipe.recompute_window,
+        prefix=start.prefix if start else None,
+        source=start.source if start else None,
+        strength=start.strength if start else 1.0,
     )
 
 
@@ -220,6 +231,7 @@ def _write(
     pipeline: VideoPipeline,
     output: str,
     make_progress: Callable[[], Progress],
+    start: Start | None,
 ) -> Written:
     sheet: tuple[list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]] = ([], [])
     sheet_path = None
@@ -227,26 +239,32 @@ def _write(
         sheet_path = Path(output.rstrip("/")).with_suffix(".png")
     size = pipeline.preset.sampler.frames_per_chunk
     total = pipeline.check_frames(recipe.frames) // size
+    if start is not None and start.prefix is not None:
+        total -= start.prefix.shape[1] // size
+    upscale = pipeline.preset.video.upscale
+
+    def beside(plain: Frames, guided: Frames) -> Frames:
+        sheet[0].append(plain)
+        sheet[1].append(guided)
+        return side_by_side([plain, guided], ["without", _label(recipe)], scale=upscale)
+
     effect: Effect | None = None
-    start = time.perf_counter()
+    began = time.perf_counter()
+    # Videos side by side are enlarged before their labels are drawn, not after.
     with (
-        open_sink(output, recipe.fps, recipe.to_metadata(), scale=pipeline.preset.video.upscale) as sink,
+        open_sink(output, recipe.fps, recipe.to_metadata(), scale=1 if unguided is not None else upscale) as sink,
         make_progress() as progress,
     ):
         task = progress.add_task("generating", total=total, fps=0.0)
+        if start is not None and len(start.lead):
+            sink.write(start.lead if unguided is None else beside(start.lead, start.lead))
         for chunk in _guarded(chunks, recipe):
-            frames = chunk.frames
-            if unguided is not None:
-                plain = next(unguided).frames
-                sheet[0].append(plain)
-                sheet[1].append(frames)
-                frames = side_by_side([plain, frames], ["without", _label(recipe)])
-            sink.write(frames)
+            sink.write(chunk.frames if unguided is None else beside(next(unguided).frames, chunk.frames))
             effect = chunk.effect
-            progress.update(task, advance=1, fps=sink.num_frames / (time.perf_counter() - start))
+            progress.update(task, advance=1, fps=sink.num_frames / (time.perf_counter() - began))
         if effect is not None:
             sink.metadata["effect"] = dataclasses.asdict(effect)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     if sheet_path is not None:
         rows = [("without", np.concatenate(sheet[0])), (_label(recipe), np.concatenate(sheet[1]))]
         contact_sheet([(f"{recipe.prompt}   |   {label}", frames) for label, frames in rows]).save(sheet_path)
@@ -306,5 +324,3 @@ def warn_of_unknown_words(pipeline: VideoPipeline, recipe: Recipe) -> None:
             PromptWarning,
             stacklevel=2,
         )
-
-

@@ -32,7 +32,9 @@ def models(
     if as_json:
         emit_json(rows)
         return
-    table = Table("model", "kind", "here", "licence", "needs", title="Presets (--model also takes a folder or a hub id)")
+    table = Table(
+        "model", "kind", "here", "licence", "needs", title="Presets (--model also takes a folder or a hub id)"
+    )
     for row in rows:
         needs = "\n".join(str(need) for need in row["needs"])  # type: ignore[attr-defined]
         here = "[green]yes[/]" if row["present"] else "no"

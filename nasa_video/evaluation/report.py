@@ -32,7 +32,10 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """Means over the attributes, then every cell with its intervals."""
-    lines = ["| method | steps | case | n | removed | held | both | out of range | sharpness | flicker |", "|---" * 10 + "|"]
+    lines = [
+        "| method | steps | case | n | removed | held | both | out of range | sharpness | flicker |",
+        "|---" * 10 + "|",
+    ]
     for row in summary(rows):
         lines.append(
             f"| {row['label']} | {row['steps']} | {row['case']} | {row['n']} | {_percent(row['removed'])} | "
@@ -43,7 +46,9 @@ def markdown(rows: Sequence[Row]) -> str:
     lines += ["| method | steps | case | attribute | n | removed | held | both |", "|---" * 8 + "|"]
     for row in rows:
         shares = " | ".join(_with_interval(row, name) for name in ("removed", "held", "both"))
-        lines.append(f"| {row['label']} | {row['steps']} | {row['case']} | {row['attribute']} | {row['n']} | {shares} |")
+        lines.append(
+            f"| {row['label']} | {row['steps']} | {row['case']} | {row['attribute']} | {row['n']} | {shares} |"
+        )
     return "\n".join(lines) + "\n"
 
 

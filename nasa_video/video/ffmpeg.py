@@ -98,6 +98,11 @@ class FfmpegProcess:
         """Process id."""
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
     def feed(self, data: bytes) -> None:
         """Write all of `data`, waiting while ffmpeg is busy; FfmpegError if it has ended."""
         assert self._process.stdin is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import select
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from nasa_video.errors import OutputError
@@ -16,7 +16,7 @@ from nasa_video.video.frames import Frames, Upscale
 from nasa_video.video.metadata import to_ffmetadata, to_json
 
 # The baseline profile and one fragment a frame: a browser shows a frame as soon as the next one has come.
-_LOW_LATENCY = (
+LOW_LATENCY_MP4 = (
     *("-c:v", "libx264", "-preset", "veryfast", "-tune", "zerolatency", "-profile:v", "baseline", "-g", "12"),
     *("-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-frag_duration", "1", "-flush_packets", "1"),
     *("-f", "mp4", "pipe:1"),
@@ -28,7 +28,8 @@ class StreamSink(BaseSink):
     """Sends fragmented MP4 to `target`, any binary file object with `write`, from a thread of its own.
 
     A slow reader slows `write` down; one that has gone away makes the next `write` or `finish` raise OutputError.
-    `metadata` is sent at the start, so later changes have no effect. Other arguments as in `FfmpegSink`.
+    `metadata` is sent at the start, so later changes have no effect. `encoding`: ffmpeg's options for encoder, container
+    and `pipe:1`. Other arguments as in `FfmpegSink`.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class StreamSink(BaseSink):
         *,
         scale: int = 1,
         upscale: Upscale = "lanczos",
+        encoding: Sequence[str] = LOW_LATENCY_MP4,
     ) -> None:
         super().__init__(metadata)
         if target.isatty():
@@ -50,17 +52,27 @@ class StreamSink(BaseSink):
         self._rate = frame_rate(fps)
         self._scale, self._upscale = check_scale(scale), upscale
         self._tags = to_ffmetadata(to_json(self.metadata))
+        self._encoding = encoding
         self._process: ffmpeg.FfmpegProcess | None = None
         self._pump = threading.Thread(target=self._send_all, name="video stream", daemon=True)
         self._failure: BaseException | None = None
 
-    def _write(self, frames: Frames) -> None:
+    @property
+    def running(self) -> bool:
+        """Whether ffmpeg takes frames: it was started and has not ended."""
+        return self._process is not None and self._process.running
+
+    def open(self, height: int, width: int) -> None:
+        """Start ffmpeg for frames of this size, so that the first `write` need not wait for it."""
         if self._process is None:
-            height, width = frames.shape[1:3]
             filters = picture_filters(height, width, self._scale, self._upscale, subsampled=True)
             source = raw_input(height, width, self._rate)
-            self._process = ffmpeg.FfmpegProcess(source, [*filters, *_LOW_LATENCY], self._tags, pipe_stdout=True)
+            self._process = ffmpeg.FfmpegProcess(source, [*filters, *self._encoding], self._tags, pipe_stdout=True)
             self._pump.start()
+
+    def _write(self, frames: Frames) -> None:
+        self.open(*frames.shape[1:3])
+        assert self._process is not None
         for frame in frames:
             try:
                 self._process.feed(frame.tobytes())

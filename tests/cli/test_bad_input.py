@@ -103,7 +103,9 @@ def test_a_prompt_beyond_the_encoder_is_cut_with_a_note(nasa_video: Run) -> None
     assert "characters were cut" in note
 
 
-@pytest.mark.parametrize("prompt", ["🙂🙃", "红色的球", "مرحبا ‮abc", "a\u0000b", "a\udcff b", "e\u0301" * 30, "x" * 1_000_000])
+@pytest.mark.parametrize(
+    "prompt", ["🙂🙃", "红色的球", "مرحبا ‮abc", "a\u0000b", "a\udcff b", "e\u0301" * 30, "x" * 1_000_000]
+)
 def test_strange_and_huge_prompts_give_a_video(nasa_video: Run, prompt: str) -> None:
     done = nasa_video("generate", prompt, *MODEL, "--frames", "9", "-o", "a.mp4")
     assert done.status == 0

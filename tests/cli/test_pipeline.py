@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from causvid_adapter import denormalize
 
+from causvid_adapter import denormalize
 from nasa_video import ClassifierFree, Nag, Nasa, Negative, VideoPipeline, Vsf
 from nasa_video.errors import InputError
 from nasa_video.guidance import ScaleSchedule
@@ -103,7 +103,11 @@ def test_two_streams_do_not_disturb_each_other(pipeline: VideoPipeline) -> None:
 
 
 def test_cues_change_prompt_negatives_and_scale_from_their_chunk_on(pipeline: VideoPipeline) -> None:
-    cues = [Cue.of(STAR), Cue.of(STAR, "red", Nasa(0.5)), Cue.of("a blue heart", ["red", Negative("blurry", 0.3)], Nasa(1))]
+    cues = [
+        Cue.of(STAR),
+        Cue.of(STAR, "red", Nasa(0.5)),
+        Cue.of("a blue heart", ["red", Negative("blurry", 0.3)], Nasa(1)),
+    ]
     chunks = list(pipeline.stream(STAR, cues=lambda i: cues[i], frames=33))
     plain = list(pipeline.stream(STAR, frames=33))
     same = [np.array_equal(a.frames, b.frames) for a, b in zip(chunks, plain, strict=True)]
@@ -145,3 +149,49 @@ def test_guidance_in_output_and_in_attention_do_not_mix_in_one_video(pipeline: V
     next(stream)
     with pytest.raises(InputError, match="cannot change between"):
         next(stream)
+
+
+def test_a_continued_video_is_the_uninterrupted_one(pipeline: VideoPipeline) -> None:
+    whole = list(pipeline.stream(STAR, negative="red", frames=57, seed=2))
+    prefix = torch.cat([chunk.latents for chunk in whole[:2]], dim=1)
+    rest = list(pipeline.stream(STAR, negative="red", frames=57, seed=2, prefix=prefix))
+    assert [chunk.index for chunk in rest] == [2, 3, 4]
+    for a, b in zip(whole[2:], rest, strict=True):
+        assert np.array_equal(a.frames, b.frames)
+
+
+def test_encoded_frames_are_the_vaes_own_latents_in_the_models_scale(pipeline: VideoPipeline) -> None:
+    frames = video(pipeline, frames=33)
+    latents = pipeline.encode_frames(frames)
+    pictures = torch.from_numpy(frames).permute(3, 0, 1, 2).unsqueeze(0).float() / 127.5 - 1
+    with torch.no_grad():
+        expected = pipeline.vae.encode(pictures).latent_dist.mode().transpose(1, 2)
+    assert latents.shape == (1, 9, 8, 2, 4)
+    assert torch.allclose(denormalize(pipeline.vae, latents), expected, atol=1e-5)
+
+
+def test_strength_says_how_much_of_a_video_is_redrawn(pipeline: VideoPipeline) -> None:
+    given = pipeline.encode_frames(video(pipeline, frames=21, seed=8))
+    made = {
+        strength: torch.cat(
+            [c.latents for c in pipeline.stream(STAR, source=given, strength=strength, frames=21)], dim=1
+        )
+        for strength in (0.5, 1.0)
+    }
+    distance = {strength: (latents - given).norm() for strength, latents in made.items()}
+    assert distance[0.5] < distance[1.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strength": 0.0}, "strength must be above 0"),
+        ({"prefix": torch.zeros(1, 2, 8, 2, 4)}, "whole chunks of 3"),
+        ({"prefix": torch.zeros(1, 3, 8, 9, 9)}, "must have latents of"),
+        ({"prefix": torch.zeros(1, 6, 8, 2, 4)}, "leaves nothing to make"),
+        ({"source": torch.zeros(1, 3, 8, 2, 4)}, "latents for every frame"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(pipeline: VideoPipeline, settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pipeline.stream(STAR, frames=21, **settings)

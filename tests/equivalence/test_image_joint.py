@@ -197,14 +197,12 @@ def test_masked_padding_takes_no_part() -> None:
 
 
 @torch.no_grad()
-def test_layers_and_lora_and_fused_projections() -> None:
+def test_some_layers_and_fused_projections() -> None:
     flux = model()
-    with guided(flux, negative(1), Nasa(0.5, schedule=ScaleSchedule(first_layer=0.5, last_layer=0.75))) as scope:
+    with guided(flux, negative(1), Nasa(0.5, schedule=ScaleSchedule(first_layer=0.5, last_layer=0.75))):
         some = flux(**inputs()).sample
-    assert scope.meter._count == 1
-    with guided(flux, negative(1), Nasa(0.5)) as scope:
+    with guided(flux, negative(1), Nasa(0.5)):
         every = flux(**inputs()).sample
-    assert scope.meter._count == 4
     assert not torch.allclose(some, every, rtol=1e-3, atol=1e-4)
     flux.fuse_qkv_projections()
     for block in (*flux.transformer_blocks, *flux.single_transformer_blocks):

@@ -59,7 +59,7 @@ def test_sizes_are_read_off_the_weights(new_wan: NewWan, image: dict[str, Any]) 
 
 
 def test_a_width_that_heads_of_128_do_not_divide_asks_for_a_config(new_wan: NewWan, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="width 48 .* give the config"):
+    with pytest.raises(CheckpointError, match=r"width 48 .* give the config"):
         load_generator(saved(new_wan().state_dict(), tmp_path))
 
 
@@ -226,7 +226,7 @@ def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.Monkey
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(checkpoint, "hf_hub_download", unreachable)
-    with pytest.raises(CheckpointError, match="cannot be reached .* give its path"):
+    with pytest.raises(CheckpointError, match=r"cannot be reached .* give its path"):
         load_generator("owner/name/folder/model.pt")
 
 

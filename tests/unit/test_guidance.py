@@ -175,7 +175,9 @@ def test_other_numbers_out_of_range_are_refused() -> None:
             wrong()
 
 
-@pytest.mark.parametrize(("text", "weight"), [("", 1.0), (" \n", 1.0), ("blurry", 0.0), ("blurry", math.nan), ("blurry", -1.0)])
+@pytest.mark.parametrize(
+    ("text", "weight"), [("", 1.0), (" \n", 1.0), ("blurry", 0.0), ("blurry", math.nan), ("blurry", -1.0)]
+)
 def test_a_negative_that_cannot_act_is_refused(text: str, weight: float) -> None:
     with pytest.raises(InputError):
         Negative(text, weight)

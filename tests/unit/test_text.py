@@ -35,7 +35,7 @@ def test_case_and_spaces_do_not_matter(encoder: WordLlamaEncoder) -> None:
 
 
 def test_what_does_not_fit_is_cut_and_shown(encoder: WordLlamaEncoder) -> None:
-    words = "red blue green ball cat dog house tree".split()
+    words = ["red", "blue", "green", "ball", "cat", "dog", "house", "tree"]
     context = encoder([" ".join(words), "red ball"])
     assert context.lengths.tolist() == [6, 2]
     assert context.cut == ("house tree", "")

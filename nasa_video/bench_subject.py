@@ -1,0 +1,265 @@
+"""What ``nasa-video bench`` measures: a model of known sizes, its prompts, and the methods on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, KVCache, ModelCall, NoiseSource
+from causvid_adapter.kv_cache import RopeMode
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from nasa_video.attention import Attend
+from nasa_video.backbones import wan
+from nasa_video.classifier_free import BranchCaches, ClassifierFreeDenoiser
+from nasa_video.errors import InputError
+from nasa_video.flops import Branches, ChunkLoop, WanSizes
+from nasa_video.guidance import GUIDANCE, AttentionGuidance, ClassifierFree, Guidance
+from nasa_video.models import SamplerSettings, Source, VideoPreset
+from nasa_video.random_model import RandomText
+from nasa_video.steering import PromptKeys, Steering
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the bench: a way of guiding, and whether equal padding keys are folded into one."""
+
+    name: str
+    title: str
+    guidance: str | None
+    fold: bool
+
+
+METHODS = (
+    Method("none-padded", "none, padded (as the public code runs)", None, False),
+    Method("none-folded", "none, folded", None, True),
+    Method("nasa-folded", "NASA, folded", "nasa", True),
+    Method("nasa-padded", "NASA, padded", "nasa", False),
+    Method("nag", "NAG, folded", "nag", True),
+    Method("vsf", "VSF, folded", "vsf", True),
+    Method("cfg", "CFG, folded (two passes, two caches)", "cfg", True),
+)
+BASELINE = METHODS[0]
+
+
+def find_methods(names: tuple[str, ...]) -> tuple[Method, ...]:
+    """Methods by name, in the bench's order; the unguided padded one is always among them.
+
+    Raises:
+        InputError: there is no such method.
+    """
+    known = {method.name: method for method in METHODS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"there is no method {unknown[0]!r} to measure; use some of {', '.join(known)}")
+    return tuple(method for method in METHODS if not names or method.name in names or method is BASELINE)
+
+
+def component_config(source: Source, default: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """The config beside a component's weights where they are on this machine, else ``default``.
+
+    Raises:
+        InputError: the file is no config.
+    """
+    path = source.find()
+    for file in (path / "transformer" / "config.json", path / "config.json") if path is not None else ():
+        if file.is_file():
+            return _read_json(file)
+    return dict(default())
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is no readable JSON config: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{file} holds a {type(data).__name__}, not a config")
+    return data
+
+
+def vae_config(preset: VideoPreset) -> dict[str, Any]:
+    """The VAE's config, or Wan 2.1's (diffusers' default) where its files are elsewhere."""
+
+    def default() -> Mapping[str, Any]:
+        with torch.device("meta"):
+            return dict(AutoencoderKLWan().config)
+
+    return component_config(preset.components.vae, default)
+
+
+def transformer_config(preset: VideoPreset) -> dict[str, Any]:
+    """The transformer's config.
+
+    Raises:
+        InputError: neither the preset nor the machine has it.
+    """
+
+    def default() -> Mapping[str, Any]:
+        if preset.components.config is None:
+            raise InputError(
+                f"the sizes of {preset.name} are nowhere on this machine: {preset.components.transformer.description} "
+                "is missing, and the preset has no config of its own"
+            )
+        return preset.components.config
+
+    config = dict(preset.components.config or component_config(preset.components.transformer, default))
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+@dataclass
+class Subject:
+    """A model with everything that a method needs to run on it.
+
+    Attributes:
+        model: on any device; on "meta" operations are counted and not computed.
+        attend: kernel of the text cross-attention.
+        sampler: the preset's loop.
+        guidance: the preset's settings of each method.
+        latent_shape: (C, H, W) of a latent frame.
+        text: of the prompts.
+        lengths: real tokens of the positive and of the negative prompt.
+    """
+
+    model: CausalWan
+    attend: Attend
+    sampler: SamplerSettings
+    guidance: Mapping[str, Mapping[str, Any]]
+    latent_shape: tuple[int, int, int]
+    text: RandomText
+    lengths: tuple[int, int]
+    _keys: dict[tuple[str, bool, bool], PromptKeys] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> WanSizes:
+        """Of the transformer as it is, cut or not."""
+        return WanSizes.of(self.model.transformer.config, self.model.num_layers)
+
+    @property
+    def loop(self) -> ChunkLoop:
+        """What the cost of a chunk depends on."""
+        s = self.sampler
+        tokens = self.sizes.tokens_per_frame(*self.latent_shape[1:])
+        return ChunkLoop(tokens, s.frames_per_chunk, s.default_steps, s.window_frames)
+
+    def settings(self, method: Method) -> Guidance | None:
+        """The method's guidance, set as the preset has it."""
+        return None if method.guidance is None else GUIDANCE[method.guidance](**self.guidance.get(method.guidance, {}))
+
+    def prompts(self, method: Method) -> list[tuple[str, bool, bool]]:
+        """What the method makes keys of: (text, folded, with padding)."""
+        positive, negative = RandomText.prompt(self.lengths[0], "p"), RandomText.prompt(self.lengths[1], "n")
+        guidance = self.settings(method)
+        prompts = [(positive, method.fold, True)]
+        if guidance is not None:
+            padding = not isinstance(guidance, AttentionGuidance) or guidance.negative_padding
+            prompts.append((negative, method.fold, padding))
+        return prompts
+
+    def make_keys(self, text: str, fold: bool, padding: bool) -> PromptKeys:
+        """Keys and values of a prompt, made anew."""
+        return wan.prompt_keys(self.model.transformer, self.text([text]), fold=fold, padding=padding)
+
+    def keys(self, text: str, fold: bool, padding: bool) -> PromptKeys:
+        """The same, made once."""
+        name = (text, fold, padding)
+        if name not in self._keys:
+            self._keys[name] = self.make_keys(*name)
+        return self._keys[name]
+
+    def branches(self, method: Method) -> Branches:
+        """Text keys of each branch of each pass."""
+        numbers = [self.keys(*prompt).layers[0].k.shape[1] for prompt in self.prompts(method)]
+        return [[n] for n in numbers] if method.guidance == ClassifierFree.name else [numbers]
+
+
+class _Finished(Exception):  # noqa: N818 - it is no error
+    """The last chunk is committed; the stream is not to begin another."""
+
+
+class Rollout:
+    """One video of one method, advanced a chunk at a time; what each chunk took is read off a growing quantity.
+
+    A chunk is its steps and its clean pass. The loop is the sampler's own; a turn ends where it yields, so a chunk's
+    clean pass falls into the turn after, and is charged to its own chunk.
+
+    Args:
+        read: the time, or the operations so far.
+    """
+
+    extra_turns: ClassVar[int] = 1
+
+    def __init__(
+        self, subject: Subject, method: Method, chunks: int, noise: NoiseSource, read: Callable[[], float]
+    ) -> None:
+        keys = [subject.keys(*prompt) for prompt in subject.prompts(method)]
+        guidance = subject.settings(method)
+        self.steering = Steering(subject.attend, subject.model.num_layers, positive=keys[0])
+        model: Any = subject.model
+        if isinstance(guidance, ClassifierFree):
+            model = ClassifierFreeDenoiser(subject.model, self.steering)
+            model.positive, model.negative, model.guidance = *keys, guidance
+        elif guidance is not None:
+            self.steering.guidance, self.steering.negatives = guidance, [(keys[1], 1.0)]
+        self.transformer = subject.model.transformer
+        self.chunks = chunks
+        self.spent = [0.0] * chunks
+        self.text_key_bytes = sum(k.num_bytes for k in keys)
+        self._denoiser = _CacheHolder(model)
+        self._read = read
+        self._chunk = 0
+        s = subject.sampler
+        schedule = FlowMatchSchedule(s.shift, s.timesteps(s.default_steps), s.warp)
+        sampler = ChunkSampler(self._denoiser, schedule, s.frames_per_chunk, s.window_frames, s.sink_frames, s.rope)
+        self._latents = sampler.stream(None, noise, before_call=self._before_call)
+
+    @property
+    def history_bytes(self) -> int:
+        """Bytes of the KV cache, or of both of them."""
+        return 0 if self._denoiser.cache is None else self._denoiser.cache.num_bytes
+
+    def turn(self) -> None:
+        """Go on to the next chunk's latents; after the last, commit it."""
+        self._mark = self._read()
+        with wan.install(self.transformer, self.steering):
+            try:
+                next(self._latents)
+            except _Finished:
+                return
+        self._charge()
+
+    def _before_call(self, call: ModelCall) -> None:
+        if call.chunk != self._chunk:
+            self._charge()
+            self._chunk = call.chunk
+        if call.chunk == self.chunks:
+            raise _Finished
+        self.steering.call = call
+
+    def _charge(self) -> None:
+        now = self._read()
+        self.spent[self._chunk] += now - self._mark
+        self._mark = now
+
+
+class _CacheHolder:
+    """A denoiser that remembers the cache that it made."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.cache: KVCache | BranchCaches | None = None
+
+    def new_cache(
+        self, height: int, width: int, window_frames: int | None, sink_frames: int, rope: RopeMode
+    ) -> KVCache | BranchCaches:
+        self.cache = self.model.new_cache(height, width, window_frames, sink_frames, rope)
+        return self.cache
+
+    def __call__(self, latents: Tensor, timestep: float, context: Tensor | None, *, cache: Any) -> Tensor:
+        flow: Tensor = self.model(latents, timestep, context, cache=cache)
+        return flow

@@ -1,0 +1,24 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+NegOption = Annotated[
+    list[str] | None,
+    typer.Option("--neg", help="What must not be there: TEXT or TEXT:WEIGHT. Give it once a term.", show_default=False),
+]
+ScaleOption = Annotated[float | None, typer.Option(help="Strength of the guidance; the model's own by default.")]
+GuidanceOption = Annotated[str | None, typer.Option(help="nasa, nag, vsf, cfg or none.", show_default="nasa")]
+ModelOption = Annotated[str | None, typer.Option(help="Preset, folder, or hub id.", show_default="sprites")]
+OutputOption = Annotated[
+    str | None,
+    typer.Option("-o", "--output", help="FILE.mp4, .webm, .gif, a folder DIR/ of PNG files, or - for a stream."),
+]
+SeedOption = Annotated[int | None, typer.Option(help="Same seed, same video.", show_default="0")]
+StepsOption = Annotated[int | None, typer.Option(help="Denoising steps a chunk.")]
+FpsOption = Annotated[float | None, typer.Option(help="Frames a second of the file.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one")]
+AsJsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")]

@@ -1,0 +1,112 @@
+"""What each chunk of a running stream shows, and the timeline that makes the same again."""
+
+from __future__ import annotations
+
+import threading
+
+from nasa_video.errors import InputError
+from nasa_video.guidance import ClassifierFree
+from nasa_video.pipeline import VideoPipeline
+from nasa_video.serve.outgoing import Gone
+from nasa_video.serve.protocol import Wanted
+from nasa_video.serve.settings import MAX_CHANGES
+from nasa_video.timeline import Cue, Timeline, TimelineEntry, format_negative
+
+
+class LiveCues:
+    """A `CueOf` that may change: a change acts from the next chunk that is begun.
+
+    ``wanted`` is checked against the model before it counts, since a stream that raises has ended.
+
+    Raises:
+        InputError: as `check`.
+    """
+
+    def __init__(self, pipeline: VideoPipeline, wanted: Wanted) -> None:
+        self.pipeline = pipeline
+        self.wanted = wanted
+        self.closed = False
+        self._lock = threading.Lock()
+        self._fixed: dict[int, Cue] = {}
+        self._changes: list[tuple[int, Cue]] = []
+        self._cue = self.check(wanted)
+
+    @property
+    def next_chunk(self) -> int:
+        """The chunk from which a change acts."""
+        with self._lock:
+            return max(self._fixed, default=-1) + 1
+
+    def check(self, wanted: Wanted) -> Cue:
+        """The cue, if the model can show it.
+
+        Raises:
+            InputError: a scale that the method cannot take, a negative that cannot act, a change that a running stream
+                cannot make, or too many changes.
+        """
+        cue = wanted.cue(self.pipeline)
+        if self._changes:
+            first = self._changes[0][1].guidance
+            if cue.guidance and isinstance(cue.guidance, ClassifierFree) != isinstance(first, ClassifierFree):
+                raise InputError("a running video cannot change to or from classifier-free guidance; start it anew")
+            if len(self._changes) >= MAX_CHANGES:
+                raise InputError(f"a stream takes {MAX_CHANGES} changes; start it anew")
+        # Encodes the texts and checks what they can do; generates nothing.
+        self.pipeline.stream(wanted.prompt, cues=lambda chunk: cue, endless=True)
+        return cue
+
+    def change(self, wanted: Wanted) -> None:
+        """From the next chunk on show something else.
+
+        Raises:
+            InputError: as `check`; everything stays as it was.
+        """
+        cue = self.check(wanted)
+        with self._lock:
+            self._cue, self.wanted = cue, wanted
+
+    def __call__(self, chunk: int) -> Cue:
+        if self.closed:
+            raise Gone("the stream was stopped")
+        with self._lock:
+            if chunk not in self._fixed:
+                self._fixed[chunk] = self._cue
+                # The chunk before is still asked for: by the pass that writes its keys, and by the recomputation.
+                self._fixed.pop(chunk - 3, None)
+                if not self._changes or self._changes[-1][1] != self._cue:
+                    self._changes.append((chunk, self._cue))
+            return self._fixed[chunk]
+
+    def timeline(self, model: str, seed: int, steps: int | None, frames: int) -> Timeline:
+        """What ``generate --timeline`` makes the first ``frames`` frames from again."""
+        fps = self.pipeline.preset.video.fps
+        with self._lock:
+            changes = list(self._changes)
+        entries = []
+        before: Cue | None = None
+        for chunk, cue in changes:
+            shown_before = self.pipeline.frames_until(chunk)
+            if shown_before < frames:
+                entries.append(_entry(shown_before / fps, cue, before))
+                before = cue
+        return Timeline(model=model, seed=seed, steps=steps, frames=frames, timeline=tuple(entries))
+
+
+def _entry(at: float, cue: Cue, before: Cue | None) -> TimelineEntry:
+    """What differs from the cue before; everything for the first."""
+    method = cue.guidance.name if cue.guidance else "none"
+    scale = cue.guidance.scale if cue.guidance else None
+    method_before = "none" if before is None or before.guidance is None else before.guidance.name
+    new_method = before is None or method != method_before
+    return TimelineEntry(
+        at=at,
+        prompt=cue.prompts[0] if before is None or cue.prompts != before.prompts else None,
+        negatives=(
+            tuple(format_negative(negative) for negative in cue.negatives[0])
+            if before is None or cue.negatives != before.negatives
+            else None
+        ),
+        guidance=method if new_method else None,
+        scale=scale if new_method or before is None or cue.guidance != before.guidance else None,
+        recompute=cue.recompute if before is None or cue.recompute != before.recompute else None,
+    )

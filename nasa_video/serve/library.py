@@ -1,0 +1,73 @@
+"""The models that a server offers, loaded when they are first wanted."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from nasa_video.errors import InputError
+from nasa_video.models import find_preset, video_presets
+from nasa_video.pipeline import VideoPipeline
+from nasa_video.serve.settings import ServeSettings
+
+
+class Library:
+    """Pipelines by the names under which the operator offers them."""
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self.settings = settings
+        self._loaded: dict[str, VideoPipeline] = {}
+        self._lock = threading.Lock()
+
+    def name(self, wanted: str | None) -> str:
+        """The name of an offered model; None takes the first.
+
+        Raises:
+            InputError: the operator does not offer it. It is compared, never opened.
+        """
+        if wanted is None:
+            return self.settings.models[0]
+        if wanted not in self.settings.models:
+            raise InputError(f"this server does not offer that model; it offers {', '.join(self.settings.models)}")
+        return wanted
+
+    def get(self, name: str) -> VideoPipeline:
+        """The pipeline, loaded now if it was not.
+
+        Raises:
+            InputError: its weights are missing.
+        """
+        with self._lock:
+            if name not in self._loaded:
+                self._loaded[name] = VideoPipeline.from_pretrained(
+                    name, self.settings.device, attention=self.settings.attention
+                )
+            return self._loaded[name]
+
+    def describe(self) -> list[dict[str, Any]]:
+        """For ``GET /models``: what is offered, then what else there is."""
+        others = [name for name in video_presets() if name not in self.settings.models]
+        return [_describe(name, offered=True) for name in self.settings.models] + [
+            _describe(name, offered=False) for name in others
+        ]
+
+
+def _describe(name: str, *, offered: bool) -> dict[str, Any]:
+    preset = find_preset(name)
+    video, sampler = preset.video, preset.sampler
+    return {
+        "name": name,
+        "title": preset.title,
+        "licence": preset.licence,
+        "offered": offered,
+        "present": preset.present,
+        "width": video.width,
+        "height": video.height,
+        "fps": video.fps,
+        "upscale": video.upscale,
+        "frames": video.frames,
+        "steps": sorted(sampler.steps) if sampler.steps != "any" else None,
+        "default_steps": sampler.default_steps,
+        "scales": {method: settings.get("scale") for method, settings in preset.guidance.items()},
+        "vocabulary": preset.vocabulary,
+    }

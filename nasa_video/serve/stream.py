@@ -1,0 +1,250 @@
+"""A video that plays while it is made: the worker's side."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from nasa_video.errors import InputError
+from nasa_video.pipeline import Chunk
+from nasa_video.serve.cues import LiveCues
+from nasa_video.serve.delivery import Delivery, Made, Picture
+from nasa_video.serve.feeder import Feeder
+from nasa_video.serve.library import Library
+from nasa_video.serve.media import KINDS
+from nasa_video.serve.messages import message_of
+from nasa_video.serve.outgoing import Gone, Outgoing
+from nasa_video.serve.protocol import Command, Media, Position, Start, Update, Wanted
+from nasa_video.serve.recorder import Recorder
+from nasa_video.serve.settings import ServeSettings
+from nasa_video.timeline import Timeline
+
+log = logging.getLogger(__name__)
+Reason = Literal["finished", "stopped", "turn over", "failed", "left"]
+_SLACK_SECONDS = 0.25
+_HELD_FRAMES = 4
+"""An encoder holds its newest frame back until the next, and browsers stop a little before the end of what they have."""
+
+
+class LiveStream:
+    """One client's stream (a `Task`).
+
+    A chunk is made just before the viewer needs it, so that what was typed meanwhile acts on it. Whoever does not say
+    how far it is, gets two chunks.
+
+    Args:
+        key: names it in URLs; whoever knows it may download.
+        wake: tells the worker that `ready` may have changed.
+        ended: called once, when nothing more will be sent.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        start: Start,
+        library: Library,
+        settings: ServeSettings,
+        folder: Path,
+        outgoing: Outgoing,
+        wake: Callable[[], None],
+        ended: Callable[[LiveStream], None],
+    ) -> None:
+        self.key = key
+        self.start = start
+        self.model = library.name(start.model)
+        self.endless = start.frames is None
+        self.recorder: Recorder | None = None
+        self.reason: Reason = "finished"
+        self.has_ended = threading.Event()
+        self._library, self._settings, self._folder = library, settings, folder
+        self._outgoing, self._wake, self._ended = outgoing, wake, ended
+        self._wanted: Wanted = start
+        self._updates: deque[Update] = deque()
+        self._paused = self._over = False
+        self._cues: LiveCues | None = None
+        self._chunks: Iterator[Chunk] | None = None
+        self._plain: Iterator[Chunk] | None = None
+        self._feeder: Feeder[Made] | None = None
+        self._delivery: Delivery | None = None
+        self._lock = threading.Lock()
+        self._position = self._made = 0
+        self._wanted_since: float | None = None
+        self._waits: deque[float] = deque(maxlen=3)
+
+    # What the client says; called by the event loop.
+
+    def hear(self, message: Update | Media | Position | Command) -> None:
+        """Take a message that is for the stream."""
+        if isinstance(message, Position):
+            self._position = max(self._position, message.frame)
+        elif isinstance(message, Update):
+            self._updates.append(message)
+        elif isinstance(message, Media):
+            if self._delivery is not None:
+                self._delivery.wanted_kind = message.media[0]
+        elif message.type == "stop":
+            self.close("stopped")
+        else:
+            self._paused = message.type == "pause"
+            self._outgoing.say("state", state="paused" if self._paused else "playing")
+        self._wake()
+
+    def close(self, reason: Reason) -> None:
+        """Stop as soon as may be: before the model's next call. What was made is still sent, except to who has left."""
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+            self.reason = reason
+            if self._cues is not None:
+                self._cues.closed = True
+            self._chunks = self._plain = None
+            feeder = self._feeder
+        if feeder is None:
+            self._finish(None)
+        else:
+            feeder.end(cancel=reason == "left")
+
+    def timeline(self) -> Timeline | None:
+        """What makes the frames that were sent so far again; None before there is one."""
+        if self._cues is None or self._delivery is None or not self._delivery.num_frames:
+            return None
+        return self._cues.timeline(self.model, self.start.seed, self.start.steps, self._delivery.num_frames)
+
+    # The task; called by the worker.
+
+    def ready(self) -> bool:
+        if self._over:
+            return False
+        if self._cues is None or self._updates:
+            return True
+        assert self._feeder is not None
+        if self._paused or not self._feeder.has_room or not self._viewer_needs_more():
+            self._wanted_since = None
+            return False
+        if self._wanted_since is None:
+            self._wanted_since = time.monotonic()
+        return True
+
+    def step(self) -> bool:
+        if self._cues is None:
+            self._begin()
+        while self._updates:
+            self._change(self._updates.popleft())
+        chunks, plain_chunks = self._chunks, self._plain
+        if chunks is None or self._paused or not self._viewer_needs_more():
+            return not self._over
+        began = time.monotonic()
+        chunk = next(chunks, None)
+        if chunk is None:
+            self.close("finished")
+            return False
+        plain = next(plain_chunks).frames if plain_chunks is not None else None
+        now = time.monotonic()
+        self._waits.append(now - (self._wanted_since or began))
+        self._wanted_since = None
+        made = Made(chunk, plain, self._made, now - began, len(chunk.frames) * len(self._waits) / sum(self._waits))
+        self._made += len(chunk.frames)
+        assert self._feeder is not None
+        self._feeder.put(made)
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        if not isinstance(error, Gone):
+            self._outgoing.say("error", code="failed", message=message_of(error))
+        self.close("failed")
+
+    def expire(self) -> None:
+        self.close("turn over")
+
+    def told_place(self, place: int) -> None:
+        if place:
+            self._outgoing.say("queued", place=place)
+
+    def _begin(self) -> None:
+        start = self.start
+        pipeline = self._library.get(self.model)
+        if start.frames is not None and start.frames > self._settings.max_frames:
+            raise InputError(f"at most {self._settings.max_frames} frames, got {start.frames}; leave it out for no end")
+        cues = LiveCues(pipeline, start)
+        video = pipeline.preset.video
+        picture = Picture(video.height, video.width, video.fps, video.upscale, start.compare)
+        self._chunks, self._plain = (
+            pipeline.stream(
+                start.prompt,
+                cues=source,
+                seed=start.seed,
+                frames=start.frames,
+                endless=self.endless,
+                steps=start.steps,
+            )
+            if source is not None
+            else None
+            for source in (cues, (lambda chunk: cues(chunk).unguided) if start.compare else None)
+        )
+        with self._lock:
+            if self._over:
+                raise Gone("the client has left")
+            self._cues = cues
+            if self._settings.record_seconds:
+                limit = round(self._settings.record_seconds * video.fps)
+                self.recorder = Recorder(self._folder, video.fps, limit, 1 if start.compare else video.upscale)
+            kind = start.media[0]
+            self._say_started(kind, picture)
+            self._delivery = Delivery(
+                picture, kind, self._outgoing, self.recorder, lambda: self._position, self._wake, self._finish
+            )
+            self._feeder = Feeder("nasa-video stream", self._delivery)
+
+    def _say_started(self, kind: str, picture: Picture) -> None:
+        height, width = picture.sent_size
+        self._outgoing.say(
+            "started",
+            stream=self.key,
+            media=kind,
+            mime=KINDS[kind].mime,
+            fps=picture.fps,
+            width=width * picture.scale,
+            height=height * picture.scale,
+            model=self.model,
+            seed=self.start.seed,
+            compare=picture.compare,
+            frames=self.start.frames,
+        )
+
+    def _change(self, update: Update) -> None:
+        assert self._cues is not None
+        try:
+            self._cues.change(update.applied_to(self._cues.wanted))
+        except InputError as error:
+            self._outgoing.say("error", code="refused", message=str(error))
+        else:
+            self._outgoing.say("accepted", from_chunk=self._cues.next_chunk)
+
+    def _viewer_needs_more(self) -> bool:
+        """Whether what the viewer has not seen yet lasts no longer than making more will take."""
+        assert self._cues is not None
+        fps = self._cues.pipeline.preset.video.fps
+        chunk_frames = self._cues.pipeline.frames_until(2) - self._cues.pipeline.frames_until(1)
+        lead = fps * (_SLACK_SECONDS + 1.5 * max(self._waits, default=0.0)) + _HELD_FRAMES
+        return self._made - self._position <= min(lead, 2 * chunk_frames)
+
+    def _finish(self, error: BaseException | None) -> None:
+        """The stream's own thread has sent everything, or cannot go on."""
+        if error is not None and not isinstance(error, Gone):
+            self.reason = "failed"
+            self._outgoing.say("error", code="failed", message=message_of(error))
+        with self._lock:
+            self._over = True
+            if self._cues is not None:
+                self._cues.closed = True
+            self._chunks = self._plain = None
+        frames = self._delivery.num_frames if self._delivery else 0
+        self._outgoing.say("ended", stream=self.key, reason=self.reason, frames=frames)
+        self.has_ended.set()
+        self._ended(self)
