@@ -209,7 +209,6 @@ class _Rollout:
         self._cache.reset()
         for index, latents in window.items():
             self.keep(latents, index, prompt_chunk=chunk)
-        self._cache.seek(chunk * self.sampler.frames_per_chunk)
 
     def cache(self, like: Tensor) -> ChunkCache:
         """The rollout's cache, made when the size of the latents is known."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from causvid_adapter import SeededNoise, StreamingDecoder, load_generator
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from causvid_adapter import SeededNoise, StreamingDecoder, load_generator
 from nasa_video import memory
 from nasa_video.attention import AttentionError, Backend, SdpaAttend, make_attend
 from nasa_video.bench_subject import BASELINE, Method, Rollout, Subject, find_methods, transformer_config, vae_config
@@ -27,7 +27,6 @@ from nasa_video.random_model import RandomText, random_generator, random_vae
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Layers are alike, so the operations of any number of them follow from those of one and of two.
 COUNTED_LAYERS = (1, 2)
-MAX_COUNTED_CHUNKS = 32
 
 Report = Callable[[str, int, int], None]
 """Told of what is done now, how much of it is done, and how much there is."""
@@ -91,10 +90,12 @@ class _Case:
         preset = find_preset(settings.model)
         device = choose_device(settings.device)
         if settings.attention == "xformers" and device.type != "cuda":
-            raise InputError(f"xformers has no attention kernel for {device.type}; use --attention sdpa, or --device cuda")
+            raise InputError(
+                f"xformers has no attention kernel for {device.type}; use --attention sdpa, or --device cuda"
+            )
         if not settings.random_weights and preset.components.transformer.find() is None:
             raise InputError(
-                f"the weights of {settings.model} are not on this machine ({preset.components.transformer.description}); "
+                f"the weights of {settings.model} are not here ({preset.components.transformer.description}); "
                 "--random-weights measures a model of its sizes without them"
             )
         config, vae = transformer_config(preset), vae_config(preset)
@@ -183,25 +184,23 @@ def bench(settings: BenchSettings, report: Report = lambda what, done, total: No
         measured = _Measurement(case, subject, interleaved, report)
         measured.run()
     decode_ms = _time_decode(case, report) if settings.decode else None
-    counted = count_flops(case, report)
     full = case if case.layers == case.config["num_layers"] else replace(case, layers=case.config["num_layers"])
     own = replace(full, width=case.preset.video.width, height=case.preset.video.height)
     own_chunks = _own_chunks(case)
-    own_counted = count_flops(own, report, own_chunks)
+    flops = _Flops(case, subject, settings.chunks, report)
+    own_flops = _Flops(own, subject, own_chunks, report)
     rows = []
     for method in case.methods:
-        analytic = _analytic(case, subject, method, settings.chunks)
         row = measured.row(method)
         row["keys"] = [list(branch) for branch in subject.branches(method)]
-        row["flops"] = _compare(method, counted, analytic, _analytic(case, subject, BASELINE, settings.chunks))
+        row["flops"] = flops.row(method)
         row["prompt"] = {"ms": prompts[method.name], "flops": _prompt_flops(subject, method)}
         if decode_ms is not None:
             row["fps_with_decode"] = 1000 * case.frames_per_chunk / (row["ms_per_chunk"] + decode_ms)
         if case.layers != full.layers:
-            row["extrapolated"] = _extrapolate(row, case, _analytic(full, subject, method, settings.chunks) / analytic)
-        row["own_size"] = _compare(
-            method, own_counted, _analytic(own, subject, method, own_chunks), _analytic(own, subject, BASELINE, own_chunks)
-        )
+            work = _analytic(full, subject, method, settings.chunks) / _analytic(case, subject, method, settings.chunks)
+            row["extrapolated"] = _extrapolate(row, case, work)
+        row["own_size"] = own_flops.row(method)
         rows.append(row)
     return {
         "model": settings.model,
@@ -262,9 +261,7 @@ class _Measurement:
             return
         self._videos(methods, chunks, what, keep=keep, number=number)
 
-    def _videos(
-        self, methods: Sequence[Method], chunks: int, what: str, *, keep: bool, number: int = 0
-    ) -> None:
+    def _videos(self, methods: Sequence[Method], chunks: int, what: str, *, keep: bool, number: int = 0) -> None:
         device = self.case.device
         noise = SeededNoise([0], self.case.latent_shape, device)
         resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -313,19 +310,34 @@ class _Measurement:
         return (used["history"] or 0) + (used["text_keys"] or 0)
 
 
-def count_flops(case: _Case, report: Report, chunks: int | None = None) -> dict[str, float]:
-    """Operations a chunk by torch's counter, mean over a video's chunks, on tensors that have shapes and no numbers."""
-    chunks = min(case.settings.chunks if chunks is None else chunks, MAX_COUNTED_CHUNKS)
+class _Flops:
+    """Operations a chunk: counted over a video's first chunk, and by formula for it and for the mean of all."""
+
+    def __init__(self, case: _Case, subject: Subject, chunks: int, report: Report) -> None:
+        self.case, self.subject, self.chunks = case, subject, chunks
+        self.counted = count_flops(case, report)
+
+    def row(self, method: Method) -> dict[str, float]:
+        """Figures of a method; the ratio is that of the means."""
+        mean, baseline = (_analytic(self.case, self.subject, m, self.chunks) for m in (method, BASELINE))
+        return {
+            "first_chunk_counted": self.counted[method.name],
+            "first_chunk_analytic": _analytic(self.case, self.subject, method, 1),
+            "mean_analytic": mean,
+            "ratio": mean / baseline,
+        }
+
+
+def count_flops(case: _Case, report: Report) -> dict[str, float]:
+    """Operations of a video's first chunk by torch's counter, on tensors that have shapes and no numbers."""
     counts: dict[str, list[float]] = {}
     for layers in COUNTED_LAYERS:
         subject = case.subject(torch.device("meta"), layers)
         for number, method in enumerate(case.methods):
             report(f"counting operations at {case.width} x {case.height}", number, len(case.methods))
-            counts.setdefault(method.name, []).append(count_video(subject, method, chunks) / chunks)
+            counts.setdefault(method.name, []).append(count_video(subject, method, 1))
     first, second = COUNTED_LAYERS
-    return {
-        name: one + (case.layers - first) / (second - first) * (two - one) for name, (one, two) in counts.items()
-    }
+    return {name: one + (case.layers - first) / (second - first) * (two - one) for name, (one, two) in counts.items()}
 
 
 @torch.no_grad()
@@ -352,15 +364,6 @@ def _analytic(case: _Case, subject: Subject, method: Method, chunks: int) -> flo
 
 def _prompt_flops(subject: Subject, method: Method) -> int:
     return sum(prompt_flops(subject.sizes, n) for branch in subject.branches(method) for n in branch)
-
-
-def _compare(method: Method, counted: dict[str, float], analytic: float, baseline: float) -> dict[str, float]:
-    return {
-        "counted": counted[method.name],
-        "analytic": analytic,
-        "ratio_counted": counted[method.name] / counted[BASELINE.name],
-        "ratio_analytic": analytic / baseline,
-    }
 
 
 def _extrapolate(row: dict[str, Any], case: _Case, work: float) -> dict[str, float]:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, KVCache, ModelCall, NoiseSource
-from causvid_adapter.kv_cache import RopeMode
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, KVCache, ModelCall, NoiseSource
+from causvid_adapter.kv_cache import RopeMode
 from nasa_video.attention import Attend
 from nasa_video.backbones import wan
 from nasa_video.classifier_free import BranchCaches, ClassifierFreeDenoiser
@@ -36,13 +36,13 @@ class Method:
 
 
 METHODS = (
-    Method("none-padded", "none, padded (as the public code runs)", None, False),
+    Method("none-padded", "none, padded", None, False),
     Method("none-folded", "none, folded", None, True),
     Method("nasa-folded", "NASA, folded", "nasa", True),
     Method("nasa-padded", "NASA, padded", "nasa", False),
     Method("nag", "NAG, folded", "nag", True),
     Method("vsf", "VSF, folded", "vsf", True),
-    Method("cfg", "CFG, folded (two passes, two caches)", "cfg", True),
+    Method("cfg", "CFG, folded", "cfg", True),
 )
 BASELINE = METHODS[0]
 
@@ -178,7 +178,7 @@ class Subject:
         return [[n] for n in numbers] if method.guidance == ClassifierFree.name else [numbers]
 
 
-class _Finished(Exception):  # noqa: N818 - it is no error
+class _Finished(Exception):
     """The last chunk is committed; the stream is not to begin another."""
 
 

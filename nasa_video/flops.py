@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from causvid_adapter.model import IMAGE_MODEL_TEXT_TOKENS
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+
+from causvid_adapter.model import IMAGE_MODEL_TEXT_TOKENS
 
 Branches = Sequence[Sequence[int]]
 """Text keys that each layer attends to: one entry a pass of the model, one number in it an attention branch.
@@ -120,4 +121,3 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     )
-

@@ -1,9 +1,9 @@
 """FLUX's modular blocks with a place for a guider: diffusers 0.42 gives FLUX none, and no negative prompt::
 
-    pipe = guided_flux_blocks().init_pipeline("black-forest-labs/FLUX.1-schnell")
-    pipe.load_components(torch_dtype=torch.bfloat16)
-    pipe.update_components(guider=NasaGuidance(scale=0.5))
-    image = pipe(prompt="a fox", negative_prompt="blurry", output="images")
+pipe = guided_flux_blocks().init_pipeline("black-forest-labs/FLUX.1-schnell")
+pipe.load_components(torch_dtype=torch.bfloat16)
+pipe.update_components(guider=NasaGuidance(scale=0.5))
+image = pipe(prompt="a fox", negative_prompt="blurry", output="images")
 """
 
 # B batch, L text tokens, E text dim, P pooled dim
@@ -112,4 +112,3 @@ def guided_flux_blocks() -> FluxAutoBlocks:
     blocks.sub_blocks.insert("negative_text_encoder", FluxNegativeTextEncoderStep(), 1)
     blocks.sub_blocks["denoise"].sub_blocks["denoise"].sub_blocks["denoiser"] = FluxGuidedLoopDenoiser()
     return blocks
-

@@ -115,6 +115,12 @@ class Umt5Text(Source):
     max_tokens: int = Field(default=512, gt=0)
 
 
+class LoraSource(Source):
+    """A LoRA that is part of a published model."""
+
+    scale: float = 1.0
+
+
 class Components(Strict):
     """The parts of a video model; ``config`` is the transformer's, for checkpoints that carry none."""
 
@@ -122,6 +128,13 @@ class Components(Strict):
     vae: Source
     text_encoder: Annotated[WordLlamaText | Umt5Text, Field(discriminator="kind")]
     config: dict[str, Any] | None = None
+    loras: tuple[LoraSource, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Everything that has to be on the machine."""
+        encoder = (self.text_encoder,) if isinstance(self.text_encoder, Source) else ()
+        return (self.transformer, *self.loras, self.vae, *encoder)
 
 
 class SamplerSettings(Strict):
@@ -191,15 +204,12 @@ class VideoPreset(Strict):
     @property
     def needs(self) -> list[str]:
         """What must be here, for people."""
-        parts: list[WordLlamaText | Source] = [self.components.transformer, self.components.vae]
-        parts.append(self.components.text_encoder)
-        return [p.description if isinstance(p, Source) else "wordllama (a dependency)" for p in parts]
+        return [source.description for source in self.components.sources]
 
     @property
     def present(self) -> bool:
         """Whether every part is on this machine."""
-        parts = (self.components.transformer, self.components.vae, self.components.text_encoder)
-        return all(not isinstance(p, Source) or p.find() is not None for p in parts)
+        return all(source.find() is not None for source in self.components.sources)
 
 
 def package_root() -> Path:
@@ -310,7 +320,6 @@ def _with_root(preset: VideoPreset, folder: Path) -> VideoPreset:
         return part
 
     parts = preset.components
-    components = parts.model_copy(
-        update={name: rooted(getattr(parts, name)) for name in ("transformer", "vae", "text_encoder")}
-    )
+    update: dict[str, Any] = {name: rooted(getattr(parts, name)) for name in ("transformer", "vae", "text_encoder")}
+    components = parts.model_copy(update={**update, "loras": tuple(rooted(lora) for lora in parts.loras)})
     return preset.model_copy(update={"components": components})

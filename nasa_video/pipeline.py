@@ -10,10 +10,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from causvid_adapter.lora import merge_lora
+from causvid_adapter.vae_checkpoint import load_vae
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
@@ -110,12 +113,14 @@ class VideoPipeline:
         dtype: torch.dtype | None = None,
         attention: Backend = "sdpa",
         fold_padding: bool = True,
+        loras: Sequence[tuple[Path, float]] = (),
     ) -> VideoPipeline:
         """Load a preset, a preset file, a folder or a hub id.
 
         Args:
             device: None takes CUDA where there is one.
             dtype: None takes bfloat16 on CUDA and float32 elsewhere.
+            loras: LoRA files and their scales, merged in this order.
 
         Raises:
             InputError: no such model, or a part of it is missing and cannot be had.
@@ -126,9 +131,11 @@ class VideoPipeline:
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         parts = preset.components
         generator = load_generator(parts.transformer.fetch(), parts.config, dtype=dtype, device=device)
-        vae = AutoencoderKLWan.from_pretrained(parts.vae.fetch(), local_files_only=True, torch_dtype=torch.float32)
+        for path, scale in (*((lora.fetch(), lora.scale) for lora in parts.loras), *loras):
+            merge_lora(generator, path, scale)
+        vae = load_vae(parts.vae.fetch())
         encoder = load_text_encoder(parts.text_encoder, device, dtype)
-        return cls(generator, vae.to(device).eval(), encoder, preset, attention, fold_padding)
+        return cls(generator, vae.to(device), encoder, preset, attention, fold_padding)
 
     def stream(
         self,

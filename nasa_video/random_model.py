@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from causvid_adapter import CausalWan
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
 
+from causvid_adapter import CausalWan
 from nasa_video.text import TextContext
 
 
@@ -56,7 +56,7 @@ def _fill(module: nn.Module, seed: int) -> None:
         return
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in module.named_parameters():
-        if "norm" in name and name.endswith("weight") or name.endswith("gamma"):
+        if ("norm" in name and name.endswith("weight")) or name.endswith("gamma"):
             parameter.fill_(1.0)
         elif parameter.ndim > 1:
             parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,6 +30,13 @@ class StoredGuidance(Strict):
     settings: dict[str, Any]
 
 
+class StoredLora(Strict):
+    """A LoRA file and its scale."""
+
+    path: str
+    scale: float = 1.0
+
+
 class Recipe(Strict):
     """What ``generate`` was asked for. ``width`` and ``height`` are the model's pixels, before upscaling."""
 
@@ -46,6 +55,7 @@ class Recipe(Strict):
     fold_padding: bool = True
     compare: bool = False
     start: StoredStart | None = None
+    loras: tuple[StoredLora, ...] = ()
     version: str = ""
 
     @classmethod
@@ -102,3 +112,23 @@ def store_negatives(negatives: tuple[Negative, ...]) -> tuple[StoredNegative, ..
 def restore_negatives(stored: tuple[StoredNegative, ...]) -> tuple[Negative, ...]:
     """The inverse of :func:`store_negatives`."""
     return tuple(Negative(n.text, n.weight) for n in stored)
+
+
+def parse_lora(text: str) -> StoredLora:
+    """``FILE`` or ``FILE:SCALE``.
+
+    Raises:
+        InputError: no such file, or a scale that is no number.
+    """
+    head, colon, tail = text.rpartition(":")
+    path, scale = (text, 1.0)
+    if colon and not Path(text).exists():
+        try:
+            path, scale = head, float(tail)
+        except ValueError:
+            raise InputError(f"the LoRA {text!r} is no file, and {tail!r} no scale; expected FILE or FILE:0.8") from None
+    if not math.isfinite(scale) or abs(scale) > 10:
+        raise InputError(f"the scale of a LoRA must be from -10 to 10, got {scale:g}")
+    if not Path(path).is_file():
+        raise InputError(f"LoRA file {path} does not exist")
+    return StoredLora(path=path, scale=scale)

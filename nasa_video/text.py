@@ -79,7 +79,7 @@ class Umt5Encoder:
     """UMT5 as Wan uses it: padded to ``max_tokens``, the padding's embeddings set to zero.
 
     Args:
-        encoder: folder of the encoder in transformers' layout.
+        encoder: folder of the encoder in transformers' layout, or Wan's original file.
         tokenizer: folder of its tokenizer.
     """
 
@@ -91,12 +91,13 @@ class Umt5Encoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        from transformers import AutoTokenizer, UMT5EncoderModel
+        from transformers import AutoTokenizer
+
+        from nasa_video.umt5_checkpoint import load_umt5
 
         self.max_tokens = max_tokens
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-        self._model = UMT5EncoderModel.from_pretrained(encoder, local_files_only=True, torch_dtype=dtype).to(device)
-        self._model.eval()
+        self._model = load_umt5(encoder, dtype).to(device)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> TextContext:

@@ -201,9 +201,10 @@ class Run:
     def _read_transformer(self, folder: Path) -> CausalWan:
         from diffusers import WanTransformer3DModel
 
-        from causvid_adapter import CausalWan
+        from nasa_video.training.attention import trainable
 
-        return CausalWan(WanTransformer3DModel.from_pretrained(folder, low_cpu_mem_usage=False)).to(self.device).eval()
+        transformer = WanTransformer3DModel.from_pretrained(folder, low_cpu_mem_usage=False)
+        return trainable(transformer.to(self.device)).eval()
 
 
 def train(

@@ -19,7 +19,9 @@ def bench(
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     chunks: Annotated[int, typer.Option(help="Chunks of each video.")] = 2,
     repeats: Annotated[int, typer.Option(help="Videos of each method.")] = 5,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16.", show_default="bfloat16 on CUDA, else float32")
     ] = None,
@@ -70,68 +72,107 @@ def bench(
 def show(result: dict[str, Any]) -> None:
     """The tables for people: as measured, extrapolated where layers were cut, and the model's own size."""
     from rich.console import Console
-    from rich.table import Table
 
     out = Console()
     out.print(heading(result), highlight=False, soft_wrap=True)
-    cut = result["layers"] != result["model_layers"]
-    measured = Table(title=f"Measured: {result['width']} x {result['height']}, {layers_text(result)}", title_justify="left")
-    for name in ("method", "text keys"):
-        measured.add_column(name)
-    names = ["ms a chunk", "quartiles", "time", "FPS", "TFLOP a chunk", "FLOP", "history", "text keys", "extra", "once a prompt"]
-    if result["decode_ms"] is not None:
-        names.insert(4, "FPS decoded")
-    if any(row["memory"]["peak_beside_weights"] for row in result["methods"]):
-        names.append("peak")
-    for name in names:
-        measured.add_column(name, justify="right")
-    for row in result["methods"]:
-        measured.add_row(*measured_row(row, result, names))
-    out.print(measured)
-    if cut:
-        table = Table(
-            title=f"Extrapolated to all {result['model_layers']} layers (not measured: time by operations, memory by layers)",
-            title_justify="left",
-        )
-        for name in ("method", "ms a chunk", "FPS", "history", "text keys", "extra"):
-            table.add_column(name, justify="left" if name == "method" else "right")
-        for row in result["methods"]:
-            far = row["extrapolated"]
-            sizes = (size_text(far[name]) for name in ("history", "text_keys", "extra"))
-            table.add_row(row["title"], f"{far['ms_per_chunk']:.0f}", f"{far['fps']:.2f}", *sizes)
-        out.print(table)
+    for title, columns in tables(result):
+        out.print()
+        out.print(title, highlight=False, soft_wrap=True)
+        out.print(_table(columns))
+
+
+Columns = list[tuple[str, list[str]]]
+
+
+def tables(result: dict[str, Any]) -> list[tuple[str, Columns]]:
+    """What is shown: a title, and columns of cells."""
+    rows = result["methods"]
     own = result["own_size"]
-    table = Table(
-        title=f"Operations at the model's own size: {own['width']} x {own['height']}, {own['layers']} layers, "
-        f"mean of {own['chunks']} chunks (counted, nothing computed)",
-        title_justify="left",
-    )
-    for name in ("method", "TFLOP a chunk, counted", "analytic", "to the unguided padded"):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for row in result["methods"]:
-        flops = row["own_size"]
-        table.add_row(
-            row["title"],
-            f"{flops['counted'] / 1e12:.2f}",
-            f"{flops['analytic'] / 1e12:.2f}",
-            f"{flops['ratio_counted'] - 1:+.2%}",
-        )
-    out.print(table)
+    size = f"{result['width']} x {result['height']}"
+    names = ("method", [row["title"] for row in rows])
+    time: Columns = [
+        names,
+        ("text keys", [" | ".join(" + ".join(str(n) for n in branch) for branch in row["keys"]) for row in rows]),
+        ("ms a chunk", [_ms(row["ms_per_chunk"]) for row in rows]),
+        ("quartiles", [" to ".join(_ms(x) for x in row["ms_quartiles"]) for row in rows]),
+        ("time", [f"{row['time_ratio'] - 1:+.1%}" for row in rows]),
+        ("FPS", [f"{row['fps']:.2f}" for row in rows]),
+    ]
+    if result["decode_ms"] is not None:
+        time.append(("decoded", [f"{row['fps_with_decode']:.2f}" for row in rows]))
+    memory: Columns = [
+        names,
+        ("history", [size_text(row["memory"]["history"]) for row in rows]),
+        ("text keys", [size_text(row["memory"]["text_keys"]) for row in rows]),
+        ("extra", [size_text(row["memory"]["extra"]) for row in rows]),
+        ("once a prompt", [f"{_ms(row['prompt']['ms'])} ms" for row in rows]),
+    ]
+    if any(row["memory"]["peak_beside_weights"] is not None for row in rows):
+        memory.append(("peak", [size_text(row["memory"]["peak_beside_weights"] or 0) for row in rows]))
+    shown = [
+        (f"Time, measured: {size}, {layers_text(result)}", time),
+        (f"Memory beside the weights, measured: {size}, {layers_text(result)}", memory),
+    ]
+    if result["layers"] != result["model_layers"]:
+        far = [row["extrapolated"] for row in rows]
+        columns = [
+            names,
+            ("ms a chunk", [_ms(x["ms_per_chunk"]) for x in far]),
+            ("FPS", [f"{x['fps']:.2f}" for x in far]),
+            *((title, [size_text(x[key]) for x in far]) for title, key in MEMORY_TITLES),
+        ]
+        what = f"EXTRAPOLATED to all {result['model_layers']} layers, time by operations and memory by layers: {size}"
+        shown.append((what, columns))
+    what = f"Operations, counted and by formula: {size}, {layers_text(result)}, {result['chunks']} chunks"
+    shown.append((what, [names, *flops([row["flops"] for row in rows])]))
+    if (own["width"], own["height"], own["layers"], own["chunks"]) != (
+        result["width"], result["height"], result["layers"], result["chunks"],
+    ):  # fmt: skip
+        size = f"{own['width']} x {own['height']}, all {own['layers']} layers, {own['chunks']} chunks"
+        what = f"Operations at the model's own size, counted and by formula: {size}"
+        shown.append((what, [names, *flops([row["own_size"] for row in rows])]))
+    return shown
+
+
+MEMORY_TITLES = (("history", "history"), ("text keys", "text_keys"), ("extra", "extra"))
+
+
+def flops(rows: list[dict[str, float]]) -> Columns:
+    """Columns of operations."""
+    return [
+        ("TFLOP, chunk 1", [f"{row['first_chunk_counted'] / 1e12:.4g}" for row in rows]),
+        ("formula", [f"{row['first_chunk_analytic'] / 1e12:.4g}" for row in rows]),
+        ("mean", [f"{row['mean_analytic'] / 1e12:.4g}" for row in rows]),
+        ("FLOP", [f"{row['ratio'] - 1:+.2%}" for row in rows]),
+    ]
+
+
+def _table(columns: Columns) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, _ in columns:
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for cells in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*cells)
+    return table
 
 
 def heading(result: dict[str, Any]) -> str:
     """What was measured, and on what."""
     load = result["load_average"][0]
     busy = "" if load is None else f", load average {load} before and {result['load_average'][1]} after"
+    decode = "" if result["decode_ms"] is None else f"; decoding takes {_ms(result['decode_ms'])} ms a chunk"
     return (
         f"{result['model']} ({result['weights']} weights, {result['dtype']}, {result['attention']}"
         f"{', compiled' if result['compile'] else ''}) on {result['device_name']} "
-        f"(torch {result['torch']}, {result['threads']} threads{busy})\n"
-        f"{result['tokens_per_chunk']} tokens and {result['frames_per_chunk']} frames a chunk, {result['steps']} steps and a "
-        f"clean pass; {result['chunks']} chunks a video, {result['repeats']} videos a method, {result['order']} in turns; "
-        f"prompt of {result['positive_tokens']} tokens, negative of {result['negative_tokens']}\n"
-        "time and FLOP are beside the unguided padded model (the median of turns paired with its own); extra is its memory"
-        " beyond that model's"
+        f"(torch {result['torch']}, threads {result['threads']}{busy})\n"
+        f"{result['tokens_per_chunk']} tokens and {result['frames_per_chunk']} frames a chunk, steps {result['steps']} "
+        f"and a clean pass; videos of {result['chunks']} chunks, {result['repeats']} a method, {result['order']} in "
+        f"turns; prompt of {result['positive_tokens']} tokens, negative of {result['negative_tokens']}{decode}\n"
+        "time, FLOP, extra: beside the first row, which is what the public code does; time is the median over turns, "
+        "each paired with the first row's of the same turn"
     )
 
 
@@ -142,31 +183,8 @@ def layers_text(result: dict[str, Any]) -> str:
     return f"CUT to {result['layers']} of {result['model_layers']} layers"
 
 
-def measured_row(row: dict[str, Any], result: dict[str, Any], names: list[str]) -> list[str]:
-    """Cells of one method."""
-    low, high = row["ms_quartiles"]
-    memory, flops = row["memory"], row["flops"]
-    keys = " | ".join(" + ".join(str(n) for n in branch) for branch in row["keys"])
-    cells = [
-        row["title"],
-        keys,
-        f"{row['ms_per_chunk']:.0f}" if row["ms_per_chunk"] >= 100 else f"{row['ms_per_chunk']:.1f}",
-        f"{low:.0f} to {high:.0f}" if high >= 100 else f"{low:.1f} to {high:.1f}",
-        f"{row['time_ratio'] - 1:+.1%}",
-        f"{row['fps']:.2f}",
-        f"{flops['counted'] / 1e12:.3f}",
-        f"{flops['ratio_counted'] - 1:+.2%}",
-        size_text(memory["history"]),
-        size_text(memory["text_keys"]),
-        size_text(memory["extra"]),
-        f"{row['prompt']['ms']:.0f} ms",
-    ]
-    if "FPS decoded" in names:
-        cells.insert(6, f"{row['fps_with_decode']:.2f}")
-    if "peak" in names:
-        peak = memory["peak_beside_weights"]
-        cells.append("" if peak is None else size_text(peak))
-    return cells
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def size_text(size: float) -> str:

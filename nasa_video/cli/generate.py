@@ -54,6 +54,9 @@ def generate(
     ] = None,
     video: Annotated[Path | None, typer.Option(help="Redraw this clip (video to video).")] = None,
     strength: Annotated[float, typer.Option(help="How much of --video is redrawn, above 0 to 1.")] = 0.6,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", help="LoRA FILE or FILE:SCALE; may be given more than once.")
+    ] = None,
     guide_steps: Annotated[str, typer.Option(help="Share of the steps that are guided, FIRST:LAST.")] = "0:1",
     guide_layers: Annotated[str, typer.Option(help="Share of the layers that are guided, FIRST:LAST.")] = "0:1",
     guide_clean: Annotated[bool, typer.Option(help="Guide the pass that writes the keys for later chunks.")] = True,
@@ -93,6 +96,7 @@ def generate(
         compare=compare,
         source=source,
         start=start,
+        loras=tuple(lora or ()),
         guide_steps=_share(guide_steps, "--guide-steps"),
         guide_layers=_share(guide_layers, "--guide-layers"),
         guide_clean=guide_clean,

@@ -21,7 +21,14 @@ from nasa_video.errors import InputError, NasaVideoError
 from nasa_video.guidance import Guidance, ScaleSchedule
 from nasa_video.models import DEFAULT_MODEL
 from nasa_video.pipeline import Chunk, PromptWarning, VideoPipeline
-from nasa_video.recipe import Recipe, restore_guidance, restore_negatives, store_guidance, store_negatives
+from nasa_video.recipe import (
+    Recipe,
+    parse_lora,
+    restore_guidance,
+    restore_negatives,
+    store_guidance,
+    store_negatives,
+)
 from nasa_video.start import Start, StoredStart, read_start
 from nasa_video.steering import Effect
 from nasa_video.timeline import Cue, CueOf, Timeline, parse_negative
@@ -52,6 +59,7 @@ class Request:
     compare: bool = False
     source: Path | None = None
     start: StoredStart | None = None
+    loras: tuple[str, ...] = ()
     guide_steps: tuple[float, float] = (0.0, 1.0)
     guide_layers: tuple[float, float] = (0.0, 1.0)
     guide_clean: bool = True
@@ -75,13 +83,18 @@ def run(
     if request.fps is not None and not (math.isfinite(request.fps) and 0 < request.fps <= 240):
         raise InputError(f"fps must be above 0 and at most 240, got {request.fps}")
     name = request.model or (given and given.model) or (stored.model if stored else DEFAULT_MODEL)
+    loras = tuple(parse_lora(text) for text in request.loras) or (stored.loras if stored else ())
     try:
         pipeline = VideoPipeline.from_pretrained(
-            name, request.device, attention=cast(Backend, request.attention), fold_padding=request.fold
+            name,
+            request.device,
+            attention=cast(Backend, request.attention),
+            fold_padding=request.fold,
+            loras=[(Path(lora.path), lora.scale) for lora in loras],
         )
     except (AttentionError, ValueError) as error:
         raise InputError(str(error)) from error
-    recipe = _resolve(request, stored, timeline, name, pipeline)
+    recipe = _resolve(request, stored, timeline, name, pipeline).model_copy(update={"loras": loras})
     start = None
     if recipe.start is not None:
         start = read_start(recipe.start, pipeline, recipe.width, recipe.height)

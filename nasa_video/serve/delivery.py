@@ -25,13 +25,17 @@ LABELS = ("without NASA", "with NASA")
 
 @dataclass(frozen=True)
 class Picture:
-    """Size (pixels, as the model makes it), rate and integer upscaling of a stream's pictures."""
+    """Size (pixels, as the model makes it), rate and integer upscaling of a stream's pictures.
+
+    ``chunk_frames``: pictures of every chunk but the first.
+    """
 
     height: int
     width: int
     fps: float
     scale: int
     compare: bool
+    chunk_frames: int
 
     @property
     def sent_size(self) -> tuple[int, int]:
@@ -88,6 +92,7 @@ class Delivery:
         self._position, self._freed, self._finished = position, freed, finished
         self._encoder: MediaEncoder | None = None
         self._unseen: deque[Made] = deque()
+        self._encoder_used = False
         self._restarts = 0
 
     def begin(self) -> None:
@@ -127,13 +132,14 @@ class Delivery:
     def finish(self, error: BaseException | None) -> None:
         """Send the last frames."""
         if self._encoder is not None:
-            if error is None and self.num_frames:
+            if error is None and self._encoder_used:
                 try:
                     self._encoder.finish()
                 except OutputError as problem:
                     error = problem
             self._encoder.abort()
         self._unseen.clear()
+        self._encoder = None
         self._finished(error)
         if self.recorder is not None:
             self.recorder.seal()
@@ -143,6 +149,7 @@ class Delivery:
 
     def _send(self, item: Made) -> None:
         assert self._encoder is not None
+        self._encoder_used = True
         try:
             self._encoder.write(item.sent)
         except OutputError:
@@ -165,9 +172,10 @@ class Delivery:
         waiting = list(self._unseen)
         first = waiting[0].first_frame if waiting else self.num_frames
         self._open(first)
-        self.outgoing.say("media", kind=self.kind, mime=KINDS[self.kind].mime, first_frame=first)
+        self.outgoing.say("media", media=self.kind, mime=KINDS[self.kind].mime, first_frame=first)
         for item in waiting:
             self._encoder.write(item.sent)
+        self._encoder_used = bool(waiting)
 
     def _open(self, first_frame: int) -> None:
         picture = self.picture

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 
 import torch
-from causvid_adapter.errors import CausvidAdapterError
 
+from causvid_adapter.errors import CausvidAdapterError
 from nasa_video.errors import NasaVideoError
 
 log = logging.getLogger(__name__)
 
 
 def message_of(error: BaseException) -> str:
-    """The message of an error that a person can mend; of any other only that it is in the server's log, where it goes."""
+    """The message of an error that a person can mend; any other one goes to the server's log."""
     if isinstance(error, NasaVideoError | CausvidAdapterError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

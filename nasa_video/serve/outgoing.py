@@ -1,4 +1,4 @@
-"""What goes to one client, in order, from any thread; bounded, so that a slow client slows its stream and nothing else."""
+"""What goes to one client, in order, from any thread; bounded, so that a slow client slows only its own stream."""
 
 from __future__ import annotations
 

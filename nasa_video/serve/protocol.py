@@ -107,6 +107,7 @@ class Position(Strict):
     """How far the viewer is: the number of frames shown so far. Generation waits for it."""
 
     type: Literal["position"]
+    stream: str = Field(max_length=64)
     frame: int = Field(ge=0, le=MAX_SEED)
 
 

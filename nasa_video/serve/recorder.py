@@ -43,7 +43,7 @@ class Recorder:
         return self.num_frames >= self.max_frames
 
     def write(self, frames: Frames) -> None:
-        """Keep frames; those beyond the limit are left out. Never raises: a recording that fails must not end a stream."""
+        """Keep frames, up to the limit. Never raises: a recording that fails must not end a stream."""
         with self._lock:
             frames = frames[: self.max_frames - self.num_frames]
             if self._closed or not len(frames):

@@ -23,12 +23,15 @@ from nasa_video.serve.protocol import Command, Media, Position, Start, Update, W
 from nasa_video.serve.recorder import Recorder
 from nasa_video.serve.settings import ServeSettings
 from nasa_video.timeline import Timeline
+from nasa_video.video.frames import Frames
 
 log = logging.getLogger(__name__)
 Reason = Literal["finished", "stopped", "turn over", "failed", "left"]
+Pair = tuple[Chunk, Frames | None]
+"""A chunk and its unguided twin's frames."""
 _SLACK_SECONDS = 0.25
 _HELD_FRAMES = 4
-"""An encoder holds its newest frame back until the next, and browsers stop a little before the end of what they have."""
+"""An encoder holds its newest frame back until the next, and browsers stop a little before the end of their buffer."""
 
 
 class LiveStream:
@@ -67,8 +70,8 @@ class LiveStream:
         self._updates: deque[Update] = deque()
         self._paused = self._over = False
         self._cues: LiveCues | None = None
-        self._chunks: Iterator[Chunk] | None = None
-        self._plain: Iterator[Chunk] | None = None
+        self._picture: Picture | None = None
+        self._source: Iterator[Pair] | None = None
         self._feeder: Feeder[Made] | None = None
         self._delivery: Delivery | None = None
         self._lock = threading.Lock()
@@ -81,7 +84,9 @@ class LiveStream:
     def hear(self, message: Update | Media | Position | Command) -> None:
         """Take a message that is for the stream."""
         if isinstance(message, Position):
-            self._position = max(self._position, message.frame)
+            # One for the stream before may come late.
+            if message.stream == self.key:
+                self._position = max(self._position, min(message.frame, self._made))
         elif isinstance(message, Update):
             self._updates.append(message)
         elif isinstance(message, Media):
@@ -103,7 +108,7 @@ class LiveStream:
             self.reason = reason
             if self._cues is not None:
                 self._cues.closed = True
-            self._chunks = self._plain = None
+            self._source = None
             feeder = self._feeder
         if feeder is None:
             self._finish(None)
@@ -121,9 +126,8 @@ class LiveStream:
     def ready(self) -> bool:
         if self._over:
             return False
-        if self._cues is None or self._updates:
+        if self._feeder is None or self._updates:
             return True
-        assert self._feeder is not None
         if self._paused or not self._feeder.has_room or not self._viewer_needs_more():
             self._wanted_since = None
             return False
@@ -132,19 +136,18 @@ class LiveStream:
         return True
 
     def step(self) -> bool:
-        if self._cues is None:
+        if self._feeder is None:
             self._begin()
         while self._updates:
             self._change(self._updates.popleft())
-        chunks, plain_chunks = self._chunks, self._plain
-        if chunks is None or self._paused or not self._viewer_needs_more():
+        source = self._source
+        if source is None or self._paused or not self._viewer_needs_more():
             return not self._over
         began = time.monotonic()
-        chunk = next(chunks, None)
+        chunk, plain = next(source, (None, None))
         if chunk is None:
             self.close("finished")
             return False
-        plain = next(plain_chunks).frames if plain_chunks is not None else None
         now = time.monotonic()
         self._waits.append(now - (self._wanted_since or began))
         self._wanted_since = None
@@ -168,38 +171,40 @@ class LiveStream:
 
     def _begin(self) -> None:
         start = self.start
-        pipeline = self._library.get(self.model)
         if start.frames is not None and start.frames > self._settings.max_frames:
             raise InputError(f"at most {self._settings.max_frames} frames, got {start.frames}; leave it out for no end")
-        cues = LiveCues(pipeline, start)
-        video = pipeline.preset.video
-        picture = Picture(video.height, video.width, video.fps, video.upscale, start.compare)
-        self._chunks, self._plain = (
-            pipeline.stream(
-                start.prompt,
-                cues=source,
-                seed=start.seed,
-                frames=start.frames,
-                endless=self.endless,
-                steps=start.steps,
-            )
-            if source is not None
-            else None
-            for source in (cues, (lambda chunk: cues(chunk).unguided) if start.compare else None)
-        )
+        picture, source = self._open()
         with self._lock:
             if self._over:
                 raise Gone("the client has left")
-            self._cues = cues
+            self._picture, self._source = picture, source
             if self._settings.record_seconds:
-                limit = round(self._settings.record_seconds * video.fps)
-                self.recorder = Recorder(self._folder, video.fps, limit, 1 if start.compare else video.upscale)
+                limit = round(self._settings.record_seconds * picture.fps)
+                self.recorder = Recorder(self._folder, picture.fps, limit, 1 if picture.compare else picture.scale)
             kind = start.media[0]
             self._say_started(kind, picture)
             self._delivery = Delivery(
                 picture, kind, self._outgoing, self.recorder, lambda: self._position, self._wake, self._finish
             )
             self._feeder = Feeder("nasa-video stream", self._delivery)
+
+    def _open(self) -> tuple[Picture, Iterator[Pair]]:
+        """Where the chunks come from; checks what was asked for, and generates nothing yet."""
+        start = self.start
+        pipeline = self._library.get(self.model)
+        cues = self._cues = LiveCues(pipeline, start)
+        guided, plain = (
+            pipeline.stream(
+                start.prompt, cues=cue_of, seed=start.seed, frames=start.frames, endless=self.endless, steps=start.steps
+            )
+            for cue_of in (cues, lambda chunk: cues(chunk).unguided)
+        )
+        video = pipeline.preset.video
+        chunk_frames = pipeline.frames_until(2) - pipeline.frames_until(1)
+        picture = Picture(video.height, video.width, video.fps, video.upscale, start.compare, chunk_frames)
+        if not start.compare:
+            return picture, ((chunk, None) for chunk in guided)
+        return picture, ((chunk, next(plain).frames) for chunk in guided)
 
     def _say_started(self, kind: str, picture: Picture) -> None:
         height, width = picture.sent_size
@@ -228,11 +233,9 @@ class LiveStream:
 
     def _viewer_needs_more(self) -> bool:
         """Whether what the viewer has not seen yet lasts no longer than making more will take."""
-        assert self._cues is not None
-        fps = self._cues.pipeline.preset.video.fps
-        chunk_frames = self._cues.pipeline.frames_until(2) - self._cues.pipeline.frames_until(1)
-        lead = fps * (_SLACK_SECONDS + 1.5 * max(self._waits, default=0.0)) + _HELD_FRAMES
-        return self._made - self._position <= min(lead, 2 * chunk_frames)
+        assert self._picture is not None
+        lead = self._picture.fps * (_SLACK_SECONDS + 1.5 * max(self._waits, default=0.0)) + _HELD_FRAMES
+        return self._made - self._position <= min(lead, 2 * self._picture.chunk_frames)
 
     def _finish(self, error: BaseException | None) -> None:
         """The stream's own thread has sent everything, or cannot go on."""
@@ -243,7 +246,7 @@ class LiveStream:
             self._over = True
             if self._cues is not None:
                 self._cues.closed = True
-            self._chunks = self._plain = None
+            self._source = None
         frames = self._delivery.num_frames if self._delivery else 0
         self._outgoing.say("ended", stream=self.key, reason=self.reason, frames=frames)
         self.has_ended.set()

@@ -28,16 +28,14 @@ class AutoencoderTraining:
     """Settings of the autoencoder's training.
 
     `model` holds arguments of diffusers' `AutoencoderKLWan`; the means and deviations of its latents are measured at
-    the end. `batch_size` is that of one process. The first `short_share` of the run uses shorter
-    clips, which are cheaper. `sprite_weight` and `edge_weight` are what a pixel of a sprite, or at a full-contrast edge, counts more.
+    the end. `phases` are (share of the run, frames of a clip, clips a process): short clips first, which are cheaper;
+    whole ones last, since colours drift where a clip is longer than those in training. `sprite_weight` and
+    `edge_weight` are what a pixel of a sprite, or at a full-contrast edge, counts more.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
     iterations: int = 2000
-    batch_size: int = 6
-    clip_frames: int = 9
-    short_clip_frames: int = 5
-    short_share: float = 0.4
+    phases: tuple[tuple[float, int, int], ...] = ((0.36, 5, 4), (0.32, 9, 4), (0.32, 33, 1))
     matrix_rate: float = 3e-3
     other_rate: float = 2e-3
     average_decay: float = 0.995
@@ -73,14 +71,25 @@ def pixel_weights(frames: Tensor, mask: Tensor, settings: AutoencoderTraining) -
     return weights / weights.mean()
 
 
+def _phase(settings: AutoencoderTraining, step: int) -> tuple[int, int]:
+    """Frames of a clip and clips a process at this step."""
+    end = 0.0
+    for share, frames, batch in settings.phases:
+        end += share * settings.iterations
+        if step <= round(end):
+            return frames, batch
+    return settings.phases[-1][1:]
+
+
 def _loss(
-    vae: AutoencoderKLWan, settings: AutoencoderTraining, frames_in_all: int, seed: int, device: torch.device
+    vae: AutoencoderKLWan, settings: AutoencoderTraining, step: int, seed: int, device: torch.device
 ) -> tuple[Tensor, dict[str, float]]:
     generator = torch.Generator().manual_seed(seed)
-    scenes = sample_scenes(settings.batch_size, generator).to(device)
+    num_frames, batch = _phase(settings, step)
+    scenes = sample_scenes(batch, generator).to(device)
     # whole groups of four frames from the clip's start, so that what repeats every four frames keeps its phase
     first = 4 * int(torch.randint(7, (1,), generator=generator))
-    frames, mask = render_with_mask(scenes, frames_in_all, first)
+    frames, mask = render_with_mask(scenes, num_frames, first)
     with autocast(device):
         posterior = vae.encode(frames.transpose(1, 2)).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
@@ -110,9 +119,7 @@ def train_autoencoder(
         average.load_state_dict(state["average"])
         start = int(state["step"])
     for step in range(start + 1, settings.iterations + 1):
-        short = step < settings.short_share * settings.iterations
-        frames = settings.short_clip_frames if short else settings.clip_frames
-        loss, values = _loss(vae, settings, frames, seed * 1_000_003 + step * team.size + team.rank, device)
+        loss, values = _loss(vae, settings, step, seed * 1_000_003 + step * team.size + team.rank, device)
         loss.backward()  # type: ignore[no-untyped-call]
         team.average_gradients(vae)
         optimiser.step(warm_then_linear(step / settings.iterations))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from causvid_adapter import CausalWan
 from nasa_video.text import TextEncoder
+from nasa_video.training.attention import trainable
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average, load_state, save_state
 from nasa_video.training.dataset import ClipBatch, LatentClips
@@ -94,11 +95,11 @@ def flow_loss(
     return (weight * error).sum() / (weight.sum() * error.shape[2])
 
 
-def new_transformer(model: dict[str, Any]) -> CausalWan:
+def new_transformer(model: dict[str, Any], device: torch.device) -> CausalWan:
     """A causal Wan with fresh weights; the last projection starts at zero, so that the first flow is zero."""
-    transformer = WanTransformer3DModel(**model)
+    transformer = WanTransformer3DModel(**model).to(device)
     torch.nn.init.zeros_(transformer.proj_out.weight)
-    return CausalWan(transformer)
+    return trainable(transformer)
 
 
 def train_flow(
@@ -118,8 +119,8 @@ def train_flow(
         show: called now and then with the averaged model and the step, to draw samples or place weights.
     """
     torch.manual_seed(seed)
-    model = new_transformer(settings.model).to(device)
-    averaged = new_transformer(settings.model).to(device).eval().requires_grad_(False)
+    model = new_transformer(settings.model, device)
+    averaged = new_transformer(settings.model, device).eval().requires_grad_(False)
     optimiser = MatrixOptimiser(model, block_matrix, settings.matrix_rate, settings.other_rate)
     average = Average(model, settings.average_decay)
     start = 0

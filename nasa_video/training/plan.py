@@ -72,7 +72,7 @@ def load_plan(path: Path) -> TrainingPlan:
     _check_names(path.name, data, {"seed", "text_tokens", *_STAGES})
     stages = {}
     for name, stage in _STAGES.items():
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in data[name].items()}
+        values = {key: _frozen(v) for key, v in data[name].items()}
         _check_names(f"{path.name}, {name}", values, {f.name for f in fields(stage)})
         if "steps" in values:
             values["steps"] = {int(n): tuple(float(t) for t in ts) for n, ts in values["steps"].items()}
@@ -86,3 +86,8 @@ def _check_names(where: str, given: dict[str, Any], known: set[str]) -> None:
         raise ValueError(f"{where}: unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     if missing:
         raise ValueError(f"{where}: missing settings {', '.join(missing)}")
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, all the way down."""
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value

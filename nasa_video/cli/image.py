@@ -1,0 +1,183 @@
+"""``nasa-video image``: a prompt and its negatives to a picture, or to a sweep over scales."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nasa_video.cli.console import emit_json, say
+from nasa_video.cli.options import AsJsonOption, DeviceOption, GuidanceOption, NegOption, ScaleOption
+
+if TYPE_CHECKING:
+    from nasa_video.guidance import Guidance, Negative
+    from nasa_video.image_pipeline import ImagePipeline
+    from nasa_video.steering import Effect
+
+
+def image(
+    prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
+    neg: NegOption = None,
+    scale: ScaleOption = None,
+    guidance: GuidanceOption = None,
+    model: Annotated[str | None, typer.Option(help="Preset or preset file.", show_default="dmd2-sdxl-4step")] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="FILE.png, .jpg or .webp; several get numbers.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same picture.")] = 0,
+    count: Annotated[int, typer.Option(help="Pictures, with the seeds from --seed on.", min=1, max=64)] = 1,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; the model's own by default.", min=1)] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.", min=8)] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.", min=8)] = None,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="One picture of a sweep over scales: a column a scale, a row a seed.")
+    ] = False,
+    scales: Annotated[
+        str | None, typer.Option(help="Scales of --grid, such as 0,0.25,0.5; around the model's own by default.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="The model's own weights on this machine: a folder, a state dict or a LoRA.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the base pipeline in diffusers' layout, instead of the hub's.")
+    ] = None,
+    device: DeviceOption = None,
+    as_json: AsJsonOption = False,
+) -> None:
+    """Draw a picture that shows PROMPT and steers away from every --neg, with a one-step or few-step model."""
+    from nasa_video.errors import InputError
+    from nasa_video.image_pipeline import ImagePipeline
+    from nasa_video.images import DEFAULT_IMAGE_MODEL, find_image_preset
+    from nasa_video.timeline import parse_negative
+
+    if not prompt.strip():
+        raise InputError("the prompt is empty; say what the picture should show")
+    preset = find_image_preset(model or DEFAULT_IMAGE_MODEL)
+    negatives = tuple(parse_negative(text) for text in neg or () if text.strip())
+    method = guidance or "nasa"
+    chosen = None if method == "none" else preset.make_guidance(method, scale)
+    sweep = _read_scales(scales) if scales else preset.sweep("nasa" if method == "none" else method)
+    if (grid or scales) and (not negatives or chosen is None):
+        raise InputError("a sweep over scales needs something to steer away from: give --neg, and a --guidance")
+    path = Path(output or _default_name(prompt))
+    run = _Run(prompt, negatives, chosen, method, preset.name, seed, count, steps, width, height)
+    columns = [preset.make_guidance(method, one) for one in sweep] if grid or scales else []  # a wrong one fails here
+    pipeline = ImagePipeline.from_preset(preset, base=base, weights=weights, device=device)
+    result = run.sweep(pipeline, columns, path) if columns else run.single(pipeline, path)
+    if as_json:
+        emit_json(result)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What was asked for."""
+
+    prompt: str
+    negatives: tuple[Negative, ...]
+    guidance: Guidance | None
+    method: str
+    model: str
+    seed: int
+    count: int
+    steps: int | None
+    width: int | None
+    height: int | None
+
+    def single(self, pipeline: ImagePipeline, path: Path) -> dict[str, Any]:
+        """Draw and write; returns what ``--json`` prints."""
+        from nasa_video.image_grid import save_picture
+
+        pictures = self._draw(pipeline, self.guidance)
+        paths = [path if self.count == 1 else path.with_stem(f"{path.stem}-{i}") for i in range(self.count)]
+        for index, (one, picture) in enumerate(zip(paths, pictures.images, strict=True)):
+            save_picture(picture, one, self._metadata(self.guidance, self.seed + index, pictures.effect))
+        say(", ".join(str(one) for one in paths) + f": {self.model}, seed {self.seed}")
+        _say_effect(pictures.effect)
+        return self._result([str(one) for one in paths], pictures.effect)
+
+    def sweep(self, pipeline: ImagePipeline, columns: list[Guidance], path: Path) -> dict[str, Any]:
+        """Draw every scale and write one picture."""
+        from nasa_video.image_grid import label_grid, save_picture
+
+        drawn = [self._draw(pipeline, one) for one in columns]
+        rows = [[pictures.images[row] for pictures in drawn] for row in range(self.count)]
+        labels = [f"{self.method} {one.scale:g}" for one in columns]
+        seeds = [f"seed {self.seed + row}" for row in range(self.count)]
+        caption = f"{self.model}: {self.prompt} | without: " + ", ".join(n.text for n in self.negatives)
+        effect = next((pictures.effect for pictures in reversed(drawn) if pictures.effect), None)
+        metadata = self._metadata(self.guidance, self.seed, effect) | {"scales": [one.scale for one in columns]}
+        save_picture(label_grid(rows, labels, seeds, caption), path, metadata)
+        say(f"{path}: {self.model}, {self.method} at {', '.join(f'{one.scale:g}' for one in columns)}")
+        _say_effect(effect)
+        return self._result([str(path)], effect) | {"scales": metadata["scales"]}
+
+    def _draw(self, pipeline: ImagePipeline, guidance: Guidance | None) -> Any:
+        return pipeline.draw(
+            self.prompt,
+            self.negatives,
+            guidance,
+            seed=self.seed,
+            count=self.count,
+            steps=self.steps,
+            width=self.width,
+            height=self.height,
+        )
+
+    def _metadata(self, guidance: Guidance | None, seed: int, effect: Effect | None) -> dict[str, Any]:
+        from nasa_video import __version__
+        from nasa_video.recipe import store_guidance, store_negatives
+
+        stored = store_guidance(guidance)
+        return {
+            "nasa_video_image": {
+                "prompt": self.prompt,
+                "negatives": [one.model_dump() for one in store_negatives(self.negatives)],
+                "guidance": stored.model_dump() if stored else None,
+                "model": self.model,
+                "seed": seed,
+                "steps": self.steps,
+                "effect": dataclasses.asdict(effect) if effect else None,
+                "version": __version__,
+            }
+        }
+
+    def _result(self, outputs: list[str], effect: Effect | None) -> dict[str, Any]:
+        return {
+            "outputs": outputs,
+            "model": self.model,
+            "seed": self.seed,
+            "guidance": self.method if self.negatives and self.guidance else "none",
+            "effect": dataclasses.asdict(effect) if effect else None,
+        }
+
+
+def _say_effect(effect: Effect | None) -> None:
+    if effect is not None:
+        say(
+            f"effect of the negative: attention changed by {effect.relative_change:.0%}, "
+            f"negative share {effect.negative_share:.1%}"
+        )
+
+
+def _read_scales(text: str) -> tuple[float, ...]:
+    from nasa_video.errors import InputError
+
+    try:
+        scales = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--scales takes numbers such as 0,0.25,0.5, got {text!r}") from None
+    if len(scales) > 20:
+        raise InputError(f"--scales takes at most 20 scales, got {len(scales)}")
+    return scales
+
+
+def _default_name(prompt: str) -> str:
+    """A name from the prompt that no file has yet."""
+    stem = "-".join(re.findall(r"[a-z0-9]+", prompt.lower())[:8])[:60] or "picture"
+    name, number = f"{stem}.png", 2
+    while Path(name).exists():
+        name, number = f"{stem}-{number}.png", number + 1
+    return name

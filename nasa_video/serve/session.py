@@ -1,0 +1,128 @@
+"""One WebSocket: reads a client's messages, sends it what its stream makes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from nasa_video import __version__
+from nasa_video.errors import InputError
+from nasa_video.serve.hub import Hub
+from nasa_video.serve.outgoing import Outgoing
+from nasa_video.serve.protocol import PROTOCOL, ClientMessage, MessageError, Start, parse_message
+from nasa_video.serve.settings import MAX_CHANGES, MAX_NEGATIVES, MAX_PROMPT
+from nasa_video.serve.stream import LiveStream
+from nasa_video.serve.throttle import Bucket
+from nasa_video.serve.worker import Busy
+
+log = logging.getLogger(__name__)
+MAX_FAULTS = 50
+"""Refused messages after which a client is sent away."""
+POLICY_VIOLATION, TRY_LATER = 1008, 1013
+
+
+class Session:
+    """A client from its connection to its leaving; it has one stream at a time."""
+
+    def __init__(self, hub: Hub, socket: WebSocket) -> None:
+        self.hub = hub
+        self.socket = socket
+        self.outgoing = Outgoing(asyncio.get_running_loop())
+        self.stream: LiveStream | None = None
+        self._bucket = Bucket(hub.settings.messages_per_second)
+        self._faults = 0
+
+    async def run(self) -> None:
+        """Serve the client until it leaves."""
+        await self.socket.accept()
+        if self.hub.sessions >= self.hub.settings.max_sessions:
+            await self.socket.close(TRY_LATER, "too many viewers")
+            return
+        self.hub.sessions += 1
+        sender = asyncio.create_task(self._send())
+        try:
+            self._greet()
+            await self._read()
+        except WebSocketDisconnect:
+            pass
+        finally:
+            # First of all, and without waiting for anything: the place is free for another.
+            self._leave()
+            self.hub.sessions -= 1
+            sender.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await sender
+
+    def _greet(self) -> None:
+        settings = self.hub.settings
+        limits = {
+            "prompt": MAX_PROMPT,
+            "negatives": MAX_NEGATIVES,
+            "frames": settings.max_frames,
+            "changes": MAX_CHANGES,
+            "record_seconds": settings.record_seconds,
+        }
+        self.outgoing.say("hello", protocol=PROTOCOL, version=__version__, models=list(settings.models), limits=limits)
+
+    async def _send(self) -> None:
+        try:
+            while (item := await self.outgoing.get()) is not None:
+                if isinstance(item, str):
+                    await self.socket.send_text(item)
+                else:
+                    await self.socket.send_bytes(item)
+        except Exception:  # The connection is gone, in one of its libraries' many ways; the reader hears of it too.
+            self._leave()
+
+    async def _read(self) -> None:
+        while True:
+            await self.outgoing.drained()
+            received = await self.socket.receive()
+            if received["type"] == "websocket.disconnect":
+                return
+            text = received.get("text")
+            if not self._bucket.take():
+                fault = ("too-fast", f"more than {self._bucket.rate:g} messages a second; this one was left out")
+            elif text is None:
+                fault = ("malformed", "messages are JSON text; binary ones only go to the client")
+            else:
+                try:
+                    await self._hear(parse_message(text))
+                    continue
+                except MessageError as error:
+                    fault = ("malformed", str(error))
+                except (InputError, Busy) as error:
+                    fault = ("busy" if isinstance(error, Busy) else "refused", str(error))
+            self.outgoing.say("error", code=fault[0], message=fault[1])
+            self._faults += 1
+            if self._faults > MAX_FAULTS:
+                await self.socket.close(POLICY_VIOLATION, "too many refused messages")
+                return
+
+    async def _hear(self, message: ClientMessage) -> None:
+        if isinstance(message, Start):
+            await self._end_stream()
+            self.stream = self.hub.new_stream(message, self.outgoing)
+        elif self.stream is None or self.stream.has_ended.is_set():
+            if message.type not in ("position", "stop"):  # Those may cross the news that the stream has ended.
+                raise InputError("there is no stream; send start first")
+        else:
+            self.stream.hear(message)
+            if message.type == "stop":
+                self.hub.worker.remove(self.stream)
+
+    async def _end_stream(self) -> None:
+        """Before another one starts: its last messages go out first."""
+        if self.stream is not None:
+            self.hub.worker.remove(self.stream)
+            self.stream.close("stopped")
+            await asyncio.to_thread(self.stream.has_ended.wait, 10)
+
+    def _leave(self) -> None:
+        self.outgoing.close()
+        if self.stream is not None:
+            self.hub.worker.remove(self.stream)
+            self.stream.close("left")

@@ -1,0 +1,47 @@
+"""Draws the README's pictures from the shipped model: python scripts/make_pictures.py [FOLDER]. Seeds 0 to 2, none chosen."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from nasa_video import VideoPipeline
+from nasa_video.video.compare import contact_sheet, side_by_side
+from nasa_video.video.frames import Frames
+from nasa_video.video.sinks import open_sink
+
+EXAMPLES = {
+    "blurry": ("a blurry video of a red star moving right on a light background", "blurry"),
+    "colour": ("a ball bouncing on a checkered background", "blue"),
+    "background": ("a yellow heart moving up", "starry background"),
+}
+SEEDS = (0, 1, 2)
+
+
+def video(pipeline: VideoPipeline, prompt: str, negative: str | None, seed: int) -> Frames:
+    """All frames of one video, with the model's default guidance."""
+    return np.concatenate([chunk.frames for chunk in pipeline.stream(prompt, negative=negative, seed=seed)])
+
+
+def main() -> None:
+    """One contact sheet and one side-by-side video an example."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images")
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline = VideoPipeline.from_pretrained("sprites")
+    scale = pipeline.guidance().scale
+    for name, (prompt, negative) in EXAMPLES.items():
+        rows, wide = [], []
+        for seed in SEEDS:
+            plain, guided = video(pipeline, prompt, None, seed), video(pipeline, prompt, negative, seed)
+            rows.append((f'"{prompt}", seed {seed}', plain))
+            rows.append((f'the same with --neg "{negative}" (NASA, scale {scale:g})', guided))
+            wide.append(side_by_side([plain, guided], ["without", f"--neg {negative}"], scale=3))
+        contact_sheet(rows).save(folder / f"{name}.png")
+        with open_sink(folder / f"{name}.gif", pipeline.preset.video.fps) as sink:
+            sink.write(np.concatenate(wide))
+        print(folder / f"{name}.png", folder / f"{name}.gif")
+
+
+if __name__ == "__main__":
+    main()

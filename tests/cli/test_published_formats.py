@@ -1,0 +1,221 @@
+"""Small checkpoints written in the true formats of CausVid, Self-Forcing, LongLive and Wan, through the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from nasa_video.umt5_checkpoint import _PARTS
+from nasa_video.video.source import read_frames
+
+Run = Callable[..., Any]
+PARITY = Path(__file__).parent.parent / "parity" / "data" / "causvid_generator.safetensors"
+CONFIG = {
+    "patch_size": [1, 2, 2], "num_attention_heads": 4, "attention_head_dim": 24, "in_channels": 16,
+    "out_channels": 16, "text_dim": 40, "freq_dim": 32, "ffn_dim": 160, "num_layers": 3,
+}  # fmt: skip
+
+
+def _wan_generator() -> dict[str, Tensor]:
+    """The tiny generator under Wan's own names, without a prefix."""
+    return {name.removeprefix("model."): value for name, value in load_file(PARITY).items()}
+
+
+def _original_vae(vae: AutoencoderKLWan) -> dict[str, Tensor]:
+    """diffusers' VAE keys as Wan's own, by searching for the name that diffusers' converter maps to each."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    candidates = {}
+    for coder, stages in (("encoder", "downsamples"), ("decoder", "upsamples")):
+        parts = ["residual.0.gamma", "residual.3.gamma", "shortcut.weight", "shortcut.bias"]
+        parts += [f"residual.{i}.{w}" for i in (2, 6) for w in ("weight", "bias")]
+        parts += [f"{name}.{w}" for name in ("resample.1", "time_conv") for w in ("weight", "bias")]
+        for i in range(20):
+            candidates |= {f"{coder}.{stages}.{i}.{part}": None for part in parts}
+        for i in (0, 2):
+            candidates |= {f"{coder}.middle.{i}.{part}": None for part in parts}
+        middle = ("norm.gamma", "to_qkv.weight", "to_qkv.bias", "proj.weight", "proj.bias")
+        candidates |= {f"{coder}.middle.1.{part}": None for part in middle}
+        ends = ("conv1.weight", "conv1.bias", "head.0.gamma", "head.2.weight", "head.2.bias")
+        candidates |= {f"{coder}.{part}": None for part in ends}
+    candidates |= {f"conv{i}.{w}": None for i in (1, 2) for w in ("weight", "bias")}
+    wanted = vae.state_dict()
+    named = {}
+    for name in candidates:
+        (diffusers_name,) = convert_wan_vae_to_diffusers({name: torch.zeros(1)})
+        if diffusers_name in wanted:
+            named[name] = wanted[diffusers_name].clone()
+    assert len(named) == len(wanted)
+    return named
+
+
+def _original_t5(model: UMT5EncoderModel) -> dict[str, Tensor]:
+    state = model.state_dict()
+    named = {"token_embedding.weight": state["shared.weight"], "norm.weight": state["encoder.final_layer_norm.weight"]}
+    for block in range(2):
+        named |= {f"blocks.{block}.{wan}": state[f"encoder.block.{block}.{hf}"] for wan, hf in _PARTS.items()}
+    return {name: value.clone() for name, value in named.items()}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a VAE, a text encoder and a tokenizer, in diffusers' layout and as Wan's original files."""
+    folder = tmp_path_factory.mktemp("wan")
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=4, z_dim=16)
+    vae.save_pretrained(folder / "vae")
+    torch.save(_original_vae(vae), folder / "Wan2.1_VAE.pth")
+    encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=40, d_model=40, d_kv=8, num_heads=2, d_ff=32, num_layers=2, feed_forward_proj="gated-gelu")
+    ).eval()
+    encoder.save_pretrained(folder / "text_encoder")
+    torch.save(_original_t5(encoder), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)] + [(c, -3.0) for c in "abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(Unigram(letters, unk_id=2)), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def _preset(folder: Path, parts: Path, original: bool, **components: Any) -> str:
+    text = parts / ("models_t5_umt5-xxl-enc-bf16.pth" if original else "text_encoder")
+    data = {
+        "name": "small",
+        "kind": "video",
+        "title": "small",
+        "licence": "none",
+        "components": {
+            "vae": {"path": str(parts / ("Wan2.1_VAE.pth" if original else "vae"))},
+            "text_encoder": {
+                "kind": "umt5", "path": str(text), "tokenizer_folder": str(parts / "tokenizer"), "max_tokens": 16,
+            },
+            "config": CONFIG,
+            **components,
+        },
+        "sampler": {"shift": 5.0, "warp": True, "steps": {2: [1000, 500]}, "default_steps": 2, "frames_per_chunk": 3},
+        "video": {"width": 32, "height": 16, "fps": 16, "frames": 9},
+        "guidance": {"nasa": {"scale": 0.5}},
+    }  # fmt: skip
+    path = folder / "preset.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return str(path)
+
+
+def _write(form: str, folder: Path) -> dict[str, str]:
+    """Write the generator in a published form; returns its source."""
+    state = _wan_generator()
+    path = folder / "model.pt"
+    if form == "causvid":
+        torch.save({"generator": {f"model.{name}": value for name, value in state.items()}}, path)
+    elif form == "self-forcing":
+        wrapped = {f"model._fsdp_wrapped_module.{name}": value for name, value in state.items()}
+        other = {name: torch.zeros_like(value) for name, value in wrapped.items()}
+        torch.save({"generator": other, "generator_ema": wrapped}, path)
+    elif form == "flat":
+        torch.save({f"model.{name}": value for name, value in state.items()}, path)
+    else:
+        path = folder / "krea.safetensors"
+        save_file(state, path)
+    return {"path": str(path)}
+
+
+@pytest.mark.parametrize("form", ["causvid", "self-forcing", "flat", "krea"])
+def test_every_published_form_makes_the_same_video(nasa_video: Run, parts: Path, tmp_path: Path, form: str) -> None:
+    made = {}
+    for name in ("causvid", form):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        preset = _preset(folder, parts, original=form != "causvid", transformer=_write(name, folder))
+        done = nasa_video("generate", "a fox", "--neg", "blurry", "--model", preset, "-o", f"{name}.mp4", "--json")
+        assert done.status == 0, done.stderr
+        assert done.json["effect"]["relative_change"] > 0.01
+        made[name] = read_frames(f"{name}.mp4")
+    assert (made["causvid"] == made[form]).all()
+
+
+def test_wans_original_files_are_diffusers_layout(parts: Path) -> None:
+    from causvid_adapter.vae_checkpoint import load_vae
+
+    from nasa_video.text import Umt5Encoder
+
+    folder, file = load_vae(parts / "vae"), load_vae(parts / "Wan2.1_VAE.pth")
+    for name, value in folder.state_dict().items():
+        assert torch.equal(value, file.state_dict()[name]), name
+    texts = ["a red fox", ""]
+    one = Umt5Encoder(parts / "text_encoder", parts / "tokenizer", 16)(texts)
+    two = Umt5Encoder(parts / "models_t5_umt5-xxl-enc-bf16.pth", parts / "tokenizer", 16)(texts)
+    torch.testing.assert_close(one.embeds, two.embeds, rtol=1e-5, atol=1e-5)
+    assert torch.equal(one.lengths, two.lengths)
+    assert one.embeds[0, int(one.lengths[0]) :].abs().max() == 0
+
+
+def test_a_lora_acts_with_its_scale_and_comes_back_with_from(nasa_video: Run, parts: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lora = {}
+    for block in range(3):
+        for name in ("q", "k", "v", "o"):
+            for attention in ("self_attn", "cross_attn"):
+                key = f"diffusion_model.blocks.{block}.{attention}.{name}"
+                lora[f"{key}.lora_down.weight"] = torch.randn(4, 96, generator=generator)
+                lora[f"{key}.lora_up.weight"] = torch.randn(96, 4, generator=generator) * 0.1
+    save_file(lora, tmp_path / "style.safetensors")
+    preset = _preset(tmp_path, parts, original=False, transformer=_write("causvid", tmp_path))
+    for output, option in (("plain", []), ("full", ["--lora", "style.safetensors"]), ("half", ["--lora", "style.safetensors:0.5"])):
+        assert nasa_video("generate", "a fox", *option, "--model", preset, "-o", f"{output}.mp4").status == 0
+    videos = {name: read_frames(f"{name}.mp4").astype(int) for name in ("plain", "full", "half")}
+    assert abs(videos["full"] - videos["plain"]).mean() > 0.2
+    assert (videos["full"] != videos["half"]).any()
+    nasa_video("generate", "--from", "half.mp4", "-o", "again.mp4")
+    assert Path("again.mp4").read_bytes() == Path("half.mp4").read_bytes()
+
+
+def test_a_presets_own_lora_is_part_of_it(nasa_video: Run, parts: Path, tmp_path: Path) -> None:
+    state = {
+        f"base_model.model.model.blocks.0.cross_attn.v.lora_{side}.default.weight": torch.randn(shape)
+        for side, shape in (("A", (4, 96)), ("B", (96, 4)))
+    }
+    torch.save({"generator_lora": state}, tmp_path / "lora.pt")
+    source = _write("causvid", tmp_path)
+    for name, loras in (("with", [{"path": str(tmp_path / "lora.pt")}]), ("without", [])):
+        preset = _preset(tmp_path, parts, original=False, transformer=source, loras=loras)
+        assert nasa_video("generate", "a fox", "--model", preset, "-o", f"{name}.mp4").status == 0
+    assert (read_frames("with.mp4") != read_frames("without.mp4")).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lora", "none.safetensors"], "LoRA file none.safetensors does not exist"),
+        (["--lora", "none.safetensors:x"], "no scale"),
+        (["--lora", "style.safetensors:nan"], "from -10 to 10"),
+        (["--lora", "style.safetensors"], "holds no LoRA weights"),
+    ],
+)
+def test_a_lora_that_cannot_be_used_is_refused(
+    nasa_video: Run, parts: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "style.safetensors")
+    preset = _preset(tmp_path, parts, original=False, transformer=_write("causvid", tmp_path))
+    done = nasa_video("generate", "a fox", *options, "--model", preset, "-o", "a.mp4")
+    assert done.status == 1
+    assert message in " ".join(done.stderr.split())
+
+
+def test_swapped_parts_are_named(nasa_video: Run, parts: Path, tmp_path: Path) -> None:
+    swapped = _preset(tmp_path, parts, original=True, transformer={"path": str(parts / "Wan2.1_VAE.pth")})
+    assert "looks like a Wan VAE" in " ".join(nasa_video("generate", "x", "--model", swapped).stderr.split())
+    source = _write("causvid", tmp_path)
+    other = _preset(tmp_path, parts, original=True, transformer=source, vae=source)
+    assert "no Wan VAE: it looks like a Wan transformer" in " ".join(nasa_video("generate", "x", "--model", other).stderr.split())

@@ -1,0 +1,60 @@
+import random
+
+import torch
+
+from nasa_video.sprites.captions import TERMS, full_caption, held_out_caption, is_held_out, random_caption, term
+from nasa_video.sprites.world import ATTRIBUTES, FLAWS, sample_scenes
+
+
+def rows(n: int = 300, seed: int = 0):
+    scenes = sample_scenes(n, torch.Generator().manual_seed(seed))
+    return [scenes.row(i) for i in range(n)]
+
+
+def test_every_value_has_a_term():
+    for attribute, values in ATTRIBUTES.items():
+        for value in values:
+            if value != "no":
+                assert term(attribute, value) in TERMS[attribute][value]
+
+
+def test_training_never_sees_a_held_out_caption():
+    rng = random.Random(0)
+    assert not any(is_held_out(random_caption(row, rng).text) for row in rows() for _ in range(3))
+
+
+def test_held_out_captions_exist_and_are_full():
+    rng = random.Random(0)
+    for row in rows(10):
+        caption = held_out_caption(row, rng)
+        assert caption is not None
+        assert is_held_out(caption.text)
+        assert {"shape", "colour", "motion", "background"} <= caption.stated
+
+
+def test_captions_tell_the_truth():
+    rng = random.Random(1)
+    for row in rows():
+        caption = random_caption(row, rng)
+        for attribute in caption.stated - {"count"}:
+            value = ATTRIBUTES[attribute][row[attribute]]
+            words = TERMS[attribute][value]
+            stated = any(w.removesuffix(" background") in caption.text for w in words)
+            assert stated or attribute in {"shape", "colour"}, (caption, attribute, value)
+
+
+def test_flaws_that_are_not_there_are_not_named():
+    rng = random.Random(2)
+    for row in rows():
+        text = random_caption(row, rng).text
+        for flaw in FLAWS:
+            if not row[flaw]:
+                assert flaw not in text
+
+
+def test_a_caption_names_only_a_part():
+    rng = random.Random(3)
+    row = rows(1)[0]
+    lengths = {len(random_caption(row, rng).stated) for _ in range(200)}
+    assert min(lengths) == 1
+    assert max(lengths) >= len(full_caption(row, rng).stated)

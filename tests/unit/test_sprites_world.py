@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from nasa_video.sprites.renderer import render, render_with_mask
+from nasa_video.sprites.world import ATTRIBUTES, CLIP_FRAMES, FLAWS, FRAME_SIZE, MOTIONS, concatenate, sample_scenes
+
+
+def scenes(n: int = 16, seed: int = 0):
+    return sample_scenes(n, torch.Generator().manual_seed(seed))
+
+
+def plain(n: int = 6, seed: int = 0):
+    """Clean scenes of one sprite that stays inside the picture."""
+    clean = dict.fromkeys(FLAWS, 0)
+    return scenes(n, seed).replace(count=0, weather=0, background=0, texture=0, **clean)
+
+
+def test_a_seed_gives_one_world():
+    first, second = scenes(seed=3), scenes(seed=3)
+    assert torch.equal(render(first, 5), render(second, 5))
+    assert not torch.equal(first.jitter, scenes(seed=4).jitter)
+
+
+def test_pictures_have_the_stated_shape_and_range():
+    frames, mask = render_with_mask(scenes(4))
+    assert frames.shape == (4, CLIP_FRAMES, 3, FRAME_SIZE, FRAME_SIZE)
+    assert mask.shape == (4, CLIP_FRAMES, 1, FRAME_SIZE, FRAME_SIZE)
+    assert frames.min() >= -1 and frames.max() <= 1
+    assert mask.min() >= 0 and mask.max() <= 1
+
+
+def test_every_value_of_every_attribute_is_drawn():
+    many = scenes(4000)
+    for name, values in ATTRIBUTES.items():
+        assert set(getattr(many, name).tolist()) == set(range(len(values))), name
+
+
+def test_two_objects_are_small_and_differ():
+    many = scenes(2000)
+    two = many.count == 1
+    assert (many.size[two] == 0).all()
+    assert (many.shape[two] != many.shape2[two]).all()
+    assert (many.colour[two] != many.colour2[two]).all()
+
+
+def test_a_clip_does_not_depend_on_its_batch_or_on_where_it_is_cut():
+    batch = scenes(6, seed=5)
+    whole = render(batch, 12)
+    torch.testing.assert_close(render(batch[slice(2, 3)], 12), whole[2:3])
+    torch.testing.assert_close(render(batch, 8, first_frame=4), whole[:, 4:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(render(concatenate([batch[slice(0, 2)], batch[slice(2, 6)]]), 12), whole)
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_a_flaw_changes_the_picture(flaw):
+    clean = plain()
+    assert (render(clean, 5) - render(clean.replace(**{flaw: 1}), 5)).abs().mean() > 0.01
+
+
+def centres(motion: str) -> torch.Tensor:
+    """The sprites' centres (B, F, 2) as (x, y), averaged over their coverage."""
+    batch = plain(8).replace(motion=MOTIONS.index(motion))
+    batch.jitter[:, 2] = 0.1  # straight motions cross the middle
+    mask = render_with_mask(batch)[1][:, :, 0]
+    axis = torch.arange(FRAME_SIZE).float()
+    weight = mask.sum((-1, -2)) + 1e-6
+    return torch.stack(((mask * axis).sum((-1, -2)) / weight, (mask * axis[:, None]).sum((-1, -2)) / weight), -1)
+
+
+@pytest.mark.parametrize(("motion", "axis", "sign"), [("left", 0, -1), ("right", 0, 1), ("up", 1, -1), ("down", 1, 1)])
+def test_straight_motions_go_where_they_say(motion, axis, sign):
+    path = centres(motion)[:, 4:24]
+    step = path.diff(dim=1).mean((0, 1))
+    assert sign * step[axis] > 0.8
+    assert step[1 - axis].abs() < 0.1
+
+
+def test_what_is_still_stays():
+    assert centres("still").diff(dim=1).abs().max() < 0.1
+
+
+def test_without_a_sprite_only_the_background_is_drawn():
+    empty = plain().replace(count=-1)
+    frames, mask = render_with_mask(empty, 3)
+    assert mask.max() == 0
+    assert frames.std((-1, -2)).max() < 1e-3
