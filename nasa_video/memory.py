@@ -46,14 +46,9 @@ class Estimate:
     denoiser: int
 
     @property
-    def running(self) -> int:
-        """What comes on top of the weights."""
-        return self.history + self.text_keys + self.decoder + self.denoiser
-
-    @property
     def total(self) -> int:
         """Everything."""
-        return self.weights + self.running
+        return self.weights + self.history + self.text_keys + self.decoder + self.denoiser
 
 
 @dataclass(frozen=True)
@@ -101,8 +96,8 @@ class Run:
         return stride * self.sizes.patch[1], stride * self.sizes.patch[0]
 
 
-def estimate(run: Run) -> Estimate:
-    """Bytes of a run, part by part."""
+def estimate(run: Run, *, loaded: bool = False) -> Estimate:
+    """Bytes of a run, part by part; ``loaded`` leaves out the weights, which are there already."""
     sizes, size = run.sizes, run.dtype.itemsize
     stride = int(run.vae["scale_factor_spatial"])
     tokens_per_frame = sizes.tokens_per_frame(run.height // stride, run.width // stride)
@@ -110,9 +105,11 @@ def estimate(run: Run) -> Estimate:
     per_token = 2 * sizes.num_layers * sizes.dim * size
     frames = cache_frames(run.latent_frames, run.sampler.frames_per_chunk, run.sampler.window_frames)
     pixels = run.batch * run.width * run.height if run.decoded else 0
-    vae_weights = _vae_sizes(run.vae).parameters * run.vae_dtype.itemsize if run.decoded else 0
+    weights = 0 if loaded else transformer_parameters(run.transformer, sizes.num_layers) * size
+    if run.decoded and not loaded:
+        weights += _vae_sizes(run.vae).parameters * run.vae_dtype.itemsize
     return Estimate(
-        weights=transformer_parameters(run.transformer, sizes.num_layers) * size + vae_weights,
+        weights=weights,
         history=run.caches * run.batch * frames * tokens_per_frame * per_token,
         text_keys=run.batch * run.text_tokens * per_token,
         decoder=round(pixels * decoder_numbers_per_pixel(run.vae)) * run.vae_dtype.itemsize,
@@ -142,7 +139,7 @@ def transformer_parameters(config: Mapping[str, Any], num_layers: int) -> int:
 @lru_cache(maxsize=8)
 def _transformer_parameters(config: str, num_layers: int) -> int:
     # Layers are alike: one and two of them say what each takes.
-    counts = []
+    counts: list[int] = []
     for layers in (1, 2):
         with torch.device("meta"):
             model = WanTransformer3DModel(**{**json.loads(config), "num_layers": layers})
@@ -175,7 +172,7 @@ def _measure_vae(config: str) -> _VaeSizes:
 
 def decoder_numbers_per_pixel(config: Mapping[str, Any]) -> float:
     """Numbers that streaming decode holds for every pixel of a picture: kept features and working memory."""
-    width = config.get("decoder_base_dim") or config["base_dim"]
+    width = int(config.get("decoder_base_dim") or config["base_dim"])
     pictures = int(config["scale_factor_temporal"])
     return _vae_sizes(config).features_per_pixel + DECODER_TENSORS * width * pictures
 
@@ -239,7 +236,7 @@ def fitting_sizes(run: Run, free: int, *, loaded: bool = True) -> Fit:
     """The largest picture of about the same shape, and the longest video of the same size, that ``free`` bytes hold."""
 
     def fits(candidate: Run) -> bool:
-        return _wanted(candidate, loaded) <= free
+        return estimate(candidate, loaded=loaded).total <= free
 
     unit_width, unit_height = run.units
     size = None
@@ -256,11 +253,6 @@ def fitting_sizes(run: Run, free: int, *, loaded: bool = True) -> Fit:
     return Fit(size, frames)
 
 
-def _wanted(run: Run, loaded: bool) -> int:
-    needs = estimate(run)
-    return needs.running if loaded else needs.total
-
-
 def require(run: Run, free: int | None, where: str, *, loaded: bool = True) -> None:
     """Refuse a run that cannot fit, before anything of it is made.
 
@@ -272,8 +264,11 @@ def require(run: Run, free: int | None, where: str, *, loaded: bool = True) -> N
     Raises:
         InputError: it needs more; the message says what for, and what would fit.
     """
-    wanted = _wanted(run, loaded)
-    if free is None or wanted <= free:
+    if free is None:
+        return
+    needs = estimate(run, loaded=loaded)
+    wanted = needs.total
+    if wanted <= free:
         return
     fit = fitting_sizes(run, free, loaded=loaded)
     ways = []
@@ -281,9 +276,8 @@ def require(run: Run, free: int | None, where: str, *, loaded: bool = True) -> N
         ways.append(f"--width {fit.size[0]} --height {fit.size[1]}")
     if fit.latent_frames is not None:
         ways.append(f"--frames {(fit.latent_frames - 1) * int(run.vae['scale_factor_temporal']) + 1}")
-    needs = estimate(run)
     parts = {
-        "weights": 0 if loaded else needs.weights,
+        "weights": needs.weights,
         "keys and values of earlier frames": needs.history,
         "keys and values of the prompts": needs.text_keys,
         "decoding": needs.decoder,

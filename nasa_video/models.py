@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from nasa_video.errors import InputError, NasaVideoError
 
 DEFAULT_MODEL = "sprites"
+MODELS_FOLDER = "NASA_VIDEO_MODELS"
+"""Environment variable: a folder that holds repositories as ``owner/name/...``, looked at before the hub's cache."""
 
 
 class Strict(BaseModel):
@@ -52,7 +54,7 @@ class Source(Strict):
     def description(self) -> str:
         """The place, for people."""
         if self.package is not None:
-            return "shipped in the package"
+            return f"{self.package}, shipped in the package"
         if self.path is not None:
             return str(self.path)
         size = f" ({self.bytes / 1e9:.2f} GB)" if self.bytes else ""
@@ -66,12 +68,14 @@ class Source(Strict):
         if self.path is not None:
             return self.path if self.path.exists() else None
         assert self.repo is not None
-        probe = self.file or f"{self.folder}/config.json"
-        found = try_to_load_from_cache(self.repo, probe)
-        if not isinstance(found, str):
-            return None
-        path = Path(found)
-        return path if self.file else path.parent
+        probes = (self.file,) if self.file else (f"{self.folder}/config.json", f"{self.folder}/tokenizer_config.json")
+        root = os.environ.get(MODELS_FOLDER)
+        for probe in probes:
+            local = Path(root, self.repo, probe) if root else None
+            found = str(local) if local and local.exists() else try_to_load_from_cache(self.repo, probe)
+            if isinstance(found, str):
+                return Path(found) if self.file else Path(found).parent
+        return None
 
     def fetch(self) -> Path:
         """The local path, downloaded from the hub when it is not here.
@@ -91,7 +95,8 @@ class Source(Strict):
         except Exception as error:  # the hub client raises many unrelated types; each means "not to be had"
             raise InputError(
                 f"{self.description} is not on this machine and could not be downloaded ({type(error).__name__}). "
-                f"Download it where there is a network, then set HF_HOME, or give a folder with --model"
+                f"Where there is a network, run: nasa-video models pull NAME --to FOLDER; bring the folder here, and "
+                f"set {MODELS_FOLDER}=FOLDER"
             ) from error
 
     def _remedy(self) -> str:
@@ -114,6 +119,11 @@ class Umt5Text(Source):
     tokenizer_folder: str = "tokenizer"
     max_tokens: int = Field(default=512, gt=0)
 
+    @property
+    def tokenizer(self) -> tuple[Source, ...]:
+        """The tokenizer's source, where it is in a repository; else it lies beside the encoder."""
+        return (Source(repo=self.repo, folder=self.tokenizer_folder),) if self.repo else ()
+
 
 class LoraSource(Source):
     """A LoRA that is part of a published model."""
@@ -133,7 +143,9 @@ class Components(Strict):
     @property
     def sources(self) -> tuple[Source, ...]:
         """Everything that has to be on the machine."""
-        encoder = (self.text_encoder,) if isinstance(self.text_encoder, Source) else ()
+        encoder: tuple[Source, ...] = ()
+        if isinstance(self.text_encoder, Umt5Text):
+            encoder = (self.text_encoder, *self.text_encoder.tokenizer)
         return (self.transformer, *self.loras, self.vae, *encoder)
 
 

@@ -32,6 +32,7 @@ from causvid_adapter import (
     load_generator,
     normalize,
 )
+from nasa_video import memory
 from nasa_video.attention import Backend, make_attend
 from nasa_video.backbones import wan
 from nasa_video.classifier_free import ClassifierFreeDenoiser
@@ -295,6 +296,7 @@ class VideoPipeline:
         offset = 0 if start.prefix is None else start.prefix.shape[1]
         first_step = start.first_step(num_steps)
         start.check(offset, latent_frames, settings.frames_per_chunk, (channels, latent_height, latent_width))
+        self._check_memory(cue_of(0), len(seeds), latent_frames, latent_width, latent_height)
         director = _Director(self, cue_of, recompute_window)
         sampler = ChunkSampler(
             director.denoiser,
@@ -315,6 +317,26 @@ class VideoPipeline:
             recompute=director.recompute,
         )
         return self._generate(latents, director, start.prefix)
+
+    def _check_memory(self, cue: Cue, batch: int, latent_frames: int | None, width: int, height: int) -> None:
+        """Refuse what cannot fit on the device (latent width and height)."""
+        prompts = 1 + max(len(negatives) for negatives in cue.negatives)
+        stride = self.vae.config.scale_factor_spatial
+        run = memory.Run(
+            self.model.transformer.config,
+            self.vae.config,
+            self.preset.sampler,
+            width * stride,
+            height * stride,
+            latent_frames,
+            dtype=self.model.dtype,
+            vae_dtype=self.vae.dtype,
+            caches=2 if isinstance(cue.guidance, ClassifierFree) else 1,
+            text_tokens=prompts * (self.text_encoder.max_tokens + 1),
+            batch=batch,
+            num_layers=self.model.num_layers,
+        )
+        memory.require(run, memory.available(self.model.device), str(self.model.device), loaded=True)
 
     def _generate(self, latents: Iterator[Tensor], director: _Director, prefix: Tensor | None) -> Iterator[Chunk]:
         decoder = StreamingDecoder(self.vae)
@@ -511,6 +533,6 @@ def load_text_encoder(settings: WordLlamaText | Umt5Text, device: torch.device, 
     if isinstance(settings, WordLlamaText):
         return WordLlamaEncoder(settings.max_tokens)
     folder = settings.fetch()
-    tokenizer = Source(repo=settings.repo, folder=settings.tokenizer_folder) if settings.repo else None
-    tokenizer_path = tokenizer.fetch() if tokenizer else folder.parent / settings.tokenizer_folder
+    in_repository = settings.tokenizer
+    tokenizer_path = in_repository[0].fetch() if in_repository else folder.parent / settings.tokenizer_folder
     return Umt5Encoder(folder, tokenizer_path, settings.max_tokens, device, dtype)

@@ -38,5 +38,5 @@ def main(
 
 app.command()(generate)
 app.command()(extend)
-app.command()(models)
+app.add_typer(models)
 app.add_typer(evaluate)

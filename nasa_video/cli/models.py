@@ -1,24 +1,28 @@
-"""``nasa-video models``: what there is, what it needs, whether it is here."""
+"""``nasa-video models``: what there is, what it needs, whether it is here; and bringing it."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from nasa_video.cli.console import emit_json
+from nasa_video.cli.console import console, emit_json, say
+from nasa_video.cli.options import AsJsonOption
+
+models = typer.Typer(name="models", help="List the presets; bring one's weights; check what it needs.")
 
 
-def models(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list on the last line.")] = False,
-) -> None:
+@models.callback(invoke_without_command=True)
+def list_models(context: typer.Context, as_json: AsJsonOption = False) -> None:
     """List the presets: what each needs, its licence, whether it is on this machine."""
-    from rich.console import Console
     from rich.table import Table
 
     from nasa_video.models import video_presets
 
-    rows = [
+    if context.invoked_subcommand is not None:
+        return
+    rows: list[dict[str, Any]] = [
         {
             "name": preset.name,
             "kind": preset.kind,
@@ -32,11 +36,99 @@ def models(
     if as_json:
         emit_json(rows)
         return
-    table = Table(
-        "model", "kind", "here", "licence", "needs", title="Presets (--model also takes a folder or a hub id)"
-    )
+    table = Table(title="Presets; --model also takes a folder or a hub id", show_lines=True)
+    for column in ("model", "kind", "here"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("what it is, its licence, what it needs")
     for row in rows:
-        needs = "\n".join(str(need) for need in row["needs"])  # type: ignore[attr-defined]
+        needs = "\n".join(f"[dim]{need}[/]" for need in row["needs"])
         here = "[green]yes[/]" if row["present"] else "no"
-        table.add_row(f"[bold]{row['name']}[/]\n{row['title']}", str(row["kind"]), here, str(row["licence"]), needs)
-    Console().print(table)
+        table.add_row(f"[bold]{row['name']}[/]", row["kind"], here, f"{row['title']}\n{row['licence']}\n{needs}")
+    _out().print(table)
+
+
+@models.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="A preset.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    mirror: Annotated[str | None, typer.Option(help="URL of a mirror of the hub.", show_default=False)] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Folder for owner/name/file, to be brought elsewhere.", show_default="hub cache")
+    ] = None,
+) -> None:
+    """Show size and licence, then download what is missing; resumes, verifies, and needs the network only once."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from nasa_video import downloads
+
+    preset = _preset(name)
+    absent = downloads.missing(preset)
+    if not absent:
+        say(f"{name} is complete on this machine")
+        return
+    files = downloads.list_files(absent, mirror)
+    total = sum(file.size for file in files)
+    for file in files:
+        say(f"  {file.size / 1e6:10.1f} MB  {file.repo}/{file.name}")
+    say(f"{name}: {len(files)} files, {total / 1e9:.2f} GB. Licence: {preset.licence}")
+    _check_space(to, total)
+    if not yes and not typer.confirm("Download?"):
+        raise typer.Exit(1)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(name, total=total)
+        downloads.pull(files, endpoint=mirror, folder=to, tell=lambda file: progress.advance(task, file.size))
+    say(f"{name} is complete" + (f" in {to}; use it with NASA_VIDEO_MODELS={to}" if to else ""))
+
+
+@models.command()
+def check(
+    name: Annotated[str, typer.Argument(help="A preset, a preset file or a folder.")],
+    width: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's")] = None,
+    frames: Annotated[int | None, typer.Option(help="Length.", show_default="the model's")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...", show_default="cuda if there is one")] = None,
+    as_json: AsJsonOption = False,
+) -> None:
+    """Say what is missing, and whether this machine can run it. Exit status 1 when something is missing."""
+    from nasa_video.models import find_preset
+    from nasa_video.readiness import readiness
+
+    report = readiness(find_preset(name), width, height, frames, device)
+    if as_json:
+        emit_json(report.to_json())
+    else:
+        for line in report.lines():
+            typer.echo(line)
+    if report.missing:
+        raise typer.Exit(1)
+
+
+def _preset(name: str) -> Any:
+    from nasa_video.errors import InputError
+    from nasa_video.models import video_presets
+
+    presets = video_presets()
+    if name not in presets:
+        raise InputError(f"unknown preset {name!r}; there are {', '.join(presets)}")
+    return presets[name]
+
+
+def _check_space(folder: Path | None, needed: int) -> None:
+    import shutil
+
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from nasa_video.errors import InputError
+
+    place = (folder or Path(HF_HUB_CACHE)).absolute()
+    existing = next(parent for parent in (place, *place.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(f"{needed / 1e9:.1f} GB do not fit into {place}: {free / 1e9:.1f} GB are free; choose another --to")
+
+
+def _out() -> Any:
+    from rich.console import Console
+
+    return Console()

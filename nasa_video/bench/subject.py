@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, KVCache, ModelCall, NoiseSource
@@ -20,7 +16,7 @@ from nasa_video.classifier_free import BranchCaches, ClassifierFreeDenoiser
 from nasa_video.errors import InputError
 from nasa_video.flops import Branches, ChunkLoop, WanSizes
 from nasa_video.guidance import GUIDANCE, AttentionGuidance, ClassifierFree, Guidance
-from nasa_video.models import SamplerSettings, Source, VideoPreset
+from nasa_video.models import SamplerSettings
 from nasa_video.random_model import RandomText
 from nasa_video.steering import PromptKeys, Steering
 
@@ -58,58 +54,6 @@ def find_methods(names: tuple[str, ...]) -> tuple[Method, ...]:
     if unknown:
         raise InputError(f"there is no method {unknown[0]!r} to measure; use some of {', '.join(known)}")
     return tuple(method for method in METHODS if not names or method.name in names or method is BASELINE)
-
-
-def component_config(source: Source, default: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """The config beside a component's weights where they are on this machine, else ``default``.
-
-    Raises:
-        InputError: the file is no config.
-    """
-    path = source.find()
-    for file in (path / "transformer" / "config.json", path / "config.json") if path is not None else ():
-        if file.is_file():
-            return _read_json(file)
-    return dict(default())
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is no readable JSON config: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{file} holds a {type(data).__name__}, not a config")
-    return data
-
-
-def vae_config(preset: VideoPreset) -> dict[str, Any]:
-    """The VAE's config, or Wan 2.1's (diffusers' default) where its files are elsewhere."""
-
-    def default() -> Mapping[str, Any]:
-        with torch.device("meta"):
-            return dict(AutoencoderKLWan().config)
-
-    return component_config(preset.components.vae, default)
-
-
-def transformer_config(preset: VideoPreset) -> dict[str, Any]:
-    """The transformer's config.
-
-    Raises:
-        InputError: neither the preset nor the machine has it.
-    """
-
-    def default() -> Mapping[str, Any]:
-        if preset.components.config is None:
-            raise InputError(
-                f"the sizes of {preset.name} are nowhere on this machine: {preset.components.transformer.description} "
-                "is missing, and the preset has no config of its own"
-            )
-        return preset.components.config
-
-    config = dict(preset.components.config or component_config(preset.components.transformer, default))
-    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 @dataclass

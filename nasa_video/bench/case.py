@@ -1,0 +1,211 @@
+"""What is asked of a bench, checked and completed before anything of it is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKLWan
+
+from causvid_adapter import load_generator
+from nasa_video import memory
+from nasa_video.attention import AttentionError, Backend, SdpaAttend, make_attend
+from nasa_video.bench.subject import Method, Subject, find_methods
+from nasa_video.errors import InputError
+from nasa_video.models import Source, VideoPreset, find_preset
+from nasa_video.pipeline import choose_device
+from nasa_video.random_model import RandomText, random_generator
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What to measure; None takes the preset's own, or what fits the device.
+
+    Attributes:
+        layers: run that many of the model's layers only.
+        chunks: of each video; figures are means over them.
+        decode: time the VAE as well.
+        methods: names of METHODS; empty measures all.
+    """
+
+    model: str = "causvid"
+    random_weights: bool = False
+    layers: int | None = None
+    width: int | None = None
+    height: int | None = None
+    chunks: int = 2
+    repeats: int = 5
+    device: str | None = None
+    dtype: str | None = None
+    attention: str = "sdpa"
+    compile: bool = False
+    decode: bool = False
+    methods: tuple[str, ...] = ()
+    positive_tokens: int = 20
+    negative_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("chunks", 1, 1000), ("repeats", 1, 1000)):
+            if not low <= getattr(self, name) <= high:
+                raise InputError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.attention not in ("sdpa", "xformers"):
+            raise InputError(f"attention must be sdpa or xformers, got {self.attention!r}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings, checked and completed."""
+
+    settings: BenchSettings
+    preset: VideoPreset
+    config: dict[str, Any]
+    vae: dict[str, Any]
+    layers: int
+    width: int
+    height: int
+    device: torch.device
+    dtype: torch.dtype
+    methods: tuple[Method, ...]
+
+    @classmethod
+    def of(cls, settings: BenchSettings) -> Case:
+        methods = find_methods(settings.methods)
+        preset = find_preset(settings.model)
+        device = choose_device(settings.device)
+        if settings.attention == "xformers" and device.type != "cuda":
+            raise InputError(
+                f"xformers has no attention kernel for {device.type}; use --attention sdpa, or --device cuda"
+            )
+        if not settings.random_weights and preset.components.transformer.find() is None:
+            raise InputError(
+                f"the weights of {settings.model} are not here ({preset.components.transformer.description}); "
+                "--random-weights measures a model of its sizes without them"
+            )
+        config, vae = transformer_config(preset), vae_config(preset)
+        total = config["num_layers"]
+        layers = total if settings.layers is None else settings.layers
+        if not 1 <= layers <= total:
+            raise InputError(f"layers must be from 1 to the {total} of {settings.model}, got {layers}")
+        most = preset.components.text_encoder.max_tokens
+        for name in ("positive_tokens", "negative_tokens"):
+            if not 1 <= getattr(settings, name) <= most:
+                raise InputError(
+                    f"{name} must be from 1 to the {most} of {settings.model}'s text encoder, "
+                    f"got {getattr(settings, name)}"
+                )
+        dtype = DTYPES[settings.dtype] if settings.dtype else _default_dtype(device)
+        width = preset.video.width if settings.width is None else settings.width
+        height = preset.video.height if settings.height is None else settings.height
+        case = cls(settings, preset, config, vae, layers, width, height, device, dtype, methods)
+        case.check_size()
+        return case
+
+    def check_size(self) -> None:
+        """Refuse a picture that patch and VAE do not allow."""
+        for name, size, unit in zip(("width", "height"), (self.width, self.height), self.run().units, strict=True):
+            if size <= 0 or size % unit:
+                below = max(unit, size // unit * unit)
+                raise InputError(
+                    f"{name} must be a multiple of {unit} for this model, got {size}; use {below} or {below + unit}"
+                )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent frame."""
+        stride = self.vae["scale_factor_spatial"]
+        return self.config["in_channels"], self.height // stride, self.width // stride
+
+    @property
+    def frames_per_chunk(self) -> int:
+        """Pictures of a chunk (its first has a few less)."""
+        return int(self.vae["scale_factor_temporal"]) * self.preset.sampler.frames_per_chunk
+
+    def run(self, caches: int = 1) -> memory.Run:
+        """What its memory is estimated from."""
+        latent_frames = self.settings.chunks * self.preset.sampler.frames_per_chunk
+        return memory.Run(
+            self.config, self.vae, self.preset.sampler, self.width, self.height, latent_frames, self.dtype,
+            caches=caches, text_tokens=4 * self.preset.components.text_encoder.max_tokens, num_layers=self.layers,
+            decoded=self.settings.decode,
+        )  # fmt: skip
+
+    def subject(self, device: torch.device, layers: int) -> Subject:
+        """The model on its device; on "meta" any number of layers without weights."""
+        if self.settings.random_weights or device.type == "meta":
+            model = random_generator(self.config, num_layers=layers, device=device, dtype=self.dtype)
+        else:
+            source = self.preset.components.transformer.fetch()
+            model = load_generator(source, self.preset.components.config, dtype=self.dtype, device=device)
+            model.transformer.blocks = model.transformer.blocks[:layers]
+        try:
+            attend = SdpaAttend() if device.type == "meta" else make_attend(cast(Backend, self.settings.attention))
+        except AttentionError as error:
+            raise InputError(str(error)) from error
+        text = RandomText(self.preset.components.text_encoder.max_tokens, self.config["text_dim"])
+        lengths = (self.settings.positive_tokens, self.settings.negative_tokens)
+        guidance = cast(dict[str, dict[str, Any]], self.preset.guidance)
+        return Subject(model, attend, self.preset.sampler, guidance, self.latent_shape, text, lengths)
+
+
+def _default_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def component_config(source: Source, default: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """The config beside a component's weights where they are on this machine, else ``default``.
+
+    Raises:
+        InputError: the file is no config.
+    """
+    path = source.find()
+    for file in (path / "transformer" / "config.json", path / "config.json") if path is not None else ():
+        if file.is_file():
+            return _read_json(file)
+    return dict(default())
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is no readable JSON config: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{file} holds a {type(data).__name__}, not a config")
+    return data
+
+
+def vae_config(preset: VideoPreset) -> dict[str, Any]:
+    """The VAE's config, or Wan 2.1's (diffusers' default) where its files are elsewhere."""
+
+    def default() -> Mapping[str, Any]:
+        with torch.device("meta"):
+            return dict(AutoencoderKLWan().config)
+
+    return component_config(preset.components.vae, default)
+
+
+def transformer_config(preset: VideoPreset) -> dict[str, Any]:
+    """The transformer's config.
+
+    Raises:
+        InputError: neither the preset nor the machine has it.
+    """
+
+    def default() -> Mapping[str, Any]:
+        if preset.components.config is None:
+            raise InputError(
+                f"the sizes of {preset.name} are nowhere on this machine: {preset.components.transformer.description} "
+                "is missing, and the preset has no config of its own"
+            )
+        return preset.components.config
+
+    config = dict(preset.components.config or component_config(preset.components.transformer, default))
+    return {key: value for key, value in config.items() if not key.startswith("_")}

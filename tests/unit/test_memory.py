@@ -1,0 +1,128 @@
+"""What a run takes, and what is refused before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise, StreamingDecoder
+from nasa_video import memory
+from nasa_video.errors import InputError
+from nasa_video.guidance import ClassifierFree
+from nasa_video.memory import Run, cache_frames, estimate, fitting_sizes, require
+from nasa_video.models import find_preset
+from nasa_video.pipeline import VideoPipeline
+from nasa_video.random_model import RandomText
+
+CAUSVID = find_preset("causvid")
+
+
+def causvid(**changes: object) -> Run:
+    with torch.device("meta"):
+        vae = dict(AutoencoderKLWan().config)
+    assert CAUSVID.components.config is not None
+    return replace(Run(CAUSVID.components.config, vae, CAUSVID.sampler, 832, 480, 21), **changes)  # type: ignore[arg-type]
+
+
+def test_causvid_has_the_history_and_text_keys_that_the_facts_say() -> None:
+    needs = estimate(causvid())
+    # 6.04 GB for 21 latent frames; the cache doubles its room, so it holds 24.
+    assert needs.history * 21 / 24 == 2 * 30 * 32_760 * 1536 * 2
+    assert estimate(causvid(caches=2)).history == 2 * needs.history
+    assert estimate(causvid(text_tokens=512)).text_keys == 2 * 30 * 512 * 1536 * 2
+    assert needs.weights == pytest.approx(2 * 1.42e9 + 4 * 127e6, rel=0.01)
+    assert needs.total == sum((needs.weights, needs.history, needs.text_keys, needs.decoder, needs.denoiser))
+
+
+@pytest.mark.parametrize(("frames", "window", "sink"), [(3, None, 0), (21, None, 0), (21, 9, 3), (6, 9, 3), (None, 6, 0)])
+def test_the_history_is_what_the_cache_allocates(
+    new_wan: Callable[..., WanTransformer3DModel], frames: int | None, window: int | None, sink: int
+) -> None:
+    model = CausalWan(new_wan())
+    sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000]), 3, window, sink)
+    caches = []
+    model.new_cache = lambda *sizes: caches.append(CausalWan.new_cache(model, *sizes)) or caches[0]  # type: ignore[method-assign]
+    context = torch.zeros(1, 1, 10)
+    for _ in sampler.stream(context, SeededNoise([0], (4, 4, 6)), num_frames=frames or 30):
+        pass
+    expected = cache_frames(frames, 3, window) * 6 * 2 * 2 * 48 * 4
+    assert caches[0].num_bytes == expected
+
+
+def test_a_window_makes_any_length_cost_the_same_and_no_window_does_not() -> None:
+    windowed = CAUSVID.sampler.model_copy(update={"window_frames": 12, "sink_frames": 3})
+    long, short = (estimate(causvid(sampler=windowed, latent_frames=n)).total for n in (30_000, 21))
+    assert long == short
+    assert estimate(causvid(latent_frames=30_000)).history > 1000 * estimate(causvid(latent_frames=21)).history
+
+
+def test_weights_and_features_are_those_of_the_real_models(
+    new_wan: Callable[..., WanTransformer3DModel], new_vae: Callable[..., AutoencoderKLWan]
+) -> None:
+    wan, vae = new_wan(num_layers=5), new_vae()
+    run = causvid(transformer=dict(wan.config), vae=dict(vae.config), width=64, height=48, dtype=torch.float32)
+    real = sum(p.numel() for module in (wan, vae) for p in module.parameters())
+    assert estimate(run).weights == 4 * real
+    assert estimate(run, loaded=True).weights == 0
+    decoder = StreamingDecoder(vae)
+    for _ in range(3):
+        decoder.decode(torch.zeros(1, 3, 4, 6, 8))
+    kept = sum(f.numel() for f in decoder._features if isinstance(f, torch.Tensor))
+    assert memory._vae_sizes(run.vae).features_per_pixel * 64 * 48 == kept
+    assert estimate(run).decoder > 4 * kept
+
+
+def test_what_fits_fits_and_the_next_larger_does_not() -> None:
+    run, free = causvid(), 8_000_000_000
+    fit = fitting_sizes(run, free, loaded=True)
+    assert fit.size is not None
+    width, height = fit.size
+    assert width % 16 == 0 and height % 16 == 0
+    assert abs(width / height - 832 / 480) < 0.2
+    assert estimate(replace(run, width=width, height=height), loaded=True).total <= free
+    assert estimate(replace(run, width=width + 16, height=height), loaded=True).total > free
+    assert fit.latent_frames is None, "decoding alone takes more than what is free"
+    assert fitting_sizes(run, 12_000_000_000, loaded=True).latent_frames == 6
+    assert fitting_sizes(run, 1000) == memory.Fit(None, None)
+
+
+def test_a_refusal_says_what_for_how_much_is_free_and_what_fits() -> None:
+    with pytest.raises(InputError) as caught:
+        require(causvid(), 12_000_000_000, "cuda", loaded=True)
+    text = str(caught.value)
+    assert "832 x 480 needs 15.6 GB beside the weights" in text
+    assert "6.9 GB for keys and values of earlier frames" in text
+    assert "12.0 GB are free" in text
+    assert "--width" in text and "--frames 21" in text
+    with pytest.raises(InputError, match="no size of this model"):
+        require(causvid(), 1000, "cpu")
+    require(causvid(), None, "mps")
+    require(causvid(), 100_000_000_000, "cuda")
+
+
+def test_free_memory_of_this_machine_is_known_on_linux() -> None:
+    free = memory.available(torch.device("cpu"))
+    assert free is None or 0 < free < 1 << 50
+    assert memory.available(torch.device("meta")) is None
+
+
+def test_a_pipeline_refuses_before_it_encodes_or_generates(
+    new_wan: Callable[..., WanTransformer3DModel],
+    new_vae: Callable[..., AutoencoderKLWan],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = RandomText(8, 10)
+    preset = CAUSVID.model_copy(update={"sampler": CAUSVID.sampler.model_copy(update={"window_frames": 3})})
+    pipeline = VideoPipeline(CausalWan(new_wan()), new_vae(), text, preset)
+    monkeypatch.setattr(memory, "available", lambda device: 150_000)
+    monkeypatch.setattr(RandomText, "__call__", lambda *_: pytest.fail("encoded before it was checked"))
+    sizes = {"width": 64, "height": 32, "frames": 9}
+    with pytest.raises(InputError, match="not enough memory on cpu: 64 x 32 needs .* what fits"):
+        pipeline.stream("a ball", guidance=ClassifierFree(2.0), negative="blurry", **sizes)  # type: ignore[arg-type]
+    monkeypatch.undo()
+    chunks = pipeline.stream("a ball", negative="blurry", **sizes)  # type: ignore[arg-type]
+    assert next(chunks).frames.shape == (9, 32, 64, 3)
