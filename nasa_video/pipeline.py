@@ -36,6 +36,7 @@ from nasa_video import memory
 from nasa_video.attention import Backend, make_attend
 from nasa_video.backbones import wan
 from nasa_video.classifier_free import ClassifierFreeDenoiser
+from nasa_video.embedding_cache import CachedEncoder, identity_of
 from nasa_video.errors import InputError
 from nasa_video.guidance import GUIDANCE, AttentionGuidance, ClassifierFree, Guidance, Negative
 from nasa_video.models import Source, Umt5Text, VideoPreset, WordLlamaText, find_preset
@@ -535,4 +536,8 @@ def load_text_encoder(settings: WordLlamaText | Umt5Text, device: torch.device, 
     folder = settings.fetch()
     in_repository = settings.tokenizer
     tokenizer_path = in_repository[0].fetch() if in_repository else folder.parent / settings.tokenizer_folder
-    return Umt5Encoder(folder, tokenizer_path, settings.max_tokens, device, dtype)
+
+    def load() -> TextEncoder:
+        return Umt5Encoder(folder, tokenizer_path, settings.max_tokens, device, dtype)
+
+    return CachedEncoder(load, identity_of(folder, dtype), settings.max_tokens)

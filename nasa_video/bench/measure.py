@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLWan
 from causvid_adapter import SeededNoise, StreamingDecoder
 from nasa_video import memory
 from nasa_video.bench.case import BenchSettings, Case
-from nasa_video.bench.operations import Operations, Report, analytic_flops, prompt_operations
+from nasa_video.bench.operations import Operations, Report, analytic_flops, count_flops, prompt_operations
 from nasa_video.bench.subject import BASELINE, Method, Rollout, Subject
 from nasa_video.errors import NasaVideoError
 from nasa_video.random_model import random_vae
@@ -42,8 +42,8 @@ def bench(settings: BenchSettings, report: Report = lambda what, done, total: No
     full = case if case.layers == case.config["num_layers"] else replace(case, layers=case.config["num_layers"])
     own = replace(full, width=case.preset.video.width, height=case.preset.video.height)
     own_chunks = _own_chunks(case)
-    flops = Operations(case, subject, settings.chunks, report)
-    own_flops = Operations(own, subject, own_chunks, report)
+    flops = Operations(case, subject, settings.chunks, count_flops(case, report))
+    own_flops = Operations(own, subject, own_chunks, flops.counted if own == case else count_flops(own, report))
     rows = []
     for method in case.methods:
         row = measured.row(method)

@@ -22,9 +22,8 @@ Report = Callable[[str, int, int], None]
 class Operations:
     """Operations a chunk: counted over a video's first chunk, and by formula for it and for the mean of all."""
 
-    def __init__(self, case: Case, subject: Subject, chunks: int, report: Report) -> None:
-        self.case, self.subject, self.chunks = case, subject, chunks
-        self.counted = count_flops(case, report)
+    def __init__(self, case: Case, subject: Subject, chunks: int, counted: dict[str, float]) -> None:
+        self.case, self.subject, self.chunks, self.counted = case, subject, chunks, counted
 
     def row(self, method: Method) -> dict[str, float]:
         """Figures of a method; the ratio is that of the means."""

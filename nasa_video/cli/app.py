@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from nasa_video import __version__
+from nasa_video.cli.bench import bench
 from nasa_video.cli.evaluate import evaluate
 from nasa_video.cli.extend import extend
 from nasa_video.cli.generate import generate

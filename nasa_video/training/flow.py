@@ -88,8 +88,11 @@ def flow_loss(
     """Weighted mean squared error of the predicted flow, noise - x0."""
     sigma = levels.sigma[:, :, None, None, None].to(batch.latents)
     noisy = (1 - sigma) * batch.latents + sigma * noise
+    timestep = levels.sigma.to(noisy.device) * 1000
+    if levels.frames_per_chunk is None:
+        timestep = timestep[:, 0]  # one embedding a clip is cheaper than one a token
     with autocast(noisy.device):
-        flow = model(noisy, levels.sigma.to(noisy.device) * 1000, context, frames_per_chunk=levels.frames_per_chunk)
+        flow = model(noisy, timestep, context, frames_per_chunk=levels.frames_per_chunk)
     weight = (1 + sprite_weight * batch.coverage) * levels.counted[:, :, None, None, None].to(batch.latents)
     error = (flow.float() - (noise - batch.latents)).square()
     return (weight * error).sum() / (weight.sum() * error.shape[2])

@@ -75,6 +75,7 @@ def nasa_video(
     """Runs the command line in this process, in an empty folder; "{model}" stands for the tiny model's folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NASA_VIDEO_CACHE", str(tmp_path.parent / "cache"))
 
     def run(*words: str) -> Outcome:
         capsys.readouterr()

@@ -38,7 +38,9 @@ def test_causvid_has_the_history_and_text_keys_that_the_facts_say() -> None:
     assert needs.total == sum((needs.weights, needs.history, needs.text_keys, needs.decoder, needs.denoiser))
 
 
-@pytest.mark.parametrize(("frames", "window", "sink"), [(3, None, 0), (21, None, 0), (21, 9, 3), (6, 9, 3), (None, 6, 0)])
+@pytest.mark.parametrize(
+    ("frames", "window", "sink"), [(3, None, 0), (21, None, 0), (21, 9, 3), (6, 9, 3), (None, 6, 0)]
+)
 def test_the_history_is_what_the_cache_allocates(
     new_wan: Callable[..., WanTransformer3DModel], frames: int | None, window: int | None, sink: int
 ) -> None:
@@ -81,7 +83,8 @@ def test_what_fits_fits_and_the_next_larger_does_not() -> None:
     fit = fitting_sizes(run, free, loaded=True)
     assert fit.size is not None
     width, height = fit.size
-    assert width % 16 == 0 and height % 16 == 0
+    assert width % 16 == 0
+    assert height % 16 == 0
     assert abs(width / height - 832 / 480) < 0.2
     assert estimate(replace(run, width=width, height=height), loaded=True).total <= free
     assert estimate(replace(run, width=width + 16, height=height), loaded=True).total > free
@@ -97,7 +100,8 @@ def test_a_refusal_says_what_for_how_much_is_free_and_what_fits() -> None:
     assert "832 x 480 needs 15.6 GB beside the weights" in text
     assert "6.9 GB for keys and values of earlier frames" in text
     assert "12.0 GB are free" in text
-    assert "--width" in text and "--frames 21" in text
+    assert "--width" in text
+    assert "--frames 21" in text
     with pytest.raises(InputError, match="no size of this model"):
         require(causvid(), 1000, "cpu")
     require(causvid(), None, "mps")
@@ -121,7 +125,7 @@ def test_a_pipeline_refuses_before_it_encodes_or_generates(
     monkeypatch.setattr(memory, "available", lambda device: 150_000)
     monkeypatch.setattr(RandomText, "__call__", lambda *_: pytest.fail("encoded before it was checked"))
     sizes = {"width": 64, "height": 32, "frames": 9}
-    with pytest.raises(InputError, match="not enough memory on cpu: 64 x 32 needs .* what fits"):
+    with pytest.raises(InputError, match=r"not enough memory on cpu: 64 x 32 needs .* what fits"):
         pipeline.stream("a ball", guidance=ClassifierFree(2.0), negative="blurry", **sizes)  # type: ignore[arg-type]
     monkeypatch.undo()
     chunks = pipeline.stream("a ball", negative="blurry", **sizes)  # type: ignore[arg-type]
