@@ -217,6 +217,18 @@ class VideoPipeline:
             settings["scale"] = scale
         return GUIDANCE[method](**settings)
 
+    def guide(self, current: Guidance | None, method: str | None, scale: float | None) -> Guidance | None:
+        """The guidance after a change: a method by name or "none", or the current one with another scale.
+
+        Raises:
+            InputError: as :meth:`guidance`.
+        """
+        if method is not None:
+            return None if method == "none" else self.guidance(method, scale)
+        if current is None or scale is None:
+            return current if scale is None else self.guidance(scale=scale)
+        return dataclasses.replace(current, scale=scale)
+
     def check_frames(self, frames: int | None) -> int:
         """Latent frames of a video of ``frames`` pictures.
 

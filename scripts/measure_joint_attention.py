@@ -212,7 +212,8 @@ def measure(
             negative[0, 0] = 1 + (labels[0, 0] + 1) % 4
         embeds, pooled = text(negative)
         noise = torch.randn(SAMPLES, 16, 12, generator=generator)
-        prompt = tuple(part.expand(SAMPLES, *part.shape[1:]) for part in text(words))
+        prompt_embeds, prompt_pooled = text(words)
+        prompt = (prompt_embeds.expand(SAMPLES, -1, -1), prompt_pooled.expand(SAMPLES, -1))
         if guidance is None:
             found, far = world.nearest(sample(model, noise, prompt, steps))
         else:

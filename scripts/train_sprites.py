@@ -1,4 +1,4 @@
-"""Trains the shipped model from nothing: autoencoder, clips, detector, base, few-step student, model card.
+"""Trains the shipped model from nothing: autoencoder, clips, base, few-step student, detector, model card.
 
     python scripts/train_sprites.py                        two CPU cores, hours
     python scripts/train_sprites.py --preset sprites-gpu --device cuda
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from nasa_video.training.plan import TrainingPlan
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("autoencoder", "dataset", "detector", "base", "student", "card")
+STAGES = ("autoencoder", "dataset", "base", "student", "detector", "card")
 # Read by the C library and by OpenMP when a process starts: large blocks are kept, threads sleep while they wait.
 CPU_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",

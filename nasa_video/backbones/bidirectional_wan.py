@@ -15,9 +15,10 @@ from torch import Tensor
 from causvid_adapter import CausalWan
 from nasa_video.attention import Attend
 from nasa_video.backbones import wan
-from nasa_video.backbones.scope import NegativeContext, new_steering
+from nasa_video.backbones.scope import NegativeContext, new_steering, place_keys
+from nasa_video.errors import InputError
 from nasa_video.guidance import AttentionGuidance
-from nasa_video.steering import EffectMeter
+from nasa_video.steering import EffectMeter, PromptKeys
 from nasa_video.text import TextContext
 
 WanModel: TypeAlias = WanTransformer3DModel | WanVACETransformer3DModel | CausalWan
@@ -37,25 +38,22 @@ class WanBackbone:
 
     def use(self, negatives: Sequence[NegativeContext], *, lora_scale: float | None = None) -> None:
         """Make keys and values of the negatives in every layer: they depend on the prompt alone."""
-        guidance = self.steering.guidance
-        assert guidance is not None
+        if self.model.device.type == "meta":
+            raise InputError("Wan's text keys cannot be made under sequential offload; use enable_model_cpu_offload()")
         if lora_scale is not None:
             scale_lora_layers(self.model, lora_scale)
         try:
-            self.steering.negatives = [
-                (
-                    wan.prompt_keys(
-                        self.model,
-                        TextContext(negative.embeds, real_tokens(negative.embeds)),
-                        padding=guidance.negative_padding,
-                    ),
-                    negative.weight,
-                )
-                for negative in negatives
-            ]
+            self.steering.negatives = [(self._keys(negative), negative.weight) for negative in negatives]
         finally:
             if lora_scale is not None:
                 unscale_lora_layers(self.model, lora_scale)
+
+    def _keys(self, negative: NegativeContext) -> PromptKeys:
+        guidance = self.steering.guidance
+        assert guidance is not None
+        context = TextContext(negative.embeds, real_tokens(negative.embeds))
+        keys = wan.prompt_keys(self.model, context, padding=guidance.negative_padding)
+        return place_keys(keys, self.model.device, negative)
 
     @contextmanager
     def install(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from torch import Tensor, cat
 
 from nasa_video.attention import Attend, TextKeys
-from nasa_video.backbones.flux_streams import EmbedText, EmbedTime, FluxRun, TextStream, block_hooks
+from nasa_video.backbones.flux_streams import EmbedText, EmbedTime, FluxRun, TextStream, enter_block, leave_block
 from nasa_video.backbones.joint import JointFormula, join_keys
 from nasa_video.backbones.scope import NegativeContext, expand_keys, new_steering
 from nasa_video.errors import InputError
@@ -31,10 +31,15 @@ _NO_KEYS = (PromptKeys(()), 1.0)
 
 
 class GuidedJointAttention:
-    """Processor of ``block.attn`` (diffusers' processor protocol)."""
+    """Processor of ``block.attn`` (diffusers' processor protocol).
 
-    def __init__(self, layer: int, run: FluxRun, before: Callable[..., Any]) -> None:
+    It also takes the negatives' streams through the block: the whole of it runs inside the block's own forward, where
+    offloading has its weights at hand.
+    """
+
+    def __init__(self, layer: int, block: Any, run: FluxRun, before: Callable[..., Any]) -> None:
         self.layer = layer
+        self.block = block
         self.run = run
         self.before = before
 
@@ -76,9 +81,10 @@ class GuidedJointAttention:
     def _advance_negatives(
         self, attn: FluxAttention, image: TextKeys, rotary: Rotary | None, length: int, double: bool
     ) -> list[tuple[TextKeys, float]]:
-        """The negatives' keys; and their own rows of the attention, which the block's hook carries on."""
+        """The negatives' keys; their streams go on to the next block, where one reads them."""
         negatives = []
         for stream in self.run.streams:
+            enter_block(self.block, stream, double=double)
             assert stream.inner is not None
             tokens = stream.inner.shape[1]
             if tokens > length:
@@ -90,7 +96,9 @@ class GuidedJointAttention:
             q, keys = project(attn, stream.inner, cut, added=double)
             if self.layer < self.run.last_layer:
                 attended = self.run.steering.attend(q, join_keys(keys, image)).flatten(2).type_as(q)
-                stream.attended = attn.to_add_out(attended) if double else attended
+                leave_block(self.block, stream, attn.to_add_out(attended) if double else attended, double=double)
+            else:
+                stream.text = stream.inner = stream.mlp = stream.temb = None
             negatives.append((TextKeys(keys.k, keys.v, stream.bias), stream.context.weight))
         return negatives
 
@@ -176,10 +184,7 @@ class FluxBackbone:
                 hooks.callback(model.time_text_embed.register_forward_hook(EmbedTime(run)).remove)
                 hooks.callback(model.context_embedder.register_forward_hook(EmbedText(run)).remove)
                 for layer, block in enumerate(blocks):
-                    enter, leave = block_hooks(run, layer, double=layer < len(self.doubles))
-                    hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                    hooks.callback(block.register_forward_hook(leave).remove)
-                    block.attn.set_processor(GuidedJointAttention(layer, run, before[layer]))
+                    block.attn.set_processor(GuidedJointAttention(layer, block, run, before[layer]))
                 yield
             finally:
                 run.streams = []

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,6 @@ class TextStream:
         inner: (B, L, C), after the block's norm: what its attention sees.
         modulation: gates and shifts of the block for this stream.
         mlp: (B, L, 4 C), the single block's parallel branch.
-        attended: (B, L, C), what the attention gave back.
     """
 
     context: NegativeContext
@@ -34,12 +32,11 @@ class TextStream:
     inner: Tensor | None = None
     modulation: tuple[Tensor, ...] = ()
     mlp: Tensor | None = None
-    attended: Tensor | None = None
 
 
 @dataclass
 class FluxRun:
-    """What the hooks and processors of one transformer share."""
+    """What the hooks and processors of one transformer share; ``text_tokens`` is the positive prompt's length."""
 
     steering: ScopedSteering
     formula: JointFormula
@@ -70,7 +67,7 @@ class EmbedTime:
 
 
 class EmbedText:
-    """Hook of the text embedding: starts each negative's stream."""
+    """Hook of the text embedding: starts each negative's stream, and says how long the positive one is."""
 
     def __init__(self, run: FluxRun) -> None:
         self.run = run
@@ -78,58 +75,34 @@ class EmbedText:
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if self.run.last_layer < 0:
             return
+        self.run.text_tokens = args[0].shape[1]
         for stream in self.run.streams:
             embeds = expand_rows(stream.context.embeds.to(args[0]), args[0].shape[0])
             stream.text = module.forward(embeds)
 
 
-def block_hooks(run: FluxRun, layer: int, *, double: bool) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Hooks before and after a block that take the negatives' streams through it."""
-    enter_stream, leave_stream = (_enter_double, _leave_double) if double else (_enter_single, _leave_single)
-
-    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
-        run.text_tokens = text.shape[1]
-        if layer <= run.last_layer:
-            for stream in run.streams:
-                enter_stream(block, stream)
-
-    def leave(block: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        last = run.last_layer
-        for stream in run.streams:
-            if layer < last:
-                leave_stream(block, stream)
-                if stream.text is not None and stream.text.dtype == float16:
-                    stream.text = stream.text.clip(-65504, 65504)
-            elif layer == last:  # nothing reads the stream any more
-                stream.text = stream.inner = stream.mlp = stream.attended = stream.temb = None
-
-    return enter, leave
+def enter_block(block: Any, stream: TextStream, *, double: bool) -> None:
+    """The block's norm of the stream (and a single block's MLP), before its attention."""
+    if double:
+        stream.inner, *modulation = block.norm1_context(stream.text, emb=stream.temb)
+        stream.modulation = tuple(modulation)
+    else:
+        stream.inner, gate = block.norm(stream.text, emb=stream.temb)
+        stream.modulation = (gate,)
+        stream.mlp = block.act_mlp(block.proj_mlp(stream.inner))
 
 
-def _enter_double(block: Any, stream: TextStream) -> None:
-    stream.inner, *modulation = block.norm1_context(stream.text, emb=stream.temb)
-    stream.modulation = tuple(modulation)
-
-
-def _leave_double(block: Any, stream: TextStream) -> None:
+def leave_block(block: Any, stream: TextStream, attended: Tensor, *, double: bool) -> None:
+    """What the block does to the stream after its attention; ``attended`` is (B, L, C), after to_add_out in a double."""
     assert stream.text is not None
-    assert stream.attended is not None
-    gate, shift_mlp, scale_mlp, gate_mlp = (x.unsqueeze(1) for x in stream.modulation)
-    text = stream.text + gate * stream.attended
-    inner = block.norm2_context(text) * (1 + scale_mlp) + shift_mlp
-    stream.text = text + gate_mlp * block.ff_context(inner)
-
-
-def _enter_single(block: Any, stream: TextStream) -> None:
-    stream.inner, gate = block.norm(stream.text, emb=stream.temb)
-    stream.modulation = (gate,)
-    stream.mlp = block.act_mlp(block.proj_mlp(stream.inner))
-
-
-def _leave_single(block: Any, stream: TextStream) -> None:
-    (gate,) = stream.modulation
-    assert stream.text is not None
-    assert stream.attended is not None
-    assert stream.mlp is not None
-    stream.text = stream.text + gate.unsqueeze(1) * block.proj_out(cat([stream.attended, stream.mlp], dim=2))
+    gate = stream.modulation[0].unsqueeze(1)
+    if double:
+        _, shift_mlp, scale_mlp, gate_mlp = (x.unsqueeze(1) for x in stream.modulation)
+        text = stream.text + gate * attended
+        inner = block.norm2_context(text) * (1 + scale_mlp) + shift_mlp
+        stream.text = text + gate_mlp * block.ff_context(inner)
+    else:
+        assert stream.mlp is not None
+        stream.text = stream.text + gate * block.proj_out(cat([attended, stream.mlp], dim=2))
+    if stream.text.dtype == float16:
+        stream.text = stream.text.clip(-65504, 65504)

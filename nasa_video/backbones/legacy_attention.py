@@ -17,7 +17,7 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 
 from nasa_video.attention import Attend, TextKeys
-from nasa_video.backbones.scope import NegativeContext, ScopedSteering, new_steering
+from nasa_video.backbones.scope import NegativeContext, ScopedSteering, new_steering, place_keys
 from nasa_video.errors import InputError
 from nasa_video.guidance import AttentionGuidance
 from nasa_video.steering import EffectMeter, PromptKeys
@@ -146,7 +146,8 @@ class LegacyBackbone:
         text = self._embed(negative.embeds.to(device, self.model.dtype))
         bias = negative.bias() if self._masks_padding else None
         bias = None if bias is None else bias.to(device)
-        return PromptKeys(tuple(project_text(attn, text, bias) for attn in self.layers))
+        layers = (project_text(attn, text, bias) for attn in self.layers)
+        return place_keys(PromptKeys(tuple(layers)), weight.device, negative)
 
     @property
     def _masks_padding(self) -> bool:

@@ -17,7 +17,7 @@ from causvid_adapter import ModelCall
 from nasa_video.attention import Attend, TextKeys
 from nasa_video.errors import InputError
 from nasa_video.guidance import AttentionGuidance
-from nasa_video.steering import EffectMeter, Steering
+from nasa_video.steering import EffectMeter, PromptKeys, Steering
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,15 @@ def expand_keys(keys: TextKeys, batch: int) -> TextKeys:
     """Keys of a prompt for every sample of a batch."""
     bias = None if keys.bias is None else expand_rows(keys.bias, batch)
     return TextKeys(expand_rows(keys.k, batch), expand_rows(keys.v, batch), bias)
+
+
+def place_keys(keys: PromptKeys, weights: torch.device, negative: NegativeContext) -> PromptKeys:
+    """Keys on the device on which the model will run: that of its weights, or the prompt's where they are offloaded."""
+    device = negative.embeds.device if weights.type in ("cpu", "meta") else weights
+    layers = (
+        TextKeys(k.k.to(device), k.v.to(device), None if k.bias is None else k.bias.to(device)) for k in keys.layers
+    )
+    return PromptKeys(tuple(layers))
 
 
 def cut_keys(keys: TextKeys, rows: slice) -> TextKeys:

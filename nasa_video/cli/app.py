@@ -12,6 +12,8 @@ from nasa_video.cli.evaluate import evaluate
 from nasa_video.cli.extend import extend
 from nasa_video.cli.generate import generate
 from nasa_video.cli.models import models
+from nasa_video.cli.serve import serve
+from nasa_video.cli.stream import stream
 
 app = typer.Typer(
     name="nasa-video",
@@ -38,6 +40,9 @@ def main(
 
 
 app.command()(generate)
+app.command()(serve)
+app.command()(stream)
+app.command()(bench)
 app.command()(extend)
 app.add_typer(models)
 app.add_typer(evaluate)

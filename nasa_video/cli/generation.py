@@ -199,15 +199,7 @@ def _cues(recipe: Recipe, pipeline: VideoPipeline) -> CueOf:
     if recipe.timeline is None:
         return lambda chunk: first
 
-    def guide(current: Guidance | None, method: str | None, scale: float | None) -> Guidance | None:
-        if method == "none":
-            return None
-        if method is not None:
-            return pipeline.guidance(method, scale)
-        assert scale is not None
-        return dataclasses.replace(current or guidance or pipeline.guidance(), scale=scale)
-
-    return recipe.timeline.cues(first, guide, lambda chunk: pipeline.frames_until(chunk) / recipe.fps)
+    return recipe.timeline.cues(first, pipeline.guide, lambda chunk: pipeline.frames_until(chunk) / recipe.fps)
 
 
 def _stream(pipeline: VideoPipeline, recipe: Recipe, cues: CueOf, start: Start | None) -> Iterator[Chunk]:

@@ -49,6 +49,15 @@ class Hub:
         self._closing = threading.Event()
         self._tidier = threading.Thread(target=self._tidy, name="nasa-video tidier", daemon=True)
 
+    def warm_up(self) -> None:
+        """Load the first model and make a chunk with it, so that the first viewer does not wait for that.
+
+        Raises:
+            InputError: its weights are missing.
+        """
+        pipeline = self.library.get(self.library.name(None))
+        next(pipeline.stream("a first picture", frames=pipeline.frames_until(1)))
+
     def open(self) -> None:
         """Start the worker."""
         self.worker.start()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nasa_video.sprites.world import ATTRIBUTES, COLOURS, FLAWS, SHAPES, Scenes
 
 GROUP = 4
-"""Frames that the first convolution reads together; what flickers repeats with this period."""
+"""Frames that the first convolution reads together, as channels; what flickers repeats with this period."""
 UNSURE_BELOW = 0.4
 NONE, UNSURE, BETWEEN = "none", "unsure", "+"
 
@@ -37,8 +37,8 @@ class DetectorNetwork(nn.Module):
 
     def __init__(self, width: int = 96) -> None:
         super().__init__()
-        self.first = nn.Conv3d(3, 16, (GROUP, 5, 5), stride=(GROUP, 2, 2), padding=(0, 2, 2))
-        self.down = nn.ModuleList((nn.Conv2d(16, 48, 3, 2, 1), nn.Conv2d(48, width, 3, 2, 1)))
+        self.first = nn.Conv2d(3 * GROUP, 24, 5, 2, 2)
+        self.down = nn.ModuleList((nn.Conv2d(24, 48, 3, 2, 1), nn.Conv2d(48, width, 3, 2, 1)))
         self.spatial = nn.ModuleList(nn.Conv2d(width, width, 3, 1, 1) for _ in range(2))
         self.temporal = nn.ModuleList(nn.Conv1d(width, width, 3, 1, 1) for _ in range(2))
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(3))
@@ -48,9 +48,9 @@ class DetectorNetwork(nn.Module):
 
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
         groups = (frames.shape[1] - 1) // GROUP
-        clip = frames[:, 1 : 1 + groups * GROUP].transpose(1, 2)
-        batch = clip.shape[0]
-        x = nn_f.silu(self.first(clip)).transpose(1, 2).flatten(0, 1)
+        batch = frames.shape[0]
+        stacked = frames[:, 1 : 1 + groups * GROUP].unflatten(1, (groups, GROUP)).flatten(2, 3).flatten(0, 1)
+        x = nn_f.silu(self.first(stacked.contiguous(memory_format=torch.channels_last)))
         for layer in self.down:
             x = nn_f.silu(layer(x))
         x = self.norms[0](x)

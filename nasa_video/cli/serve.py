@@ -1,0 +1,58 @@
+"""``nasa-video serve``: the live page."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nasa_video.cli.console import say
+
+
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the page offers: preset, folder, or hub id; the first is chosen.", show_default="sprites"
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; anything but this machine's loopback needs a token.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    token: Annotated[
+        str | None, typer.Option(envvar="NASA_VIDEO_TOKEN", help="What clients must know.", show_default="made up")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name besides localhost by which browsers call the server.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one")
+    ] = None,
+    attention: Annotated[str, typer.Option(help="sdpa or xformers.")] = "sdpa",
+    streams: Annotated[int, typer.Option(min=1, help="Videos made at once, each with its own key-value cache.")] = 4,
+    waiting: Annotated[int, typer.Option(min=0, help="Videos that may wait for a place.")] = 32,
+    viewers: Annotated[int, typer.Option(min=1, help="Open pages.")] = 64,
+    turn: Annotated[
+        float, typer.Option(min=1, help="Seconds that an endless stream keeps its place, if others wait.")
+    ] = 120,
+    record: Annotated[float, typer.Option(min=0, help="Seconds of a stream that are kept for download.")] = 600,
+    browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Show videos while they are made, in a browser; prompts and negatives can be changed while they play."""
+    from nasa_video.cli.serving import run_server
+    from nasa_video.serve.settings import DEFAULT_MODEL, ServeSettings
+
+    settings = ServeSettings(
+        models=tuple(model or (DEFAULT_MODEL,)),
+        device=device,
+        attention=attention,  # type: ignore[arg-type]
+        token=token or None,
+        allowed_hosts=tuple(allow_host or ()),
+        max_streams=streams,
+        max_waiting=waiting,
+        max_sessions=viewers,
+        turn_seconds=turn,
+        record_seconds=record,
+    )
+    run_server(settings, host, port, browser, say)

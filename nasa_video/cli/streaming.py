@@ -1,0 +1,142 @@
+"""One run of ``stream``: frames to a media server or a file until they are enough, or Ctrl-C."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from nasa_video.errors import InputError
+from nasa_video.models import DEFAULT_MODEL
+from nasa_video.pipeline import Chunk, VideoPipeline
+from nasa_video.timeline import Cue, CueOf, Timeline, parse_negative
+from nasa_video.video.base import VideoSink
+from nasa_video.video.push_sink import PushSink, is_push_url
+from nasa_video.video.sinks import open_sink
+
+
+@dataclass(frozen=True)
+class StreamRequest:
+    """The options of ``stream``; None means "not given"."""
+
+    prompt: str | None
+    negatives: tuple[str, ...]
+    scale: float | None
+    guidance: str | None
+    model: str | None
+    seed: int | None
+    steps: int | None
+    seconds: float | None
+    fps: float | None
+    device: str | None
+    timeline: Path | None
+    recompute: bool
+    to: str
+
+
+class _Enough(Exception):
+    """Ctrl-C: no further call of the model, and the video ends in order."""
+
+
+def run_stream(request: StreamRequest, say: Callable[[str], None]) -> dict[str, Any]:
+    """Send frames until there are enough of them; returns what ``--json`` prints.
+
+    Raises:
+        NasaVideoError: something that was asked for cannot be done, or the receiver goes away.
+    """
+    timeline = Timeline.read(request.timeline) if request.timeline else None
+    name = request.model or (timeline.model if timeline else None) or DEFAULT_MODEL
+    pipeline = VideoPipeline.from_pretrained(name, request.device)
+    fps = pipeline.preset.video.fps if request.fps is None else request.fps
+    limit = math.inf if request.seconds is None else max(1, round(request.seconds * fps))
+    cues = _cues(request, timeline, pipeline, fps)
+    seed = next(s for s in (request.seed, timeline.seed if timeline else None, 0) if s is not None)
+    with _interruptible(cues) as watched:
+        chunks = pipeline.stream(
+            cues(0).prompts[0],
+            cues=watched,
+            seed=seed,
+            steps=request.steps or (timeline.steps if timeline else None),
+            endless=True,
+            recompute_window=request.recompute,
+        )
+        scale = pipeline.preset.video.upscale
+        with _open(request.to, fps, scale, seed, name) as sink:
+            started = time.perf_counter()
+            for frames in _frames(chunks, limit):
+                sink.write(frames)
+    seconds = time.perf_counter() - started
+    where = sink.shown if isinstance(sink, PushSink) else request.to
+    rate = sink.num_frames / seconds
+    say(f"{where}: {sink.num_frames} frames in {seconds:.1f} s ({rate:.1f} FPS), seed {seed}")
+    if isinstance(sink, PushSink) and rate < 0.9 * fps:
+        say(
+            f"the receiver needs {fps:g} frames a second and got {rate:.1f}: viewers saw it halt; lower --fps or --steps"
+        )
+    return {
+        "to": where,
+        "frames": sink.num_frames,
+        "fps": fps,
+        "seconds": round(seconds, 3),
+        "seed": seed,
+        "model": name,
+    }
+
+
+def _open(target: str, fps: float, scale: int, seed: int, model: str) -> VideoSink:
+    if is_push_url(target):
+        return PushSink(target, fps, scale=scale)
+    return open_sink(target, fps, {"model": model, "seed": seed}, scale=scale)
+
+
+def _frames(chunks: Iterator[Chunk], limit: float) -> Iterator[Any]:
+    sent = 0
+    try:
+        for chunk in chunks:
+            left = limit - sent
+            yield chunk.frames if len(chunk.frames) <= left else chunk.frames[: int(left)]
+            sent += len(chunk.frames)
+            if sent >= limit:
+                return
+    except _Enough:
+        return
+
+
+def _cues(request: StreamRequest, timeline: Timeline | None, pipeline: VideoPipeline, fps: float) -> CueOf:
+    prompt = request.prompt or (timeline.timeline[0].prompt if timeline else None)
+    if prompt is None:
+        raise InputError('say what the video should show: nasa-video stream "a red ball bouncing" --to ball.mp4')
+    guidance = pipeline.guidance(request.guidance or "nasa", request.scale)
+    first = Cue.of(prompt, [parse_negative(text) for text in request.negatives], guidance)
+    if timeline is None:
+        return lambda chunk: first
+
+    return timeline.cues(first, pipeline.guide, lambda chunk: pipeline.frames_until(chunk) / fps)
+
+
+@contextmanager
+def _interruptible(cues: CueOf) -> Iterator[CueOf]:
+    """Cues that raise `_Enough` after the first Ctrl-C; a second one interrupts as usual."""
+    stopping = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+        signal.signal(signal.SIGINT, before)
+
+    def watched(chunk: int) -> Cue:
+        if stopping:
+            raise _Enough
+        return cues(chunk)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield watched
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# On a CUDA machine: the tests of tests/gpu, then the bench at CausVid's true size with both attention kernels, compiled
+# and not. Writes a log and one JSON file a bench. What is not installed is skipped; every step has its time limit, so
+# that the whole ends within 9 minutes. Usage: scripts/bench_gpu.sh FOLDER        (PYTHON=... names the interpreter)
+set -uo pipefail
+
+out=${1:?usage: scripts/bench_gpu.sh FOLDER}
+root=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "$out" && out=$(cd "$out" && pwd)
+cd "$root" || exit 1
+log=$out/log.txt
+: >"$log"
+
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+    if [ -x .venv/bin/python ]; then python=.venv/bin/python; else python=python3; fi
+fi
+export PYTHONUNBUFFERED=1 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+deadline=$((SECONDS + 525))
+failed=0
+
+say() { echo "== $*" | tee -a "$log"; }
+
+# step NAME SECONDS COMMAND...: at most SECONDS, less where the whole script's time is nearly up.
+step() {
+    local name=$1 limit=$2 left=$((deadline - SECONDS)) begin=$SECONDS status
+    shift 2
+    if [ "$left" -lt 20 ]; then say "$name: skipped, no time left"; return 0; fi
+    if [ "$left" -lt "$limit" ]; then limit=$left; fi
+    say "$name: $*"
+    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$out/$name.txt" >>"$log"
+    status=${PIPESTATUS[0]}
+    case $status in
+        0) say "$name: done in $((SECONDS - begin)) s" ;;
+        124 | 137) say "$name: stopped at its limit of $limit s"; failed=1 ;;
+        *) say "$name: failed with status $status"; failed=1; tail -n 15 "$out/$name.txt" ;;
+    esac
+    # The bench's last line is its JSON object.
+    if [ "$status" -eq 0 ] && [[ $name == bench-* ]]; then tail -n 1 "$out/$name.txt" >"$out/$name.json"; fi
+}
+
+has() { "$python" -c "import $1" >/dev/null 2>&1; }
+
+if ! "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' >>"$log" 2>&1; then
+    say "no CUDA device, or no torch, in $python: nothing to measure"
+    exit 0
+fi
+for package in diffusers einops rich typer pydantic yaml; do
+    if ! has "$package"; then say "$package is not installed in $python: nothing to measure"; exit 0; fi
+done
+"$python" -c 'import torch, diffusers; print(torch.__version__, diffusers.__version__, torch.cuda.get_device_name())' |
+    tee -a "$log"
+if command -v nvidia-smi >/dev/null; then nvidia-smi >>"$log" 2>&1; fi
+
+true_size=(
+    "$python" -c 'from nasa_video.cli import main; main()' bench
+    --model causvid --random-weights --width 832 --height 480 --dtype bfloat16 --device cuda --chunks 7 --json
+)
+
+step bench-sdpa 120 "${true_size[@]}" --repeats 2 --decode
+if has pytest; then
+    step tests-gpu 100 "$python" -m pytest -m gpu -p no:cacheprovider tests/gpu
+else
+    say "pytest is not installed: tests/gpu skipped"
+fi
+if has xformers.ops; then
+    step bench-xformers 110 "${true_size[@]}" --repeats 2 --attention xformers
+else
+    say "xformers is not installed: its bench and tests are skipped"
+fi
+# A compiled graph unrolls every layer and is made once a method, so compiling is measured on a model cut to 4 layers,
+# beside the same model uncompiled.
+step bench-cut 60 "${true_size[@]}" --repeats 5 --layers 4 --methods none-folded,nasa-folded,nasa-padded,nag
+if "$python" -c 'import triton' >/dev/null 2>&1; then
+    step bench-cut-compiled 120 "${true_size[@]}" --repeats 5 --layers 4 \
+        --methods none-folded,nasa-folded,nasa-padded,nag --compile
+else
+    say "triton is not installed: the compiled bench is skipped"
+fi
+say "all written to $out ($SECONDS s)"
+exit "$failed"
