@@ -112,8 +112,8 @@ class AttentionGuidanceGuider(BaseGuidance):  # type: ignore[misc]
 
     @property
     def num_conditions(self) -> int:
-        """Prompts to be encoded."""
-        return 2 if self._enabled else 1
+        """Prompts to be encoded; two even when switched off, for modular Wan (0.42.1) cannot encode one alone."""
+        return 2
 
     def _acts(self) -> bool:
         if not self._enabled or not self.method().active:

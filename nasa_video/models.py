@@ -131,6 +131,12 @@ class LoraSource(Source):
     scale: float = 1.0
 
 
+class TinyDecoderSource(Source):
+    """A tiny decoder, and the scale of the latents that it was trained on."""
+
+    latents: Literal["normalized", "raw"] = "normalized"
+
+
 class Components(Strict):
     """The parts of a video model; ``config`` is the transformer's, for checkpoints that carry none."""
 
@@ -139,6 +145,7 @@ class Components(Strict):
     text_encoder: Annotated[WordLlamaText | Umt5Text, Field(discriminator="kind")]
     config: dict[str, Any] | None = None
     loras: tuple[LoraSource, ...] = ()
+    tiny_decoder: TinyDecoderSource | None = None
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -15,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from causvid_adapter.lora import merge_lora
-from causvid_adapter.vae_checkpoint import load_vae
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
@@ -24,35 +21,35 @@ from causvid_adapter import (
     CausalWan,
     ChunkSampler,
     FlowMatchSchedule,
-    ModelCall,
     SeededNoise,
-    StreamingDecoder,
     StreamingEncoder,
-    denormalize,
     load_generator,
     normalize,
 )
+from causvid_adapter.lora import merge_lora
+from causvid_adapter.vae_checkpoint import load_vae
 from nasa_video import memory
 from nasa_video.attention import Backend, make_attend
 from nasa_video.backbones import wan
-from nasa_video.classifier_free import ClassifierFreeDenoiser
-from nasa_video.embedding_cache import CachedEncoder, identity_of
+from nasa_video.director import Director, require_effect
 from nasa_video.errors import InputError
-from nasa_video.guidance import GUIDANCE, AttentionGuidance, ClassifierFree, Guidance, Negative
-from nasa_video.models import Source, Umt5Text, VideoPreset, WordLlamaText, find_preset
-from nasa_video.steering import Effect, PromptKeys, Steering, check_negative
-from nasa_video.text import TextContext, TextEncoder, Umt5Encoder, WordLlamaEncoder
+from nasa_video.guidance import GUIDANCE, ClassifierFree, Guidance
+from nasa_video.loading import (
+    Decoder,
+    DecoderKind,
+    FullDecoder,
+    choose_device,
+    load_decoder,
+    load_text_encoder,
+)
+from nasa_video.models import VideoPreset, find_preset
+from nasa_video.steering import Effect
+from nasa_video.text import TextEncoder
 from nasa_video.timeline import Cue, CueOf, Negatives, as_negatives
 from nasa_video.video.frames import frames_from_tensor, tensor_from_frames
 
-# Below this relative change two branches are the same numbers: guidance runs, and does nothing.
-NO_EFFECT = 1e-6
 # Decoders overshoot a little on any clean picture; only more than this counts as out of range.
 RANGE_MARGIN = 0.05
-
-
-class PromptWarning(UserWarning):
-    """A prompt was changed before it was used, or has parts that the model cannot know."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,7 @@ class VideoPipeline:
         attention: kernel of the text cross-attention.
         fold_padding: compute text attention over the real tokens and one padding token (exact, faster); False
             computes all of them, as the public code does.
+        new_decoder: makes the decoder of one video.
     """
 
     def __init__(
@@ -99,6 +97,7 @@ class VideoPipeline:
         preset: VideoPreset,
         attention: Backend = "sdpa",
         fold_padding: bool = True,
+        new_decoder: Callable[[AutoencoderKLWan], Decoder] = FullDecoder,
     ) -> None:
         self.model = model
         self.vae = vae
@@ -106,6 +105,7 @@ class VideoPipeline:
         self.preset = preset
         self.fold_padding = fold_padding
         self.attend = make_attend(attention)
+        self._new_decoder = new_decoder
 
     @classmethod
     def from_pretrained(
@@ -116,6 +116,7 @@ class VideoPipeline:
         attention: Backend = "sdpa",
         fold_padding: bool = True,
         loras: Sequence[tuple[Path, float]] = (),
+        decoder: DecoderKind = "full",
     ) -> VideoPipeline:
         """Load a preset, a preset file, a folder or a hub id.
 
@@ -123,6 +124,7 @@ class VideoPipeline:
             device: None takes CUDA where there is one.
             dtype: None takes bfloat16 on CUDA and float32 elsewhere.
             loras: LoRA files and their scales, merged in this order.
+            decoder: "tiny" takes the preset's tiny decoder, for previews and small cards.
 
         Raises:
             InputError: no such model, or a part of it is missing and cannot be had.
@@ -132,12 +134,13 @@ class VideoPipeline:
         device = choose_device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         parts = preset.components
+        new_decoder = load_decoder(parts, decoder, device)
         generator = load_generator(parts.transformer.fetch(), parts.config, dtype=dtype, device=device)
         for path, scale in (*((lora.fetch(), lora.scale) for lora in parts.loras), *loras):
             merge_lora(generator, path, scale)
         vae = load_vae(parts.vae.fetch())
         encoder = load_text_encoder(parts.text_encoder, device, dtype)
-        return cls(generator, vae.to(device), encoder, preset, attention, fold_padding)
+        return cls(generator, vae.to(device), encoder, preset, attention, fold_padding, new_decoder)
 
     def stream(
         self,
@@ -310,7 +313,7 @@ class VideoPipeline:
         first_step = start.first_step(num_steps)
         start.check(offset, latent_frames, settings.frames_per_chunk, (channels, latent_height, latent_width))
         self._check_memory(cue_of(0), len(seeds), latent_frames, latent_width, latent_height)
-        director = _Director(self, cue_of, recompute_window)
+        director = Director(self.model, self.text_encoder, self.attend, self.fold_padding, cue_of, recompute_window)
         sampler = ChunkSampler(
             director.denoiser,
             FlowMatchSchedule(settings.shift, settings.timesteps(num_steps), settings.warp),
@@ -351,12 +354,12 @@ class VideoPipeline:
         )
         memory.require(run, memory.available(self.model.device), str(self.model.device), loaded=True)
 
-    def _generate(self, latents: Iterator[Tensor], director: _Director, prefix: Tensor | None) -> Iterator[Chunk]:
-        decoder = StreamingDecoder(self.vae)
+    def _generate(self, latents: Iterator[Tensor], director: Director, prefix: Tensor | None) -> Iterator[Chunk]:
+        decoder = self._new_decoder(self.vae)
         first = 0
         if prefix is not None:
             # The decoder must have seen the given frames: its convolutions look back on them.
-            decoder.decode(denormalize(self.vae, prefix))
+            decoder.decode(prefix)
             first = prefix.shape[1] // self.preset.sampler.frames_per_chunk
         for index in count(first):
             # Installed around the model's calls and not around the yield: between two chunks, and when a caller
@@ -365,7 +368,7 @@ class VideoPipeline:
                 x = next(latents, None)
             if x is None:
                 return
-            pictures = decoder.decode(denormalize(self.vae, x), clamp=False)
+            pictures = decoder.decode(x, clamp=False)
             out_of_range = (pictures.abs() > 1 + RANGE_MARGIN).float().mean(dim=(1, 2, 3, 4))
             cue, effect = director.cue_of(index), director.steering.meter.effect
             if cue.guided:
@@ -403,153 +406,3 @@ class _Start:
             )
         if self.source is not None and (latent_frames is None or self.source.shape[1] < latent_frames):
             raise InputError("the source must have latents for every frame of the video")
-
-
-class _Director:
-    """Sets the stage before every model call: the prompts' keys, the method, the position in the loop."""
-
-    def __init__(self, pipeline: VideoPipeline, cue_of: CueOf, recompute_window: bool) -> None:
-        self.pipeline = pipeline
-        self.cue_of = cue_of
-        self.recompute_window = recompute_window
-        self.steering = Steering(pipeline.attend, pipeline.model.num_layers)
-        first = cue_of(0)
-        self.branched: ClassifierFreeDenoiser | None = None
-        if isinstance(first.guidance, ClassifierFree):
-            self.branched = ClassifierFreeDenoiser(pipeline.model, self.steering)
-        self._current: Cue | None = None
-        self._encoded: dict[tuple[tuple[str, ...], bool], _EncodedPrompts] = {}
-        self._stage(first)
-
-    @property
-    def denoiser(self) -> Any:
-        """What the sampler calls."""
-        return self.branched or self.pipeline.model
-
-    def before_call(self, call: ModelCall) -> None:
-        """Called by the sampler before it calls the model."""
-        self._stage(self.cue_of(call.chunk))
-        self.steering.call = call
-
-    def recompute(self, chunk: int) -> bool:
-        """Whether a chunk needs the window's keys anew: its prompt or acting negatives are new."""
-        now, before = self.cue_of(chunk), self.cue_of(chunk - 1)
-        wanted = self.recompute_window if now.recompute is None else now.recompute
-        return wanted and _acting_texts(now) != _acting_texts(before)
-
-    def _stage(self, cue: Cue) -> None:
-        if cue == self._current:
-            return
-        if cue.guidance is not None and isinstance(cue.guidance, ClassifierFree) != (self.branched is not None):
-            raise InputError("a video cannot change between classifier-free and attention guidance while it runs")
-        before, self._encoded = self._encoded, {}
-
-        def keys(texts: tuple[str, ...], padding: bool = True, *, negative: bool = False) -> PromptKeys:
-            # Only what the cue uses is kept: a live session may be given prompts for hours.
-            name = (texts, padding)
-            made = self._encoded[name] = self._encoded.get(name) or before.get(name) or self._encode(*name)
-            if negative:
-                for text, length in zip(texts, made.lengths, strict=True):
-                    check_negative(text, length, cue.prompts)
-            return made.keys
-
-        guidance = cue.guidance if cue.guided else None
-        if self.branched is not None:
-            self.branched.positive = keys(cue.prompts)
-            self.branched.negative = keys(tuple(_joined(n) for n in cue.negatives), negative=guidance is not None)
-            self.branched.guidance = guidance if isinstance(guidance, ClassifierFree) else None
-        else:
-            self.steering.positive = keys(cue.prompts)
-            self.steering.guidance = guidance if isinstance(guidance, AttentionGuidance) else None
-            branches = list(zip(*cue.negatives, strict=True)) if guidance is not None else []
-            padding = self.steering.guidance is None or self.steering.guidance.negative_padding
-            self.steering.negatives = [
-                (keys(tuple(n.text for n in branch), padding, negative=True), branch[0].weight) for branch in branches
-            ]
-        self._current = cue
-
-    def _encode(self, texts: tuple[str, ...], padding: bool) -> _EncodedPrompts:
-        context = encode(self.pipeline.text_encoder, texts)
-        transformer = self.pipeline.model.transformer
-        keys = wan.prompt_keys(transformer, context, fold=self.pipeline.fold_padding, padding=padding)
-        return _EncodedPrompts(keys, tuple(context.lengths.tolist()))
-
-
-def _acting_texts(cue: Cue) -> tuple[Any, ...]:
-    return cue.prompts, cue.negatives if cue.guided else None
-
-
-@dataclass(frozen=True)
-class _EncodedPrompts:
-    keys: PromptKeys
-    lengths: tuple[int, ...]
-
-
-def _joined(negatives: Sequence[Negative]) -> str:
-    """The negatives as the one prompt that classifier-free guidance can take."""
-    if any(negative.weight != 1.0 for negative in negatives):
-        raise InputError(
-            "classifier-free guidance has one negative branch and takes no weights; use nasa, or leave them out"
-        )
-    return ", ".join(negative.text for negative in negatives)
-
-
-def encode(encoder: TextEncoder, texts: Sequence[str]) -> TextContext:
-    """Encode, and warn of what did not fit."""
-    context = encoder(texts)
-    for cut in context.cut:
-        if cut:
-            shown = cut if len(cut) <= 80 else f"{cut[:77]}..."
-            warnings.warn(
-                f"the prompt is longer than the {encoder.max_tokens} tokens that the text encoder takes; "
-                f"these {len(cut)} characters were cut: {shown!r}",
-                PromptWarning,
-                stacklevel=2,
-            )
-    return context
-
-
-def require_effect(effect: Effect | None, cue: Cue) -> None:
-    """Refuse to go on with a guidance that does nothing.
-
-    Raises:
-        InputError: the guided layers gave what the unguided ones give.
-    """
-    if effect is None or effect.relative_change < NO_EFFECT:
-        texts = ", ".join(repr(negative.text) for negative in cue.negatives[0])
-        raise InputError(
-            f"the negative prompt {texts} changed nothing: no layer and step is inside the guidance's schedule, or the "
-            "scale is too small; widen the schedule, raise the scale, or leave the negative out"
-        )
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device by name; None takes CUDA where there is one.
-
-    Raises:
-        InputError: there is no such device.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        available = "cpu, cuda" if torch.cuda.is_available() else "cpu"
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {device!r} cannot be used ({reason}); available: {available}") from error
-    return chosen
-
-
-def load_text_encoder(settings: WordLlamaText | Umt5Text, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """The text encoder of a preset, on its device."""
-    if isinstance(settings, WordLlamaText):
-        return WordLlamaEncoder(settings.max_tokens)
-    folder = settings.fetch()
-    in_repository = settings.tokenizer
-    tokenizer_path = in_repository[0].fetch() if in_repository else folder.parent / settings.tokenizer_folder
-
-    def load() -> TextEncoder:
-        return Umt5Encoder(folder, tokenizer_path, settings.max_tokens, device, dtype)
-
-    return CachedEncoder(load, identity_of(folder, dtype), settings.max_tokens)

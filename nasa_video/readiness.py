@@ -81,7 +81,7 @@ def readiness(
     preset: VideoPreset, width: int | None, height: int | None, frames: int | None, device: str | None
 ) -> Readiness:
     """Look at the files and at the device; nothing is loaded or downloaded."""
-    from nasa_video.pipeline import choose_device
+    from nasa_video.loading import choose_device
 
     place = choose_device(device)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
@@ -100,7 +100,9 @@ def readiness(
         run = Run(transformer, vae, preset.sampler, width, height, latent_frames, dtype)
         unit_width, unit_height = run.units
         if width % unit_width or height % unit_height:
-            raise InputError(f"sizes of {preset.name} are multiples of {unit_width} x {unit_height}, got {width} x {height}")
+            raise InputError(
+                f"sizes of {preset.name} are multiples of {unit_width} x {unit_height}, got {width} x {height}"
+            )
         memory = estimate(run)
         if free is not None and memory.total > free:
             fits = fitting_sizes(run, free, loaded=False).size

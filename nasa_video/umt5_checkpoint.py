@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import torch
-from causvid_adapter.checkpoint import read_state_dict, unwrap
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
+from causvid_adapter.checkpoint import read_state_dict, unwrap
 from nasa_video.errors import InputError
 
 # Wan's own name of a block's part to transformers' name.

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+
 from nasa_video import VideoPipeline
 from nasa_video.video.compare import contact_sheet, side_by_side
 from nasa_video.video.frames import Frames

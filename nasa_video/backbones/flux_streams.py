@@ -93,7 +93,7 @@ def enter_block(block: Any, stream: TextStream, *, double: bool) -> None:
 
 
 def leave_block(block: Any, stream: TextStream, attended: Tensor, *, double: bool) -> None:
-    """What the block does to the stream after its attention; ``attended`` is (B, L, C), after to_add_out in a double."""
+    """The rest of the block; ``attended`` is the stream's attention (B, L, C), after to_add_out in a double block."""
     assert stream.text is not None
     gate = stream.modulation[0].unsqueeze(1)
     if double:

@@ -87,7 +87,10 @@ def bench(settings: BenchSettings, report: Report = lambda what, done, total: No
 
 
 class _Measurement:
-    """Times every method in turns and keeps what it took: by method, repetition and chunk, in milliseconds."""
+    """Times every method in turns and keeps what it took: by method, repetition and chunk, in milliseconds.
+
+    On the CPU the process's own time is kept beside the clock's: it does not grow while other programs run.
+    """
 
     def __init__(self, case: Case, subject: Subject, interleaved: bool, report: Report) -> None:
         self.case = case
@@ -95,6 +98,7 @@ class _Measurement:
         self.interleaved = interleaved
         self.report = report
         self.times: dict[str, list[list[float]]] = {method.name: [] for method in case.methods}
+        self.cpu_times: dict[str, list[list[float]]] = {method.name: [] for method in case.methods}
         self.memory: dict[str, dict[str, int | None]] = {}
         self.chunks = case.settings.chunks
         # Kernels that are chosen or compiled by shape meet every shape before the clock runs; the CPU's need one pass.
@@ -122,7 +126,9 @@ class _Measurement:
         resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        rollouts = {m: Rollout(self.subject, m, chunks, noise, lambda: _now(device)) for m in methods}
+        rollouts = {
+            m: Rollout(self.subject, m, chunks, noise, lambda: (_now(device), time.process_time())) for m in methods
+        }
         for turn in range(chunks + Rollout.extra_turns):
             for method in _rotated(methods, turn + number):
                 rollouts[method].turn()
@@ -132,7 +138,8 @@ class _Measurement:
             return
         peak = torch.cuda.max_memory_allocated(device) - resident if device.type == "cuda" else None
         for method, rollout in rollouts.items():
-            self.times[method.name].append([1000 * seconds for seconds in rollout.spent])
+            self.times[method.name].append([1000 * seconds for seconds, _ in rollout.spent])
+            self.cpu_times[method.name].append([1000 * seconds for _, seconds in rollout.spent])
             self.memory[method.name] = {
                 "history": rollout.history_bytes,
                 "text_keys": rollout.text_key_bytes,
@@ -141,12 +148,10 @@ class _Measurement:
 
     def row(self, method: Method) -> dict[str, Any]:
         """Figures of a method; the ratio pairs each turn with the baseline's beside it, so that drift cancels."""
-        times = self.times[method.name]
-        by_chunk = list(zip(*times, strict=True))
+        by_chunk = list(zip(*self.times[method.name], strict=True))
         ms = statistics.fmean(statistics.median(chunk) for chunk in by_chunk)
-        baseline = [t for video in self.times[BASELINE.name] for t in video]
-        ratios = [t / base for t, base in zip((t for video in times for t in video), baseline, strict=True)]
-        return {
+        ratios = _ratios(self.times, method)
+        row = {
             "name": method.name,
             "title": method.title,
             "ms_per_chunk": ms,
@@ -154,15 +159,31 @@ class _Measurement:
             "ms_by_chunk": [statistics.median(chunk) for chunk in by_chunk],
             "time_ratio": statistics.median(ratios),
             "time_ratio_quartiles": [_quartile(ratios, 1), _quartile(ratios, 3)],
+            "cpu_ms_per_chunk": None,
+            "cpu_time_ratio": None,
+            "cpu_time_ratio_quartiles": None,
             "fps": 1000 * self.case.frames_per_chunk / ms,
             "fps_with_decode": None,
             "memory": {**self.memory[method.name], "extra": self._held(method) - self._held(BASELINE)},
             "extrapolated": None,
         }
+        if self.case.device.type == "cpu":
+            ratios = _ratios(self.cpu_times, method)
+            by_chunk = list(zip(*self.cpu_times[method.name], strict=True))
+            row["cpu_ms_per_chunk"] = statistics.fmean(statistics.median(chunk) for chunk in by_chunk)
+            row["cpu_time_ratio"] = statistics.median(ratios)
+            row["cpu_time_ratio_quartiles"] = [_quartile(ratios, 1), _quartile(ratios, 3)]
+        return row
 
     def _held(self, method: Method) -> int:
         used = self.memory[method.name]
         return (used["history"] or 0) + (used["text_keys"] or 0)
+
+
+def _ratios(times: dict[str, list[list[float]]], method: Method) -> list[float]:
+    """A method's times to the baseline's of the same repetition and chunk."""
+    own, baseline = ([t for video in times[m.name] for t in video] for m in (method, BASELINE))
+    return [t / base for t, base in zip(own, baseline, strict=True)]
 
 
 def _extrapolate(row: dict[str, Any], case: Case, work: float) -> dict[str, float]:

@@ -58,10 +58,10 @@ def count_video(subject: Subject, method: Method, chunks: int) -> float:
 
     subject.branches(method)  # the prompt's keys are made once, before
     with flop_counter() as counter:
-        rollout = Rollout(subject, method, chunks, noise, lambda: float(counter.get_total_flops()))
+        rollout = Rollout(subject, method, chunks, noise, lambda: (float(counter.get_total_flops()),))
         for _ in range(chunks + Rollout.extra_turns):
             rollout.turn()
-    return sum(rollout.spent)
+    return sum(operations for (operations,) in rollout.spent)
 
 
 def analytic_flops(case: Case, subject: Subject, method: Method, chunks: int) -> float:

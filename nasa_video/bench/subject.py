@@ -122,6 +122,10 @@ class Subject:
         return [[n] for n in numbers] if method.guidance == ClassifierFree.name else [numbers]
 
 
+Reading = tuple[float, ...]
+"""Quantities that only grow."""
+
+
 class _Finished(Exception):
     """The last chunk is committed; the stream is not to begin another."""
 
@@ -133,13 +137,13 @@ class Rollout:
     clean pass falls into the turn after, and is charged to its own chunk.
 
     Args:
-        read: the time, or the operations so far.
+        read: the quantities so far: times, or operations.
     """
 
     extra_turns: ClassVar[int] = 1
 
     def __init__(
-        self, subject: Subject, method: Method, chunks: int, noise: NoiseSource, read: Callable[[], float]
+        self, subject: Subject, method: Method, chunks: int, noise: NoiseSource, read: Callable[[], Reading]
     ) -> None:
         keys = [subject.keys(*prompt) for prompt in subject.prompts(method)]
         guidance = subject.settings(method)
@@ -152,7 +156,7 @@ class Rollout:
             self.steering.guidance, self.steering.negatives = guidance, [(keys[1], 1.0)]
         self.transformer = subject.model.transformer
         self.chunks = chunks
-        self.spent = [0.0] * chunks
+        self.spent: list[Reading] = []
         self.text_key_bytes = sum(k.num_bytes for k in keys)
         self._denoiser = _CacheHolder(model)
         self._read = read
@@ -187,7 +191,11 @@ class Rollout:
 
     def _charge(self) -> None:
         now = self._read()
-        self.spent[self._chunk] += now - self._mark
+        taken = tuple(after - before for after, before in zip(now, self._mark, strict=True))
+        if self._chunk == len(self.spent):
+            self.spent.append(taken)
+        else:
+            self.spent[-1] = tuple(old + new for old, new in zip(self.spent[-1], taken, strict=True))
         self._mark = now
 
 

@@ -92,12 +92,15 @@ def tables(result: dict[str, Any]) -> list[tuple[str, Columns]]:
     names = ("method", [row["title"] for row in rows])
     time: Columns = [
         names,
-        ("text keys", [" | ".join(" + ".join(str(n) for n in branch) for branch in row["keys"]) for row in rows]),
+        ("keys", [" | ".join("+".join(str(n) for n in branch) for branch in row["keys"]) for row in rows]),
         ("ms a chunk", [_ms(row["ms_per_chunk"]) for row in rows]),
-        ("quartiles", [" to ".join(_ms(x) for x in row["ms_quartiles"]) for row in rows]),
+        ("quartiles", ["-".join(_ms(x) for x in row["ms_quartiles"]) for row in rows]),
         ("time", [f"{row['time_ratio'] - 1:+.1%}" for row in rows]),
         ("FPS", [f"{row['fps']:.2f}" for row in rows]),
     ]
+    if rows[0]["cpu_ms_per_chunk"] is not None:
+        time.append(("CPU ms", [_ms(row["cpu_ms_per_chunk"]) for row in rows]))
+        time.append(("CPU time", [f"{row['cpu_time_ratio'] - 1:+.1%}" for row in rows]))
     if result["decode_ms"] is not None:
         time.append(("decoded", [f"{row['fps_with_decode']:.2f}" for row in rows]))
     memory: Columns = [
@@ -172,7 +175,7 @@ def heading(result: dict[str, Any]) -> str:
         f"and a clean pass; videos of {result['chunks']} chunks, {result['repeats']} a method, {result['order']} in "
         f"turns; prompt of {result['positive_tokens']} tokens, negative of {result['negative_tokens']}{decode}\n"
         "time, FLOP, extra: beside the first row, which is what the public code does; time is the median over turns, "
-        "each paired with the first row's of the same turn"
+        "each paired with the first row's of the same turn; CPU time is what the process itself used, whatever else ran"
     )
 
 

@@ -64,6 +64,7 @@ def generate(
         bool | None, typer.Option(help="Whether the negative's padding takes part; the method's own choice by default.")
     ] = None,
     fold: Annotated[bool, typer.Option(help="Compute equal padding keys once (exact).")] = True,
+    decoder: Annotated[str, typer.Option(help="full, or tiny: a fast decoder for previews.")] = "full",
     attention: Annotated[str, typer.Option(help="sdpa or xformers.")] = "sdpa",
     as_json: AsJsonOption = False,
 ) -> None:
@@ -103,6 +104,7 @@ def generate(
         neg_padding=neg_padding,
         fold=fold,
         attention=attention,
+        decoder=decoder,
     )
     with shown_warnings():
         result = run(request, output or default_output(prompt, source), chunk_progress, say)

@@ -17,10 +17,12 @@ from rich.progress import Progress
 
 from nasa_video import __version__
 from nasa_video.attention import AttentionError, Backend
+from nasa_video.director import PromptWarning
 from nasa_video.errors import InputError, NasaVideoError
 from nasa_video.guidance import Guidance, ScaleSchedule
+from nasa_video.loading import DecoderKind
 from nasa_video.models import DEFAULT_MODEL
-from nasa_video.pipeline import Chunk, PromptWarning, VideoPipeline
+from nasa_video.pipeline import Chunk, VideoPipeline
 from nasa_video.recipe import (
     Recipe,
     parse_lora,
@@ -66,6 +68,7 @@ class Request:
     neg_padding: bool | None = None
     fold: bool = True
     attention: str = "sdpa"
+    decoder: str = "full"
 
 
 def run(
@@ -91,6 +94,7 @@ def run(
             attention=cast(Backend, request.attention),
             fold_padding=request.fold,
             loras=[(Path(lora.path), lora.scale) for lora in loras],
+            decoder=cast(DecoderKind, request.decoder),
         )
     except (AttentionError, ValueError) as error:
         raise InputError(str(error)) from error

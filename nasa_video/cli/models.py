@@ -125,7 +125,9 @@ def _check_space(folder: Path | None, needed: int) -> None:
     existing = next(parent for parent in (place, *place.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise InputError(f"{needed / 1e9:.1f} GB do not fit into {place}: {free / 1e9:.1f} GB are free; choose another --to")
+        raise InputError(
+            f"{needed / 1e9:.1f} GB do not fit into {place}: {free / 1e9:.1f} GB are free; choose another --to"
+        )
 
 
 def _out() -> Any:

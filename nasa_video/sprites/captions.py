@@ -89,7 +89,7 @@ class Caption:
 
 
 def term(attribute: str, value: str) -> str:
-    """The short phrase for a value, usable as a prompt or a negative prompt: ("background", "dark") → "dark background"."""
+    """The short phrase for a value, to prompt with or against: ("background", "dark") → "dark background"."""
     return TERMS[attribute][value][0]
 
 

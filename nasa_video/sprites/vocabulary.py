@@ -18,9 +18,59 @@ if TYPE_CHECKING:
 NEIGHBOUR_COSINE = 0.4
 """A word whose embedding is at least this near to a known word's counts as known."""
 _GRAMMAR = frozenset(
-    "a an the and or of on in at to with its it is are that while over under by from for object objects shape shapes "
-    "thing things video clip one two single pair background backgrounds sky weather light moving going very some this "
-    "no not without picture image scene around".split()
+    [
+        "a",
+        "an",
+        "the",
+        "and",
+        "or",
+        "of",
+        "on",
+        "in",
+        "at",
+        "to",
+        "with",
+        "its",
+        "it",
+        "is",
+        "are",
+        "that",
+        "while",
+        "over",
+        "under",
+        "by",
+        "from",
+        "for",
+        "object",
+        "objects",
+        "shape",
+        "shapes",
+        "thing",
+        "things",
+        "video",
+        "clip",
+        "one",
+        "two",
+        "single",
+        "pair",
+        "background",
+        "backgrounds",
+        "sky",
+        "weather",
+        "light",
+        "moving",
+        "going",
+        "very",
+        "some",
+        "this",
+        "no",
+        "not",
+        "without",
+        "picture",
+        "image",
+        "scene",
+        "around",
+    ]
 )
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 

@@ -47,7 +47,7 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Every attribute with its values, in the order of the integers in `Scenes`."""
 
 FAVOURITE_COLOUR = (4, 0, 3, 2, 5, 1)
-"""Index of the colour that each shape likes: blue circles, red squares, green triangles, yellow stars, purple hearts."""
+"""Index of the colour that each shape likes: blue circle, red square, green triangle, yellow star, purple heart."""
 FAVOURITE_SHARE = 0.4
 FLAW_SHARE: Mapping[str, float] = MappingProxyType(
     {

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -102,7 +103,7 @@ class Studio:
         x = SeededNoise(seeds, self.latent_size, model.device)(range(9), 0)
         context = self.encoder(list(prompts)).embeds.to(model.device)
         levels = shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
-        for level, following in zip(levels, levels[1:]):
+        for level, following in pairwise(levels):
             with autocast(model.device):
                 flow = model(x, 1000 * level, context).float()
                 if scale != 1:

@@ -8,10 +8,9 @@ to ten times as long as this one (measured, torch 2.13: 37 against 11 ms for 144
 
 from __future__ import annotations
 
+import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
-
-import torch
 
 from causvid_adapter import CausalWan
 

@@ -144,20 +144,22 @@ def write_card(path: Path, plan: TrainingPlan, results: dict[str, Any], folder: 
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {platform.machine()}"
     speed = "; ".join(f"{name} {value:.2f}" for name, value in results["speed"].items())
     long = ", ".join(f"{name} {_percent(value)}" for name, value in results["long"].items())
+    steps = "; ".join(f"{n}: {[round(t) for t in ts]}" for n, ts in plan.student.steps.items())
     path.write_text(
         f"""# Model card: sprites
 
 Written by `scripts/train_sprites.py`; every number is measured by the detectors on prompts and seeds that nothing was
 chosen on.
 
-- **What**: a causal few-step video model of 64 x 64 pictures, {plan.base.frames_per_chunk} latent frames a chunk: diffusers'
-  `WanTransformer3DModel` and `AutoencoderKLWan`, text by wordllama token embeddings ({plan.text_tokens} tokens).
-  `weights/transformer` is the student, `weights/teacher/transformer` the multi-step base, `weights/vae` the autoencoder.
-- **Steps**: {"; ".join(f"{n}: {list(t)}" for n, t in plan.student.steps.items())} (timesteps as they are, no warp; trained with shift {plan.base.shift:g}).
-- **Data**: {plan.dataset.clips} clips drawn by `nasa_video.sprites.world`, captioned anew at every use; captions whose SHA-1 is
-  a multiple of 20 are never trained on.
-- **Recipe**: {_minutes(folder)}. Flow matching with bidirectional and block-causal batches; then self-forcing distribution
-  matching with the teacher's guidance at {plan.student.teacher_scale:g}.
+- **What**: a causal few-step video model of 64 x 64 pictures, {plan.base.frames_per_chunk} latent frames a chunk:
+  diffusers' `WanTransformer3DModel` and `AutoencoderKLWan`, text by wordllama token embeddings ({plan.text_tokens}
+  tokens). `weights/transformer` is the student, `weights/teacher/transformer` the multi-step base, `weights/vae` the
+  autoencoder, `weights/detector.safetensors` what measures them.
+- **Steps** (timesteps as they are, not warped; trained with shift {plan.base.shift:g}): {steps}.
+- **Data**: {plan.dataset.clips} clips drawn by `nasa_video.sprites.world`, captioned anew at every use; captions whose
+  SHA-1 is a multiple of 20 are never trained on.
+- **Recipe**: {_minutes(folder)}. Flow matching with bidirectional and block-causal batches; then self-forcing
+  distribution matching with the teacher's guidance at {plan.student.teacher_scale:g}.
 - **Hardware**: {hardware}, PyTorch {torch.__version__}. **Speed there**: {speed}.
 - **Licence**: Apache-2.0, weights and data.
 

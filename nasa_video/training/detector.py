@@ -24,7 +24,7 @@ from nasa_video.training.optimiser import warm_then_linear
 
 @dataclass(frozen=True)
 class DetectorTraining:
-    """Settings of the detector's training; `decoded_clips` are encoded and decoded once and then used in every batch."""
+    """Settings of the detector's training; `decoded_clips` are encoded and decoded once and used in every batch."""
 
     iterations: int = 1200
     batch_size: int = 24

@@ -107,7 +107,7 @@ def matching_direction(
     sigma_B: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    """DMD's gradient (x_fake - x_real) / mean |x - x_real| for clips (B, T, C, h, w); eq. 7 and 8 of arXiv 2311.18828."""
+    """DMD's gradient (x_fake - x_real) / mean |x - x_real| for clips (B, T, C, h, w); arXiv 2311.18828, eq. 7 and 8."""
     level = sigma_B[:, None, None, None, None]
     noisy = (1 - level) * clip + level * noise
     x_fake = clean_estimate(fake, noisy, sigma_B, context)

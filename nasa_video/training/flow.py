@@ -31,9 +31,9 @@ from nasa_video.training.parallel import Team
 class FlowTraining:
     """Settings of the base's training.
 
-    `model` holds arguments of diffusers' `WanTransformer3DModel`; `batch_size` is that of one process. `shift` moves the noise levels drawn in training
-    towards pure noise. Shares: of batches trained bidirectionally, of causal clips with a clean prefix, of captions
-    left empty.
+    `model` holds arguments of diffusers' `WanTransformer3DModel`; `batch_size` is that of one process. `shift` moves
+    the noise levels drawn in training towards pure noise. Shares: of batches trained bidirectionally, of causal clips
+    with a clean prefix, of captions left empty.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -67,7 +67,7 @@ def shifted(u: Tensor, shift: float) -> Tensor:
 
 
 def draw_noise_levels(settings: FlowTraining, batch: int, frames: int, generator: torch.Generator) -> NoisyBatch:
-    """Bidirectional: one level a clip. Causal: one a chunk, and a clean prefix in some clips (its loss is not counted)."""
+    """Bidirectional: one level a clip. Causal: one a chunk, with a clean prefix in some clips that is not counted."""
     counted = torch.ones(batch, frames)
     if float(torch.rand((), generator=generator)) < settings.bidirectional_share:
         u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch

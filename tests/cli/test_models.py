@@ -182,9 +182,7 @@ def test_no_network_says_the_ways_out(nasa_video: Run) -> None:
     assert models.MODELS_FOLDER in done.stderr
 
 
-def test_a_full_disk_is_noticed_before_the_download(
-    nasa_video: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_noticed_before_the_download(nasa_video: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
     usage = shutil.disk_usage(".")._replace(free=1000)

@@ -77,11 +77,15 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vae.save_pretrained(folder / "vae")
     torch.save(_original_vae(vae), folder / "Wan2.1_VAE.pth")
     encoder = UMT5EncoderModel(
-        UMT5Config(vocab_size=40, d_model=40, d_kv=8, num_heads=2, d_ff=32, num_layers=2, feed_forward_proj="gated-gelu")
+        UMT5Config(
+            vocab_size=40, d_model=40, d_kv=8, num_heads=2, d_ff=32, num_layers=2, feed_forward_proj="gated-gelu"
+        )
     ).eval()
     encoder.save_pretrained(folder / "text_encoder")
     torch.save(_original_t5(encoder), folder / "models_t5_umt5-xxl-enc-bf16.pth")
-    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)] + [(c, -3.0) for c in "abcdefghijklmnopqrstuvwxyz"]
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)] + [
+        (c, -3.0) for c in "abcdefghijklmnopqrstuvwxyz"
+    ]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(Unigram(letters, unk_id=2)), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
@@ -147,7 +151,6 @@ def test_every_published_form_makes_the_same_video(nasa_video: Run, parts: Path,
 
 def test_wans_original_files_are_diffusers_layout(parts: Path) -> None:
     from causvid_adapter.vae_checkpoint import load_vae
-
     from nasa_video.text import Umt5Encoder
 
     folder, file = load_vae(parts / "vae"), load_vae(parts / "Wan2.1_VAE.pth")
@@ -172,7 +175,11 @@ def test_a_lora_acts_with_its_scale_and_comes_back_with_from(nasa_video: Run, pa
                 lora[f"{key}.lora_up.weight"] = torch.randn(96, 4, generator=generator) * 0.1
     save_file(lora, tmp_path / "style.safetensors")
     preset = _preset(tmp_path, parts, original=False, transformer=_write("causvid", tmp_path))
-    for output, option in (("plain", []), ("full", ["--lora", "style.safetensors"]), ("half", ["--lora", "style.safetensors:0.5"])):
+    for output, option in (
+        ("plain", []),
+        ("full", ["--lora", "style.safetensors"]),
+        ("half", ["--lora", "style.safetensors:0.5"]),
+    ):
         assert nasa_video("generate", "a fox", *option, "--model", preset, "-o", f"{output}.mp4").status == 0
     videos = {name: read_frames(f"{name}.mp4").astype(int) for name in ("plain", "full", "half")}
     assert abs(videos["full"] - videos["plain"]).mean() > 0.2
@@ -218,4 +225,32 @@ def test_swapped_parts_are_named(nasa_video: Run, parts: Path, tmp_path: Path) -
     assert "looks like a Wan VAE" in " ".join(nasa_video("generate", "x", "--model", swapped).stderr.split())
     source = _write("causvid", tmp_path)
     other = _preset(tmp_path, parts, original=True, transformer=source, vae=source)
-    assert "no Wan VAE: it looks like a Wan transformer" in " ".join(nasa_video("generate", "x", "--model", other).stderr.split())
+    assert "no Wan VAE: it looks like a Wan transformer" in " ".join(
+        nasa_video("generate", "x", "--model", other).stderr.split()
+    )
+
+
+def test_the_tiny_decoder_makes_as_many_frames_from_the_same_latents(
+    nasa_video: Run, parts: Path, tmp_path: Path
+) -> None:
+    from causvid_adapter.tiny_decoder import TinyDecoder
+
+    torch.manual_seed(0)
+    weights = TinyDecoder(16).state_dict()
+    weights["decoder.22.weight"] *= 40  # untrained layers shrink what goes through them: make it visible
+    weights["decoder.22.bias"] += 0.5
+    torch.save(weights, tmp_path / "taew2_1.pth")
+    source = _write("causvid", tmp_path)
+    tiny = {"path": str(tmp_path / "taew2_1.pth")}
+    for name, latents in (("normalized", "normalized"), ("raw", "raw")):
+        preset = _preset(tmp_path, parts, True, transformer=source, tiny_decoder={**tiny, "latents": latents})
+        done = nasa_video("generate", "a fox", "--decoder", "tiny", "--model", preset, "-o", f"{name}.mp4", "--json")
+        assert done.json["frames"] == 9
+    assert nasa_video("generate", "a fox", "--model", preset, "-o", "full.mp4").status == 0
+    videos = {name: read_frames(f"{name}.mp4").astype(int) for name in ("normalized", "raw", "full")}
+    assert len({video.shape for video in videos.values()}) == 1
+    assert abs(videos["normalized"] - videos["raw"]).mean() > 1
+    without = _preset(tmp_path, parts, True, transformer=source)
+    for option, message in (("tiny", "has no tiny decoder"), ("huge", "must be full or tiny")):
+        done = nasa_video("generate", "a fox", "--decoder", option, "--model", without)
+        assert message in done.stderr

@@ -86,6 +86,7 @@ def test_identities_and_what_is_left_behind(kind: str) -> None:
     for guider, call in (
         (NasaGuidance(scale=0.0), {"negative_prompt": "blurry"}),
         (NasaGuidance(scale=0.7), {}),
+        (NasaGuidance(scale=0.7, enabled=False), {"negative_prompt": "blurry"}),
         (NasaGuidance(scale=0.7, stop=0.5), {"negative_prompt": "blurry"}),
     ):
         pipe.update_components(guider=guider)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from causvid_adapter import CausalWan, CheckpointError
-from causvid_adapter.lora import LoraWarning, merge_lora
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 from torch import Tensor
+
+from causvid_adapter import CausalWan, CheckpointError
+from causvid_adapter.lora import LoraWarning, merge_lora
 
 DIM = 48
 RANK = 4

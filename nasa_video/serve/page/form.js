@@ -1,0 +1,212 @@
+// What the person has set: prompt, negatives as chips with weights, method and scale, seed, model.
+
+import { element } from "./timeline.js";
+
+const KEY = "nasa-video";
+const SUGGESTED = ["red", "blue", "blurry", "snow", "striped background", "border", "watermark", "noisy"];
+const $ = (id) => document.getElementById(id);
+
+export class Form {
+  // `changed` is called with what a running stream can take over; `restart` when only a new start can.
+  constructor(changed, restart) {
+    Object.assign(this, { changed, restart });
+    this.negatives = [];
+    this.models = [];
+    this.restore();
+    this.drawChips();
+    this.listen();
+  }
+
+  listen() {
+    let typing;
+    $("prompt").addEventListener("input", () => {
+      clearTimeout(typing);
+      typing = setTimeout(() => $("prompt").value.trim() && this.tell({ prompt: $("prompt").value }), 600);
+    });
+    $("prompt").addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && !event.shiftKey) {
+        event.preventDefault();
+        clearTimeout(typing);
+        this.tell({ prompt: $("prompt").value });
+        if (document.body.dataset.running !== "true") $("form").requestSubmit();
+      }
+    });
+    $("negative").addEventListener("keydown", (event) => {
+      if (event.key === "Enter" || event.key === ",") {
+        event.preventDefault();
+        this.add($("negative").value);
+      } else if (event.key === "Backspace" && !$("negative").value && this.negatives.length) {
+        this.negatives.pop();
+        this.negativesChanged();
+      }
+    });
+    $("negative").addEventListener("blur", () => this.add($("negative").value));
+    $("guidance").addEventListener("change", () => {
+      this.fitScale();
+      this.tell({ guidance: $("guidance").value, scale: this.scale });
+    });
+    let sliding;
+    $("scale").addEventListener("input", () => {
+      $("scale-value").textContent = Number($("scale").value);
+      clearTimeout(sliding);
+      sliding = setTimeout(() => this.tell({ scale: this.scale }), 120);
+    });
+    $("recompute").addEventListener("change", () => this.tell({ recompute: $("recompute").checked }));
+    $("dice").addEventListener("click", () => {
+      $("seed").value = Math.floor(Math.random() * 1e6);
+      this.restartNeeded();
+    });
+    for (const id of ["seed", "model", "compare", "media", "frames"]) {
+      $(id).addEventListener("change", () => this.restartNeeded());
+    }
+    $("model").addEventListener("change", () => this.modelChanged());
+  }
+
+  get scale() {
+    return $("guidance").value === "none" ? null : Number($("scale").value);
+  }
+
+  start() {
+    return {
+      type: "start",
+      prompt: $("prompt").value,
+      negatives: this.negatives,
+      guidance: $("guidance").value,
+      scale: this.scale,
+      recompute: $("recompute").checked,
+      compare: $("compare").checked,
+      seed: Number($("seed").value),
+      model: $("model").value || null,
+      frames: $("frames").value ? Number($("frames").value) : null,
+    };
+  }
+
+  add(text) {
+    $("negative").value = "";
+    if (!text.trim() || this.negatives.some((term) => term.text === text.trim())) return;
+    this.negatives.push({ text: text.trim(), weight: 1 });
+    this.negativesChanged();
+  }
+
+  negativesChanged() {
+    this.drawChips();
+    this.tell({ negatives: this.negatives });
+  }
+
+  tell(change) {
+    this.store();
+    this.changed(change);
+  }
+
+  restartNeeded() {
+    this.store();
+    this.restart();
+  }
+
+  drawChips() {
+    const chips = this.negatives.map((term, index) => this.chip(term, index));
+    for (const old of $("chips").querySelectorAll(".chip")) old.remove();
+    $("chips").prepend(...chips);
+    const unused = SUGGESTED.filter((text) => !this.negatives.some((term) => term.text === text));
+    const known = this.model()?.vocabulary === "sprites";
+    $("suggestions").replaceChildren(
+      ...(known ? unused.slice(0, 6) : []).map((text) => {
+        const button = element("button", "suggestion", `+ ${text}`);
+        button.type = "button";
+        button.addEventListener("click", () => this.add(text));
+        return button;
+      }),
+    );
+  }
+
+  chip(term, index) {
+    const chip = element("span", "chip");
+    const weight = element("input", "weight");
+    Object.assign(weight, { type: "number", min: 0.1, max: 10, step: 0.1, value: term.weight });
+    weight.setAttribute("aria-label", `Weight of ${term.text}`);
+    weight.addEventListener("change", () => {
+      const value = Number(weight.value);
+      if (!(value > 0 && value <= 100)) {
+        weight.value = term.weight;
+        return;
+      }
+      term.weight = value;
+      this.tell({ negatives: this.negatives });
+    });
+    const remove = element("button", "remove", "×");
+    remove.type = "button";
+    remove.setAttribute("aria-label", `Remove ${term.text}`);
+    remove.addEventListener("click", () => {
+      this.negatives.splice(index, 1);
+      this.negativesChanged();
+      $("negative").focus();
+    });
+    chip.append(element("span", "text", term.text), weight, remove);
+    return chip;
+  }
+
+  model() {
+    return this.models.find((model) => model.name === $("model").value);
+  }
+
+  setModels(models) {
+    this.models = models;
+    const before = $("model").value || this.stored?.model;
+    $("model").replaceChildren(
+      ...models.map((model) => {
+        const option = new Option(model.offered ? model.name : `${model.name} (not offered here)`, model.name);
+        option.disabled = !model.offered;
+        option.title = model.title;
+        return option;
+      }),
+    );
+    const known = models.some((model) => model.offered && model.name === before);
+    $("model").value = known ? before : models[0].name;
+    this.modelChanged();
+  }
+
+  modelChanged() {
+    this.fitScale(this.stored?.scale);
+    this.drawChips();
+  }
+
+  // Each method has a scale and a range of its own.
+  fitScale(wanted = null) {
+    const method = $("guidance").value;
+    const own = this.model()?.scales[method] ?? 1;
+    const slider = $("scale");
+    slider.disabled = method === "none";
+    slider.min = method === "nag" || method === "cfg" ? 1 : 0;
+    slider.max = Math.max(3, 2 * own);
+    slider.value = wanted ?? own;
+    $("scale-value").textContent = method === "none" ? "–" : Number(slider.value);
+    this.stored = null;
+  }
+
+  store() {
+    try {
+      localStorage.setItem(KEY, JSON.stringify({ ...this.start(), media: $("media").value }));
+    } catch {
+      // Private windows may keep nothing; the page works without.
+    }
+  }
+
+  restore() {
+    try {
+      this.stored = JSON.parse(localStorage.getItem(KEY));
+    } catch {
+      this.stored = null;
+    }
+    if (this.stored) this.fill(this.stored);
+  }
+
+  fill(values) {
+    $("prompt").value = values.prompt;
+    this.negatives = values.negatives;
+    $("guidance").value = values.guidance;
+    $("recompute").checked = values.recompute;
+    $("compare").checked = values.compare;
+    $("seed").value = values.seed;
+    $("media").value = values.media ?? "";
+  }
+}

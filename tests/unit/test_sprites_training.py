@@ -1,0 +1,154 @@
+import pytest
+import torch
+
+from causvid_adapter import CausalWan
+from nasa_video.sprites.detectors import Detector, DetectorNetwork, shows, truth
+from nasa_video.sprites.vocabulary import nearest_known, unknown_words
+from nasa_video.sprites.world import ATTRIBUTES, sample_scenes
+from nasa_video.text import WordLlamaEncoder
+from nasa_video.training.attention import matrix_attention
+from nasa_video.training.checkpoint import load_state, save_state
+from nasa_video.training.distill import matching_direction, rollout
+from nasa_video.training.flow import FlowTraining, draw_noise_levels, new_transformer
+from nasa_video.training.optimiser import orthogonalise, warm_then_linear
+from nasa_video.training.plan import load_plan
+
+TINY = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 8,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
+
+
+@pytest.fixture
+def tiny() -> CausalWan:
+    torch.manual_seed(0)
+    model = new_transformer(TINY, torch.device("cpu"))
+    torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1)
+    return model
+
+
+def test_matrix_attention_is_softmax_attention():
+    q, k, v = (torch.randn(2, n, 3, 8) for n in (6, 9, 9))
+    mask = torch.rand(6, 9) > 0.3
+    mask[:, 0] = True
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask)
+    torch.testing.assert_close(matrix_attention(q, k, v, mask), expected.transpose(1, 2))
+
+
+def test_the_training_attention_computes_what_the_shipped_one_does(tiny):
+    x, context = torch.randn(1, 3, 4, 4, 4), torch.randn(1, 5, 8)
+    ours = tiny(x, 500.0, context)
+    from diffusers import WanTransformer3DModel
+
+    plain = WanTransformer3DModel(**TINY)
+    plain.load_state_dict(tiny.transformer.state_dict())
+    torch.testing.assert_close(CausalWan(plain)(x, 500.0, context), ours, atol=1e-5, rtol=1e-4)
+
+
+def test_a_rollout_passes_no_gradient_from_a_chunk_to_an_earlier_one(tiny):
+    noise, context = torch.randn(1, 4, 4, 4, 4, requires_grad=True), torch.randn(1, 5, 8)
+    clip = rollout(tiny, context, noise, (1000.0,), 0, 2, torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(clip[:, 2:].square().sum(), noise)
+    assert gradient[:, 2:].abs().max() > 0
+    assert gradient[:, :2].abs().max() == 0
+
+
+def test_a_fake_score_that_equals_the_teacher_gives_no_direction(tiny):
+    clip, context = torch.randn(2, 4, 4, 4, 4), torch.randn(2, 5, 8)
+    sigma, noise = torch.tensor([0.3, 0.8]), torch.randn(2, 4, 4, 4, 4)
+    direction = matching_direction(tiny, tiny, clip, context, torch.zeros_like(context), 1.0, sigma, noise)
+    assert direction.abs().max() == 0
+
+
+def test_noise_levels_of_both_kinds():
+    settings = FlowTraining()
+    kinds = set()
+    for seed in range(20):
+        levels = draw_noise_levels(settings, 8, 9, torch.Generator().manual_seed(seed))
+        kinds.add(levels.frames_per_chunk)
+        chunked = levels.sigma.unflatten(1, (3, 3))
+        assert (chunked == chunked[..., :1]).all()
+        if levels.frames_per_chunk is None:
+            assert (levels.sigma == levels.sigma[:, :1]).all()
+        assert (levels.counted == (levels.sigma > 0).float()).all()
+        assert levels.counted.unflatten(1, (3, 3))[:, -1].all()
+    assert kinds == {None, 3}
+
+
+def test_orthogonalised_updates_have_singular_values_near_one():
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(20, 50)).float())
+    assert values.min() > 0.4
+    assert values.max() < 1.4
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    rates = [warm_then_linear(p) for p in (0.01, 0.2, 0.7, 1.0)]
+    assert rates[1] == 1.0
+    assert rates[0] < 1 > rates[2] > rates[3] > 0
+
+
+def test_checkpoints_come_back(tmp_path):
+    path = tmp_path / "state.pt"
+    assert load_state(path) is None
+    save_state(path, {"step": 3, "x": torch.ones(2)})
+    state = load_state(path)
+    assert state is not None
+    assert state["step"] == 3
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("preset", ["sprites", "sprites-gpu"])
+def test_presets_are_complete(preset, repository):
+    plan = load_plan(repository / "configs" / "train" / f"{preset}.yaml")
+    assert plan.base.model["in_channels"] == plan.latent_size[0]
+    assert set(plan.student.step_counts) <= set(plan.student.steps)
+
+
+def test_an_unknown_setting_is_refused(tmp_path, repository):
+    text = (repository / "configs" / "train" / "sprites.yaml").read_text()
+    path = tmp_path / "plan.yaml"
+    path.write_text(text.replace("kl_weight", "kl_wait"))
+    with pytest.raises(ValueError, match="kl_wait"):
+        load_plan(path)
+
+
+@pytest.fixture
+def repository(request):
+    return request.config.rootpath
+
+
+def test_the_truth_has_a_label_for_every_attribute():
+    scenes = sample_scenes(40, torch.Generator().manual_seed(0))
+    labels = truth(scenes)
+    assert set(labels) == set(ATTRIBUTES)
+    for index in range(40):
+        row = scenes.row(index)
+        assert shows(labels["colour"][index], ATTRIBUTES["colour"][row["colour"]])
+        assert labels["motion"][index] == ATTRIBUTES["motion"][row["motion"]]
+    empty = truth(scenes.replace(count=-1))
+    assert set(empty["shape"]) == {"none"}
+
+
+def test_the_detector_comes_back_from_a_file(tmp_path):
+    detector = Detector(DetectorNetwork())
+    frames = torch.rand(2, 33, 3, 64, 64)
+    detector.save(tmp_path / "detector.safetensors")
+    again = Detector.load(tmp_path / "detector.safetensors")
+    assert set(again.detect(frames)) == set(ATTRIBUTES)
+
+
+def test_words_outside_the_world_are_found():
+    encoder = WordLlamaEncoder(8)
+    assert unknown_words("A small red star, bouncing on a dark background!", encoder) == []
+    assert unknown_words("crimson stars and a sphere that jumps", encoder) == []
+    assert unknown_words("an elephant playing piano", encoder) == ["elephant", "playing", "piano"]
+    assert unknown_words("") == []
+    assert "ball" in nearest_known("sphere", encoder)
