@@ -43,8 +43,10 @@ class AttentionGuidanceGuider(BaseGuidance):  # type: ignore[misc]
     _input_predictions = ["pred_cond"]  # noqa: RUF012  (diffusers wants a list)
 
     def __init__(self, start: float = 0.0, stop: float = 1.0, enabled: bool = True) -> None:
-        super().__init__(start, stop, enabled)
+        # To diffusers it is never disabled: modular Wan (0.42.1) cannot encode a prompt without a negative.
+        super().__init__(start, stop, enabled=True)
         self.meter = EffectMeter()
+        self._wanted = self._on = enabled
         self._negative: tuple[Tensor | None, Tensor | None] = (None, None)
         self._backbones: dict[int, tuple[nn.Module, Backbone, Tensor]] = {}
         self._installed = ExitStack()
@@ -94,7 +96,11 @@ class AttentionGuidanceGuider(BaseGuidance):  # type: ignore[misc]
     def disable(self) -> None:
         """Switch off; said aloud, because diffusers' SDXL loop does it to every guider of an LCM UNet."""
         logger.warning("attention guidance is switched off: the negative prompt has no effect until enable()")
-        super().disable()
+        self._on = False
+
+    def enable(self) -> None:
+        """Switch on again, unless the config has it off: diffusers' SDXL loop enables every guider."""
+        self._on = self._wanted
 
     def __call__(self, data: list[Any]) -> GuiderOutput:
         """What the one pass predicted."""
@@ -112,11 +118,11 @@ class AttentionGuidanceGuider(BaseGuidance):  # type: ignore[misc]
 
     @property
     def num_conditions(self) -> int:
-        """Prompts to be encoded; two even when switched off, for modular Wan (0.42.1) cannot encode one alone."""
+        """Prompts to be encoded."""
         return 2
 
     def _acts(self) -> bool:
-        if not self._enabled or not self.method().active:
+        if not self._on or not self.method().active:
             return False
         if self._num_inference_steps is None:
             return True

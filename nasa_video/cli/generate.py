@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -66,6 +67,7 @@ def generate(
     fold: Annotated[bool, typer.Option(help="Compute equal padding keys once (exact).")] = True,
     decoder: Annotated[str, typer.Option(help="full, or tiny: a fast decoder for previews.")] = "full",
     attention: Annotated[str, typer.Option(help="sdpa or xformers.")] = "sdpa",
+    preview: Annotated[bool, typer.Option("--preview", help="Watch it in a browser while it is made.")] = False,
     as_json: AsJsonOption = False,
 ) -> None:
     """Make a video that shows PROMPT and steers away from every --neg."""
@@ -106,8 +108,13 @@ def generate(
         attention=attention,
         decoder=decoder,
     )
-    with shown_warnings():
-        result = run(request, output or default_output(prompt, source), chunk_progress, say)
+    with shown_warnings(), ExitStack() as stack:
+        watch = None
+        if preview:
+            from nasa_video.serve.preview import Preview
+
+            watch = stack.enter_context(Preview(say)).watch
+        result = run(request, output or default_output(prompt, source), chunk_progress, say, watch)
     if as_json:
         emit_json(result)
 

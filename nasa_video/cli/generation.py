@@ -71,8 +71,18 @@ class Request:
     decoder: str = "full"
 
 
+Watch = Callable[
+    [VideoPipeline, Recipe, Iterator[Chunk], Iterator[Chunk] | None], tuple[Iterator[Chunk], Iterator[Chunk] | None]
+]
+"""Looks at the guided and the unguided chunks as they pass (see serve.preview)."""
+
+
 def run(
-    request: Request, output: str, make_progress: Callable[[], Progress], say: Callable[[str], None]
+    request: Request,
+    output: str,
+    make_progress: Callable[[], Progress],
+    say: Callable[[str], None],
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Generate and write; returns what ``--json`` prints.
 
@@ -109,6 +119,8 @@ def run(
     unguided = None
     if recipe.compare:
         unguided = _stream(pipeline, recipe, lambda chunk: cues(chunk).unguided, start)
+    if watch is not None:
+        chunks, unguided = watch(pipeline, recipe, chunks, unguided)
     written = _write(chunks, unguided, recipe, pipeline, output, make_progress, start)
     _report(written, recipe, say)
     return {
@@ -322,7 +334,7 @@ def warn_of_unknown_words(pipeline: VideoPipeline, recipe: Recipe) -> None:
     """Say kindly when a prompt has words that a model with a small world cannot know."""
     if pipeline.preset.vocabulary != "sprites":
         return
-    from nasa_video.sprites.world import unknown_words
+    from nasa_video.sprites.vocabulary import unknown_words
 
     texts = [recipe.prompt, *(negative.text for negative in recipe.negatives)]
     unknown = sorted({word for text in texts for word in unknown_words(text)})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 from nasa_video.errors import InputError
 from nasa_video.guidance import ClassifierFree
+from nasa_video.director import PromptWarning
 from nasa_video.pipeline import VideoPipeline
 from nasa_video.serve.outgoing import Gone
 from nasa_video.serve.protocol import Wanted
@@ -16,7 +18,8 @@ from nasa_video.timeline import Cue, Timeline, TimelineEntry, format_negative
 class LiveCues:
     """A `CueOf` that may change: a change acts from the next chunk that is begun.
 
-    ``wanted`` is checked against the model before it counts, since a stream that raises has ended.
+    ``wanted`` is checked against the model before it counts, since a stream that raises has ended. ``notes``: what its
+    texts' reader should know.
 
     Raises:
         InputError: as `check`.
@@ -26,6 +29,7 @@ class LiveCues:
         self.pipeline = pipeline
         self.wanted = wanted
         self.closed = False
+        self.notes: list[str] = []
         self._lock = threading.Lock()
         self._fixed: dict[int, Cue] = {}
         self._changes: list[tuple[int, Cue]] = []
@@ -52,7 +56,11 @@ class LiveCues:
             if len(self._changes) >= MAX_CHANGES:
                 raise InputError(f"a stream takes {MAX_CHANGES} changes; start it anew")
         # Encodes the texts and checks what they can do; generates nothing.
-        self.pipeline.stream(wanted.prompt, cues=lambda chunk: cue, endless=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", PromptWarning)
+            self.pipeline.stream(wanted.prompt, cues=lambda chunk: cue, endless=True)
+        self.notes = [str(warning.message) for warning in caught if issubclass(warning.category, PromptWarning)]
+        self.notes += _unknown_words(self.pipeline, [wanted.prompt, *(term.text for term in wanted.negatives)])
         return cue
 
     def change(self, wanted: Wanted) -> None:
@@ -90,6 +98,17 @@ class LiveCues:
                 entries.append(_entry(shown_before / fps, cue, before))
                 before = cue
         return Timeline(model=model, seed=seed, steps=steps, frames=frames, timeline=tuple(entries))
+
+
+def _unknown_words(pipeline: VideoPipeline, texts: list[str]) -> list[str]:
+    if pipeline.preset.vocabulary != "sprites":
+        return []
+    from nasa_video.sprites.vocabulary import unknown_words
+
+    words = sorted({word for text in texts for word in unknown_words(text, pipeline.text_encoder)})
+    if not words:
+        return []
+    return [f"this model lives in a small world of coloured shapes and has never seen {', '.join(words)}"]
 
 
 def _entry(at: float, cue: Cue, before: Cue | None) -> TimelineEntry:

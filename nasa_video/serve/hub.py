@@ -7,7 +7,9 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from nasa_video.serve.jobs import Job
 from nasa_video.serve.library import Library
@@ -49,6 +51,11 @@ class Hub:
         self._closing = threading.Event()
         self._tidier = threading.Thread(target=self._tidy, name="nasa-video tidier", daemon=True)
 
+    @property
+    def preview(self) -> dict[str, Any] | None:
+        """What every viewer is shown, where that is fixed."""
+        return None
+
     def warm_up(self) -> None:
         """Load the first model and make a chunk with it, so that the first viewer does not wait for that.
 
@@ -85,11 +92,17 @@ class Hub:
             self.streams.tidy()
 
         key = secrets.token_urlsafe(16)
-        stream = LiveStream(key, start, self.library, self.settings, self.folder, outgoing, self.worker.wake, ended)
+        stream = self.make_stream(key, start, outgoing, ended)
         kept = KeptStream(stream)
         self.worker.submit(stream)
         self.streams.put(kept)
         return stream
+
+    def make_stream(
+        self, key: str, start: Start, outgoing: Outgoing, ended: Callable[[LiveStream], None]
+    ) -> LiveStream:
+        """The stream of a client."""
+        return LiveStream(key, start, self.library, self.settings, self.folder, outgoing, self.worker.wake, ended)
 
     def new_job(self, request: VideoRequest) -> Job:
         """Begin a job, or put it in the line; errors as `new_stream`."""

@@ -91,10 +91,10 @@ class PreviewHub(Hub):
     def preview(self) -> dict[str, Any] | None:
         return self.run.description
 
-    def make_stream(self, key: str, start: Start, outgoing: Outgoing, ended: Callable[[LiveStream], None]) -> LiveStream:
-        stream = PreviewStream(
-            key, start, self.library, self.settings, self.folder, outgoing, self.worker.wake, ended
-        )
+    def make_stream(
+        self, key: str, start: Start, outgoing: Outgoing, ended: Callable[[LiveStream], None]
+    ) -> LiveStream:
+        stream = PreviewStream(key, start, self.library, self.settings, self.folder, outgoing, self.worker.wake, ended)
         stream.run = self.run
         return stream
 

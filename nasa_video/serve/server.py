@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import socket
+from collections.abc import Callable
 
 import uvicorn
 
@@ -22,7 +23,13 @@ class Server(uvicorn.Server):
         InputError: the address cannot be listened at.
     """
 
-    def __init__(self, settings: ServeSettings, host: str = "127.0.0.1", port: int = 8000) -> None:
+    def __init__(
+        self,
+        settings: ServeSettings,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        make_hub: Callable[[ServeSettings], Hub] = Hub,
+    ) -> None:
         if not is_loopback(host):
             settings = dataclasses.replace(
                 settings,
@@ -31,7 +38,7 @@ class Server(uvicorn.Server):
             )
         self.settings = settings
         self.listener = _listen(host, port)
-        self.hub = Hub(settings)
+        self.hub = make_hub(settings)
         super().__init__(
             uvicorn.Config(
                 create_app(self.hub),

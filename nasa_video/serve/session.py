@@ -65,7 +65,14 @@ class Session:
             "changes": MAX_CHANGES,
             "record_seconds": settings.record_seconds,
         }
-        self.outgoing.say("hello", protocol=PROTOCOL, version=__version__, models=list(settings.models), limits=limits)
+        self.outgoing.say(
+            "hello",
+            protocol=PROTOCOL,
+            version=__version__,
+            models=list(settings.models),
+            limits=limits,
+            preview=self.hub.preview,
+        )
 
     async def _send(self) -> None:
         try:

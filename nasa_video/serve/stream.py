@@ -183,6 +183,8 @@ class LiveStream:
                 self.recorder = Recorder(self._folder, picture.fps, limit, 1 if picture.compare else picture.scale)
             kind = start.media[0]
             self._say_started(kind, picture)
+            if self._cues is not None:
+                self._say_notes(self._cues)
             self._delivery = Delivery(
                 picture, kind, self._outgoing, self.recorder, lambda: self._position, self._wake, self._finish
             )
@@ -230,6 +232,11 @@ class LiveStream:
             self._outgoing.say("error", code="refused", message=str(error))
         else:
             self._outgoing.say("accepted", from_chunk=self._cues.next_chunk)
+            self._say_notes(self._cues)
+
+    def _say_notes(self, cues: LiveCues) -> None:
+        for note in cues.notes:
+            self._outgoing.say("note", message=note)
 
     def _viewer_needs_more(self) -> bool:
         """Whether what the viewer has not seen yet lasts no longer than making more will take."""

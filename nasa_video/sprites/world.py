@@ -11,9 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from nasa_video.text import TextEncoder
 
 FRAME_SIZE = 64
 """Height and width of a picture in pixels."""
@@ -157,3 +161,10 @@ def sample_scenes(n: int, generator: torch.Generator) -> Scenes:
     flaws = {name: (torch.rand(n, generator=generator) < share).long() for name, share in FLAW_SHARE.items()}
     jitter = torch.rand(n, NUM_JITTERS, generator=generator)
     return Scenes(shape=shape, colour=colour, shape2=shape2, colour2=colour2, **drawn, **flaws, jitter=jitter)
+
+
+def unknown_words(prompt: str, encoder: TextEncoder | None = None) -> list[str]:
+    """The prompt's words that this world does not know; see `nasa_video.sprites.vocabulary.unknown_words`."""
+    from nasa_video.sprites import vocabulary
+
+    return vocabulary.unknown_words(prompt, encoder)

@@ -105,13 +105,15 @@ function drop() {
 const hearing = {
   hello(message) {
     retry = 500;
-    $("connection").textContent = `connected · version ${message.version}`;
+    document.title = message.preview ? "nasa-video preview" : document.title;
+    $("connection").textContent = "connected";
     state("ready", 'Say what to show, then press "Start".');
     preview = message.preview ?? null;
     if (preview) {
       form.fill(preview);
       form.drawChips();
-      for (const control of $("form").elements) control.disabled = true;
+      for (const control of [...$("form").elements, ...$("chips").querySelectorAll("*")]) control.disabled = true;
+      $("replay").remove();
       start();
     }
   },
@@ -123,7 +125,8 @@ const hearing = {
     Object.assign(stream, { key: message.stream, ...message });
     timeline.clear(message.fps);
     $("plays").textContent = `${message.fps} FPS`;
-    $("stage").style.aspectRatio = `${message.width} / ${message.height}`;
+    $("stage").style.setProperty("--ratio", message.width / message.height);
+    $("with").textContent = `with ${$("guidance").selectedOptions[0].text}`;
     $("captions").hidden = !message.compare;
     offerDownloads(false);
     begin(message, 0);
@@ -136,14 +139,16 @@ const hearing = {
     chunks.push(chunk);
     if (chunks.length > 100) chunks.shift();
     timeline.add(chunk);
-    if (chunk.index === 0) {
+    if (chunk.first_frame === 0) {
       stream.firstSeconds = chunk.seconds;
       offerDownloads(true);
     }
     $("made").textContent = `${chunk.fps.toFixed(1)} FPS`;
     // Slower than it plays: rather evenly slow than halting.
     const rate = chunk.fps / stream.fps;
-    player?.setRate(rate < 0.97 ? Math.max(0.25, 0.95 * rate) : 1);
+    const played = rate < 0.97 ? Math.max(0.25, 0.95 * rate) : 1;
+    player?.setRate(played);
+    $("plays").textContent = played < 1 ? `${(played * stream.fps).toFixed(1)} of ${stream.fps} FPS` : `${stream.fps} FPS`;
   },
   accepted({ from_chunk }) {
     notice("");
@@ -234,7 +239,7 @@ function firstPicture() {
 }
 
 function offerDownloads(now) {
-  $("replay").hidden = !now;
+  if ($("replay")) $("replay").hidden = !now;
   for (const [id, file] of [["save-video", "video.mp4"], ["save-timeline", "timeline.yaml"]]) {
     $(id).setAttribute("aria-disabled", String(!now));
     if (now) $(id).href = `v1/streams/${stream.key}/${file}`;
