@@ -78,7 +78,8 @@ class TinyDecoder(nn.Module):
 
     def forward(self, latents: Tensor, memory: list[Tensor | None]) -> Tensor:
         """(B, T, C, h, w) -> (B, 4 T, 3, 8 h, 8 w), about 0 to 1; ``memory`` holds the last frame each block saw."""
-        x, block = latents, 0
+        x: Tensor = latents
+        block = 0
         for layer in self.decoder:
             if isinstance(layer, MemoryBlock):
                 past, memory[block] = memory[block], x[:, -1]
@@ -114,7 +115,7 @@ class TinyStreamingDecoder:
         if latents.ndim != 5 or latents.shape[1] == 0:
             raise ShapeError(f"latents must be (B, T, C, h, w) with T >= 1, got {tuple(latents.shape)}")
         weight = next(self.decoder.parameters())
-        frames = self.decoder(latents.to(weight.device, weight.dtype), self._memory) * 2 - 1
+        frames: Tensor = self.decoder(latents.to(weight.device, weight.dtype), self._memory) * 2 - 1
         if self._first:
             frames, self._first = frames[:, _DROPPED:], False
         return frames.clamp(-1.0, 1.0) if clamp else frames

@@ -122,7 +122,10 @@ def _folder(repo: str, folder: str, endpoint: str | None) -> list[str]:
 def _reason(what: str, error: Exception) -> str:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if status in (401, 403):
-        return f"the hub refuses {what} (HTTP {status}): it is gated or private; accept its terms on its page, then run: hf auth login"
+        return (
+            f"the hub refuses {what} (HTTP {status}): it is gated or private; accept its terms on its page, "
+            "then run: hf auth login"
+        )
     if status == 404:
         return f"the hub has no {what} (HTTP 404); its repository may have moved"
     return (

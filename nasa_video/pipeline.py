@@ -239,7 +239,7 @@ class VideoPipeline:
             InputError: the chunking does not allow it; the message names the nearest two that it does.
         """
         frames = self.preset.video.frames if frames is None else frames
-        stride = self.vae.config.scale_factor_temporal
+        stride: int = self.vae.config.scale_factor_temporal
         chunk = stride * self.preset.sampler.frames_per_chunk
         first = chunk - stride + 1
         if frames < first or (frames - first) % chunk:
@@ -278,7 +278,7 @@ class VideoPipeline:
         self.check_frames(len(frames))
         self.check_size(frames.shape[2], frames.shape[1])
         encoder = StreamingEncoder(self.vae)
-        stride = self.vae.config.scale_factor_temporal
+        stride: int = self.vae.config.scale_factor_temporal
         pictures = tensor_from_frames(frames).unsqueeze(0).to(self.model.device)
         # Some frames at a time: a long clip's activations need not fit at once.
         bounds = [0, *range(1 + 2 * stride, len(frames), 2 * stride), len(frames)]
@@ -287,7 +287,7 @@ class VideoPipeline:
 
     def frames_until(self, chunk: int) -> int:
         """Pictures shown before a chunk starts."""
-        stride = self.vae.config.scale_factor_temporal
+        stride: int = self.vae.config.scale_factor_temporal
         return max(0, chunk * stride * self.preset.sampler.frames_per_chunk - (stride - 1))
 
     def _plan(

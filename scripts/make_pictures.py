@@ -1,4 +1,4 @@
-"""Draws the README's pictures from the shipped model: python scripts/make_pictures.py [FOLDER]. Seeds 0 to 2, none chosen."""
+"""Draws the README's pictures from the shipped model (seeds 0 to 2, none chosen): make_pictures.py [FOLDER]."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def parse_methods(text: str, pipeline: VideoPipeline) -> list[Method]:
         for switch in switches:
             if switch not in ("nopad", "pad") or guidance.name == "cfg":
                 raise InputError(f"method {label!r}: unknown switch {switch!r}; nasa, nag and vsf take nopad and pad")
-            guidance = dataclasses.replace(guidance, negative_padding=switch == "pad")  # type: ignore[call-arg]
+            guidance = dataclasses.replace(guidance, negative_padding=switch == "pad")  # type: ignore[arg-type, call-arg]
         methods.append(Method(label, guidance))
     if not methods:
         raise InputError("give at least one method, such as none,cfg:3,nasa")

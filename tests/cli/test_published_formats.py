@@ -1,4 +1,4 @@
-"""Small checkpoints written in the true formats of CausVid, Self-Forcing, LongLive and Wan, through the command line."""
+"""Small checkpoints in the true formats of CausVid, Self-Forcing, LongLive and Wan, through the command line."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def decoder() -> TinyDecoder:
 
 
 def by_hand(state: dict[str, Tensor], latents: Tensor) -> Tensor:
-    """One frame after the other and one layer after the other, from the published layout: (T, C, h, w) in, frames out."""
+    """Frame after frame and layer after layer, from the published layout: (T, C, h, w) in, frames out."""
 
     def conv(name: str, x: Tensor) -> Tensor:
         weight = state[f"decoder.{name}.weight"]
