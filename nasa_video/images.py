@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from nasa_video.errors import InputError
 from nasa_video.guidance import GUIDANCE, ClassifierFree, Guidance
-from nasa_video.models import Strict, configs_dir, read_yaml
+from nasa_video.models import Source, Strict, configs_dir, read_yaml
 
 Family = Literal["pixart", "sd", "sdxl", "flux"]
 Method = Literal["nasa", "nag", "vsf", "cfg"]
@@ -116,6 +116,18 @@ class ImagePreset(Strict):
     def needs(self) -> list[str]:
         """What must be here, for people."""
         return [self.base.repo, *([] if self.weights is None else [self.weights.description])]
+
+    @property
+    def present(self) -> bool:
+        """Whether its files are on this machine."""
+        sources = [Source(repo=self.base.repo, file="model_index.json")]
+        own = self.weights
+        if own is not None:
+            if own.repo is None:
+                return False
+            inside = f"{own.subfolder}/" if own.subfolder else ""
+            sources.append(Source(repo=own.repo, file=own.file or f"{inside}config.json"))
+        return all(source.find() is not None for source in sources)
 
     def make_guidance(self, method: str = "nasa", scale: float | None = None) -> Guidance:
         """A method with this model's settings.

@@ -159,6 +159,7 @@ class VideoPipeline:
         prefix: Tensor | None = None,
         source: Tensor | None = None,
         strength: float = 1.0,
+        shown_prefix: int = 0,
     ) -> Iterator[Chunk]:
         """Make one video, yielding frames as they are made.
 
@@ -177,6 +178,7 @@ class VideoPipeline:
                 them is yielded, chunk indices count them, and ``frames`` is the length of prefix and new frames.
             source: latents (1, T, C, h, w) of a video to redraw, one for every frame.
             strength: how much of it is redrawn, above 0 to 1: that share of the steps is run.
+            shown_prefix: latent frames at the end of the prefix that are decoded and yielded again, in whole chunks.
 
         Raises:
             InputError: anything above that cannot be used; before the first chunk is made.
@@ -184,7 +186,7 @@ class VideoPipeline:
         cue = Cue.of(prompt, negative, guidance or (self.guidance() if as_negatives(negative) else None))
         chunks = self._plan(
             cues or (lambda index: cue), [seed], frames, endless, steps, width, height, recompute_window,
-            start=_Start(prefix, source, strength),
+            start=_Start(prefix, source, strength, shown_prefix),
         )  # fmt: skip
         return (dataclasses.replace(chunk, frames=chunk.frames[0]) for chunk in chunks)
 
@@ -332,7 +334,7 @@ class VideoPipeline:
             before_call=director.before_call,
             recompute=director.recompute,
         )
-        return self._generate(latents, director, start.prefix)
+        return self._generate(latents, director, start)
 
     def _check_memory(self, cue: Cue, batch: int, latent_frames: int | None, width: int, height: int) -> None:
         """Refuse what cannot fit on the device (latent width and height)."""
@@ -354,27 +356,36 @@ class VideoPipeline:
         )
         memory.require(run, memory.available(self.model.device), str(self.model.device), loaded=True)
 
-    def _generate(self, latents: Iterator[Tensor], director: Director, prefix: Tensor | None) -> Iterator[Chunk]:
+    def _generate(self, latents: Iterator[Tensor], director: Director, start: _Start) -> Iterator[Chunk]:
         decoder = self._new_decoder(self.vae)
-        first = 0
-        if prefix is not None:
+        size = self.preset.sampler.frames_per_chunk
+        given = () if start.prefix is None else start.prefix.split(size, dim=1)
+        shown = start.shown_prefix // size
+        for index, x in enumerate(given):
             # The decoder must have seen the given frames: its convolutions look back on them.
-            decoder.decode(prefix)
-            first = prefix.shape[1] // self.preset.sampler.frames_per_chunk
-        for index in count(first):
+            chunk = self._decode(decoder, x, index, director, None)
+            if index >= len(given) - shown:
+                yield chunk
+        for index in count(len(given)):
             # Installed around the model's calls and not around the yield: between two chunks, and when a caller
             # drops the stream, the model is as it was found.
             with wan.install(self.model.transformer, director.steering):
-                x = next(latents, None)
-            if x is None:
+                made = next(latents, None)
+            if made is None:
                 return
-            pictures = decoder.decode(x, clamp=False)
-            out_of_range = (pictures.abs() > 1 + RANGE_MARGIN).float().mean(dim=(1, 2, 3, 4))
-            cue, effect = director.cue_of(index), director.steering.meter.effect
-            if cue.guided:
-                require_effect(effect, cue)
-            frames = np.stack([frames_from_tensor(sample) for sample in pictures])
-            yield Chunk(index, frames, x, cue, effect, out_of_range.tolist(), director.steering.meter.lap())
+            effect = director.steering.meter.effect
+            if director.cue_of(index).guided:
+                require_effect(effect, director.cue_of(index))
+            yield self._decode(decoder, made, index, director, effect)
+
+    def _decode(
+        self, decoder: Decoder, latents: Tensor, index: int, director: Director, effect: Effect | None
+    ) -> Chunk:
+        pictures = decoder.decode(latents, clamp=False)
+        out_of_range = (pictures.abs() > 1 + RANGE_MARGIN).float().mean(dim=(1, 2, 3, 4))
+        frames = np.stack([frames_from_tensor(sample) for sample in pictures])
+        own = director.steering.meter.lap()
+        return Chunk(index, frames, latents, director.cue_of(index), effect, out_of_range.tolist(), own)
 
 
 @dataclass(frozen=True)
@@ -384,6 +395,7 @@ class _Start:
     prefix: Tensor | None = None
     source: Tensor | None = None
     strength: float = 1.0
+    shown_prefix: int = 0
 
     def first_step(self, num_steps: int) -> int:
         """The step at which a redrawn video enters the loop."""
@@ -398,9 +410,9 @@ class _Start:
         for name, given in (("prefix", self.prefix), ("source", self.source)):
             if given is not None and tuple(given.shape[2:]) != shape:
                 raise InputError(f"the {name} must have latents of {shape}, got {tuple(given.shape[2:])}")
-        if offset % per_chunk:
+        if offset % per_chunk or self.shown_prefix % per_chunk or self.shown_prefix > offset:
             raise InputError(f"the prefix must be whole chunks of {per_chunk} latent frames, got {offset}")
-        if latent_frames is not None and latent_frames <= offset:
+        if latent_frames is not None and latent_frames - offset < (0 if self.shown_prefix else 1):
             raise InputError(
                 f"a video of {latent_frames} latent frames leaves nothing to make behind {offset} given ones"
             )

@@ -66,7 +66,7 @@ class Start:
 
     Attributes:
         lead: frames (F, H, W, 3) that the written video begins with, before what is generated.
-        prefix, source, strength, frames: as :meth:`VideoPipeline.stream` takes them.
+        prefix, source, strength, frames, shown_prefix: as :meth:`VideoPipeline.stream` takes them.
     """
 
     lead: Frames
@@ -74,6 +74,7 @@ class Start:
     source: Tensor | None = None
     strength: float = 1.0
     frames: int | None = None
+    shown_prefix: int = 0
 
 
 def read_start(stored: StoredStart, pipeline: VideoPipeline, width: int, height: int) -> Start:

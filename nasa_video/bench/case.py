@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,15 +18,26 @@ from nasa_video.attention import AttentionError, Backend, SdpaAttend, make_atten
 from nasa_video.bench.subject import Method, Subject, find_methods
 from nasa_video.errors import InputError
 from nasa_video.loading import choose_device
+from nasa_video.flops import ChunkLoop, WanSizes, mean_chunk_flops
 from nasa_video.models import Source, VideoPreset, find_preset
 from nasa_video.random_model import RandomText, random_generator
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+# What a CPU does in some minutes.
+CPU_WORK = 2e13
+
+
+class BenchWarning(UserWarning):
+    """Something else was measured than what was asked for."""
+
+
 @dataclass(frozen=True)
 class BenchSettings:
-    """What to measure; None takes the preset's own, or what fits the device.
+    """What to measure; None takes the preset's own, or what the device can do.
+
+    A CPU that is told neither size nor layers measures a large model reduced in both, with a warning that says so.
 
     Attributes:
         layers: run that many of the model's layers only.
@@ -106,7 +118,37 @@ class Case:
         height = preset.video.height if settings.height is None else settings.height
         case = cls(settings, preset, config, vae, layers, width, height, device, dtype, methods)
         case.check_size()
+        if device.type == "cpu" and settings.width is settings.height is settings.layers is None:
+            return case._reduced()
         return case
+
+    def _reduced(self) -> Case:
+        """The case as it is, or what of it a CPU can do in minutes; says so."""
+        if self._work() <= CPU_WORK:
+            return self
+        sides = (
+            max(unit, size // 4 // unit * unit)
+            for size, unit in zip((self.width, self.height), self.run().units, strict=True)
+        )
+        width, height = sides
+        small = replace(self, width=width, height=height)
+        small = replace(small, layers=max(1, min(self.layers, int(self.layers * CPU_WORK / small._work()))))
+        warnings.warn(
+            f"{self.width} x {self.height} takes a CPU hours: measuring {small.width} x {small.height} with "
+            f"{small.layers} of {self.layers} layers; --width, --height and --layers choose otherwise",
+            BenchWarning,
+            stacklevel=2,
+        )
+        return small
+
+    def _work(self) -> float:
+        """Operations of the whole bench, about: as if every method were the unguided one."""
+        s, sizes = self.preset.sampler, WanSizes.of(self.config, self.layers)
+        tokens = sizes.tokens_per_frame(*self.latent_shape[1:])
+        loop = ChunkLoop(tokens, s.frames_per_chunk, s.default_steps, s.window_frames)
+        videos = len(self.methods) * (self.settings.repeats + 1)
+        keys = [[self.preset.components.text_encoder.max_tokens]]
+        return videos * self.settings.chunks * mean_chunk_flops(sizes, loop, self.settings.chunks, keys)
 
     def check_size(self) -> None:
         """Refuse a picture that patch and VAE do not allow."""

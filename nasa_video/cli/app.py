@@ -11,6 +11,7 @@ from nasa_video.cli.bench import bench
 from nasa_video.cli.evaluate import evaluate
 from nasa_video.cli.extend import extend
 from nasa_video.cli.generate import generate
+from nasa_video.cli.image import image
 from nasa_video.cli.models import models
 from nasa_video.cli.serve import serve
 from nasa_video.cli.stream import stream
@@ -44,5 +45,6 @@ app.command()(serve)
 app.command()(stream)
 app.command()(bench)
 app.command()(extend)
+app.command()(image)
 app.add_typer(models)
 app.add_typer(evaluate)

@@ -58,6 +58,9 @@ def generate(
     lora: Annotated[
         list[str] | None, typer.Option("--lora", help="LoRA FILE or FILE:SCALE; may be given more than once.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what is needed to go on after a kill, and go on where it is there.")
+    ] = False,
     guide_steps: Annotated[str, typer.Option(help="Share of the steps that are guided, FIRST:LAST.")] = "0:1",
     guide_layers: Annotated[str, typer.Option(help="Share of the layers that are guided, FIRST:LAST.")] = "0:1",
     guide_clean: Annotated[bool, typer.Option(help="Guide the pass that writes the keys for later chunks.")] = True,
@@ -107,6 +110,7 @@ def generate(
         fold=fold,
         attention=attention,
         decoder=decoder,
+        resume=resume,
     )
     with shown_warnings(), ExitStack() as stack:
         watch = None

@@ -31,6 +31,7 @@ from nasa_video.recipe import (
     store_guidance,
     store_negatives,
 )
+from nasa_video.resume import ResumeLog
 from nasa_video.start import Start, StoredStart, read_start
 from nasa_video.steering import Effect
 from nasa_video.timeline import Cue, CueOf, Timeline, parse_negative
@@ -69,6 +70,7 @@ class Request:
     fold: bool = True
     attention: str = "sdpa"
     decoder: str = "full"
+    resume: bool = False
 
 
 Watch = Callable[
@@ -113,6 +115,9 @@ def run(
     if recipe.start is not None:
         start = read_start(recipe.start, pipeline, recipe.width, recipe.height)
         recipe = recipe.model_copy(update={"frames": start.frames})
+    log = None
+    if request.resume:
+        log, start = _resumed(output, recipe, start)
     cues = _cues(recipe, pipeline)
     warn_of_unknown_words(pipeline, recipe)
     chunks = _stream(pipeline, recipe, cues, start)
@@ -121,7 +126,9 @@ def run(
         unguided = _stream(pipeline, recipe, lambda chunk: cues(chunk).unguided, start)
     if watch is not None:
         chunks, unguided = watch(pipeline, recipe, chunks, unguided)
-    written = _write(chunks, unguided, recipe, pipeline, output, make_progress, start)
+    written = _write(chunks, unguided, recipe, pipeline, output, make_progress, start, log)
+    if log is not None:
+        log.close()
     _report(written, recipe, say)
     return {
         "output": written.output,
@@ -218,6 +225,19 @@ def _cues(recipe: Recipe, pipeline: VideoPipeline) -> CueOf:
     return recipe.timeline.cues(first, pipeline.guide, lambda chunk: pipeline.frames_until(chunk) / recipe.fps)
 
 
+def _resumed(output: str, recipe: Recipe, start: Start | None) -> tuple[ResumeLog, Start | None]:
+    """The log of a run that can be resumed, and what it starts from: also what an earlier run finished."""
+    if output == "-" or recipe.compare:
+        raise InputError("--resume is for a file or folder of one video, not for a stream or --compare")
+    log = ResumeLog(output, recipe)
+    made = log.open()
+    if made is None:
+        return log, start
+    start = start or Start(np.zeros((0, recipe.height, recipe.width, 3), np.uint8))
+    prefix = made if start.prefix is None else torch.cat([start.prefix, made], dim=1)
+    return log, dataclasses.replace(start, prefix=prefix, shown_prefix=made.shape[1])
+
+
 def _stream(pipeline: VideoPipeline, recipe: Recipe, cues: CueOf, start: Start | None) -> Iterator[Chunk]:
     return pipeline.stream(
         recipe.prompt,
@@ -231,6 +251,7 @@ def _stream(pipeline: VideoPipeline, recipe: Recipe, cues: CueOf, start: Start |
         prefix=start.prefix if start else None,
         source=start.source if start else None,
         strength=start.strength if start else 1.0,
+        shown_prefix=start.shown_prefix if start else 0,
     )
 
 
@@ -253,6 +274,7 @@ def _write(
     output: str,
     make_progress: Callable[[], Progress],
     start: Start | None,
+    log: ResumeLog | None,
 ) -> Written:
     sheet: tuple[list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]] = ([], [])
     sheet_path = None
@@ -261,7 +283,7 @@ def _write(
     size = pipeline.preset.sampler.frames_per_chunk
     total = pipeline.check_frames(recipe.frames) // size
     if start is not None and start.prefix is not None:
-        total -= start.prefix.shape[1] // size
+        total -= (start.prefix.shape[1] - start.shown_prefix) // size
     upscale = pipeline.preset.video.upscale
 
     def beside(plain: Frames, guided: Frames) -> Frames:
@@ -282,6 +304,8 @@ def _write(
         for chunk in _guarded(chunks, recipe):
             sink.write(chunk.frames if unguided is None else beside(next(unguided).frames, chunk.frames))
             effect = chunk.effect
+            if log is not None:
+                log.add(chunk.index, chunk.latents)
             progress.update(task, advance=1, fps=sink.num_frames / (time.perf_counter() - began))
         if effect is not None:
             sink.metadata["effect"] = dataclasses.asdict(effect)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import warnings
 
+from nasa_video.director import PromptWarning
 from nasa_video.errors import InputError
 from nasa_video.guidance import ClassifierFree
-from nasa_video.director import PromptWarning
 from nasa_video.pipeline import VideoPipeline
 from nasa_video.serve.outgoing import Gone
 from nasa_video.serve.protocol import Wanted

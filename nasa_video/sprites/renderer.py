@@ -9,20 +9,19 @@ Shape legend: B batch, F frames, H height, W width, P polygon points.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as nn_f
 from torch import Tensor
 
-from nasa_video.sprites.world import CLIP_FRAMES, FRAME_SIZE, MOTIONS, SHAPES, Scenes
+from nasa_video.sprites.flaws import apply_flaws
+from nasa_video.sprites.geometry import SDF_EXTENT, pixel_grid, shape_fields
+from nasa_video.sprites.world import CLIP_FRAMES, FRAME_SIZE, MOTIONS, Scenes
 
 RADIUS = (11.0, 18.0)
 """Radius of a small and of a big sprite in pixels."""
 SPEED = 1.25
 """Pixels a frame of the four straight motions."""
-_SDF_SIZE = 96
-_SDF_EXTENT = 1.6
 _PALETTE = (
     (0.90, 0.16, 0.17),
     (0.98, 0.55, 0.10),
@@ -54,64 +53,11 @@ def render_with_mask(scenes: Scenes, num_frames: int = CLIP_FRAMES, first_frame:
         picture, mask = picture.clone(), mask.clone()
         picture[two] = torch.lerp(picture[two], second, mask2)
         mask[two] = torch.maximum(mask[two], mask2)
-    picture = _flaws(_weather(picture.contiguous(), scenes, time_F), scenes, time_F)
+    picture = apply_flaws(_weather(picture.contiguous(), scenes, time_F), scenes, time_F)
     return picture.clamp(0, 1) * 2 - 1, mask
 
 
-def _pixel_grid(device: torch.device) -> tuple[Tensor, Tensor]:
-    """x (1, W) and y (H, 1) of the pixels' centres."""
-    axis = torch.arange(FRAME_SIZE, device=device, dtype=torch.float32) + 0.5
-    return axis[None, :], axis[:, None]
-
-
 # --- sprites ---------------------------------------------------------------------------------------------------------
-
-
-def _polygon_sdf(x: Tensor, y: Tensor, points: list[tuple[float, float]]) -> Tensor:
-    """Signed distance to a polygon, negative inside (even-odd rule)."""
-    nearest = torch.full_like(x, math.inf)
-    inside = torch.zeros_like(x, dtype=torch.bool)
-    for (ax, ay), (bx, by) in zip(points, points[1:] + points[:1], strict=True):
-        ex, ey = bx - ax, by - ay
-        along = (((x - ax) * ex + (y - ay) * ey) / (ex * ex + ey * ey)).clamp(0, 1)
-        nearest = torch.minimum(nearest, (x - ax - along * ex) ** 2 + (y - ay - along * ey) ** 2)
-        if ay != by:
-            crosses = ((ay > y) != (by > y)) & (x < ex * (y - ay) / (by - ay) + ax)
-            inside = inside ^ crosses
-    return torch.where(inside, -nearest.sqrt(), nearest.sqrt())
-
-
-def _star(corners: int, inner: float, outer: float) -> list[tuple[float, float]]:
-    turns = [math.pi * i / corners - math.pi / 2 for i in range(2 * corners)]
-    radii = [outer if i % 2 == 0 else inner for i in range(2 * corners)]
-    return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, turns, strict=True)]
-
-
-def _heart() -> list[tuple[float, float]]:
-    turns = [2 * math.pi * i / 48 for i in range(48)]
-    curve = [
-        (16 * math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)))
-        for a in turns
-    ]
-    return [(x / 15.5, (y - 2.5) / 15.5) for x, y in curve]
-
-
-@lru_cache(maxsize=4)
-def _shape_fields(device: torch.device) -> Tensor:
-    """Signed distances (shapes, 1, 96, 96) over [-1.6, 1.6]^2, in units of the sprite's radius."""
-    axis = torch.linspace(-_SDF_EXTENT, _SDF_EXTENT, _SDF_SIZE)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    distance = (x * x + y * y).sqrt()
-    triangle = [(0.0, -1.1), (1.1, 0.85), (-1.1, 0.85)]
-    by_name = {
-        "circle": distance - 0.95,
-        "square": torch.maximum(x.abs(), y.abs()) - 0.86,
-        "triangle": _polygon_sdf(x, y, triangle),
-        "star": _polygon_sdf(x, y, _star(5, 0.5, 1.22)),
-        "heart": _polygon_sdf(x, y, _heart()),
-        "ring": (distance - 0.74).abs() - 0.28,
-    }
-    return torch.stack([by_name[name] for name in SHAPES])[:, None].to(device)
 
 
 def _motion(scenes: Scenes, time_F: Tensor, second: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -154,14 +100,14 @@ def _sprite(scenes: Scenes, time_F: Tensor, second: bool) -> tuple[Tensor, Tenso
     device = time_F.device
     centre_x, centre_y, angle, scale = (m[:, :, None, None] for m in _motion(scenes, time_F, second))
     radius = torch.tensor(RADIUS, device=device)[scenes.size][:, None, None, None]
-    x, y = _pixel_grid(device)
+    x, y = pixel_grid(device)
     dx, dy = (x - centre_x) / scale, (y - centre_y) / scale
     cos, sin = torch.cos(angle), torch.sin(angle)
     u, v = cos * dx + sin * dy, cos * dy - sin * dx
     shape = scenes.shape2 if second else scenes.shape
-    fields = _shape_fields(device)[shape]
+    fields = shape_fields(device)[shape]
     batch, frames = u.shape[:2]
-    grid = torch.stack((u / radius, v / radius), -1) / _SDF_EXTENT
+    grid = torch.stack((u / radius, v / radius), -1) / SDF_EXTENT
     distance = nn_f.grid_sample(
         fields, grid.flatten(1, 2), mode="bilinear", padding_mode="border", align_corners=True
     ).view(batch, frames, FRAME_SIZE, FRAME_SIZE)
@@ -204,7 +150,7 @@ def _soft_square(phase: Tensor, sharpness: float) -> Tensor:
 def _background(scenes: Scenes) -> Tensor:
     """Backgrounds (B, 3, H, W) in [0, 1]."""
     device, batch = scenes.shape.device, len(scenes)
-    x, y = _pixel_grid(device)
+    x, y = pixel_grid(device)
     jitter = scenes.jitter[:, :, None, None]
     shift_x, shift_y = (jitter[:, 6] * 16).floor(), (jitter[:, 7] * 16).floor()
     down = (y / FRAME_SIZE).expand(FRAME_SIZE, FRAME_SIZE)[None].expand(batch, -1, -1)
@@ -245,7 +191,7 @@ def _background(scenes: Scenes) -> Tensor:
 
 def _weather(picture: Tensor, scenes: Scenes, time_F: Tensor) -> Tensor:
     """Adds falling snow (one pixel a frame) or rain (four pixels a frame, so it repeats every four frames)."""
-    x, y = _pixel_grid(time_F.device)
+    x, y = pixel_grid(time_F.device)
     for name, tile, speed in (("snow", 32.0, 1.0), ("rain", 16.0, 4.0)):
         index = (scenes.weather == (1 if name == "snow" else 2)).nonzero()[:, 0]
         if not len(index):
@@ -270,83 +216,3 @@ def _streaks(across: Tensor, fall: Tensor) -> Tensor:
         dy = ((fall - spot_y + 8) % 16 - 8).abs()
         cover = torch.maximum(cover, (1.4 - dx).clamp(0, 1) * (4.0 - dy).clamp(0, 1))
     return cover
-
-
-# --- flaws -----------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4)
-def _blur_matrix(sigma: float, device: torch.device) -> Tensor:
-    """Matrix (H, H) of a one-dimensional Gaussian blur with replicated edges."""
-    reach = int(3 * sigma)
-    taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
-    taps = taps / taps.sum()
-    matrix = torch.zeros(FRAME_SIZE, FRAME_SIZE)
-    for offset, tap in zip(range(-reach, reach + 1), taps, strict=True):
-        source = (torch.arange(FRAME_SIZE) + offset).clamp(0, FRAME_SIZE - 1)
-        matrix[torch.arange(FRAME_SIZE), source] += tap
-    return matrix.to(device)
-
-
-def _blur(picture: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of (..., H, W) with replicated edges."""
-    matrix = _blur_matrix(sigma, picture.device)
-    return matrix @ picture @ matrix.T
-
-
-@lru_cache(maxsize=4)
-def _grain_tile(device: torch.device) -> Tensor:
-    """One fixed tile (3, 16, 16) of coarse grain with mean zero."""
-    generator = torch.Generator().manual_seed(20241203)
-    cells = torch.rand(3, 8, 8, generator=generator) * 0.6 + torch.rand(1, 8, 8, generator=generator) * 1.4
-    tile = (cells - cells.mean((1, 2), keepdim=True)).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    return tile.to(device)
-
-
-def _grain(scenes: Scenes, time_F: Tensor) -> Tensor:
-    """Dancing grain (B, F, 3, H, W): the tile jumps to four places in turn."""
-    device = time_F.device
-    tile = _grain_tile(device)
-    hops = torch.tensor(((0, 0), (6, 10), (12, 4), (2, 14)), device=device)[time_F.long() % 4]
-    start = (scenes.jitter[:, 11:13] * 4).floor().long() * 4
-    offset = start[:, None, :] + hops[None]
-    axis = torch.arange(FRAME_SIZE, device=device)
-    rows = (axis[None, None, :] + offset[..., 0:1]) % 16
-    columns = (axis[None, None, :] + offset[..., 1:2]) % 16
-    return tile[:, rows[..., :, None], columns[..., None, :]].permute(1, 2, 0, 3, 4)
-
-
-def _watermark(device: torch.device) -> Tensor:
-    """Two planes (2, H, W): where the mark's plate is, and where its letters are."""
-    x, y = _pixel_grid(device)
-    plate = ((x > 36) & (x < 61) & (y > 48) & (y < 60)).float()
-    along, up = x - 36, y - 48
-    letters = ((along % 8 > 2.6) & (along % 8 < 5) & (up > 2.5) & (up < 9.5) & (along < 24)).float()
-    bars = (((up > 2.5) & (up < 4.9)) & (along % 8 > 2.6) & (along < 22.5)).float()
-    return torch.stack((plate, torch.maximum(letters, bars) * plate))
-
-
-def _flaws(picture: Tensor, scenes: Scenes, time_F: Tensor) -> Tensor:
-    """Applies the flaws, in the order in which a bad camera and a bad player would."""
-    device = picture.device
-    if (index := scenes.blurry.nonzero()[:, 0]).numel():
-        picture[index] = _blur(picture[index], 3.0)
-    if (index := scenes.pixelated.nonzero()[:, 0]).numel():
-        small = nn_f.avg_pool2d(picture[index].flatten(0, 1), 4)
-        picture[index] = nn_f.interpolate(small, scale_factor=4.0, mode="nearest").view_as(picture[index])
-    if (index := scenes.noisy.nonzero()[:, 0]).numel():
-        picture[index] = picture[index] + 0.24 * _grain(scenes[index], time_F)
-    if (index := scenes.dim.nonzero()[:, 0]).numel():
-        picture[index] = picture[index] * 0.4
-    if (index := scenes.flickering.nonzero()[:, 0]).numel():
-        beat = torch.tensor((1.0, 0.45, 0.45, 1.0), device=device)[time_F.long() % 4]
-        picture[index] = picture[index].clamp(0, 1) * beat[None, :, None, None, None]
-    x, y = _pixel_grid(device)
-    edge = torch.minimum(torch.minimum(x, FRAME_SIZE - x), torch.minimum(y, FRAME_SIZE - y))
-    if (index := scenes.border.nonzero()[:, 0]).numel():
-        frame = torch.where(edge < 3, 0.02, 0.98)
-        picture[index] = torch.where(edge < 5, frame, picture[index])
-    if (index := scenes.watermark.nonzero()[:, 0]).numel():
-        plate, letters = _watermark(device)
-        picture[index] = picture[index] * (1 - 0.7 * plate) + 0.7 * plate * (0.92 - 0.85 * letters)
-    return picture

@@ -92,7 +92,7 @@ def rollout(
 def clean_estimate(model: CausalWan, noisy: Tensor, sigma_B: Tensor, context: Tensor) -> Tensor:
     """The denoiser's x0 (B, T, C, h, w) at one noise level a clip, bidirectional."""
     with autocast(noisy.device):
-        flow = model(noisy, sigma_B * 1000, context)
+        flow: Tensor = model(noisy, sigma_B * 1000, context)
     return noisy - sigma_B[:, None, None, None, None] * flow.float()
 
 

@@ -33,7 +33,8 @@ class FlowTraining:
 
     `model` holds arguments of diffusers' `WanTransformer3DModel`; `batch_size` is that of one process. `shift` moves
     the noise levels drawn in training towards pure noise. Shares: of batches trained bidirectionally, of causal clips
-    with a clean prefix, of captions left empty.
+    with a clean prefix, of captions left empty. The first latent frame stands for one picture instead of four and is
+    the hardest to learn; `first_frame_weight` is what it counts.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class FlowTraining:
     average_decay: float = 0.998
     shift: float = 3.0
     sprite_weight: float = 2.5
+    first_frame_weight: float = 3.0
     bidirectional_share: float = 0.45
     clean_prefix_share: float = 0.5
     empty_share: float = 0.1
@@ -83,7 +85,7 @@ def draw_noise_levels(settings: FlowTraining, batch: int, frames: int, generator
 
 
 def flow_loss(
-    model: CausalWan, batch: ClipBatch, context: Tensor, noise: Tensor, levels: NoisyBatch, sprite_weight: float
+    model: CausalWan, batch: ClipBatch, context: Tensor, noise: Tensor, levels: NoisyBatch, settings: FlowTraining
 ) -> Tensor:
     """Weighted mean squared error of the predicted flow, noise - x0."""
     sigma = levels.sigma[:, :, None, None, None].to(batch.latents)
@@ -92,8 +94,10 @@ def flow_loss(
     if levels.frames_per_chunk is None:
         timestep = timestep[:, 0]  # one embedding a clip is cheaper than one a token
     with autocast(noisy.device):
-        flow = model(noisy, timestep, context, frames_per_chunk=levels.frames_per_chunk)
-    weight = (1 + sprite_weight * batch.coverage) * levels.counted[:, :, None, None, None].to(batch.latents)
+        flow: Tensor = model(noisy, timestep, context, frames_per_chunk=levels.frames_per_chunk)
+    counted = levels.counted.clone()
+    counted[:, 0] *= settings.first_frame_weight
+    weight = (1 + settings.sprite_weight * batch.coverage) * counted[:, :, None, None, None].to(batch.latents)
     error = (flow.float() - (noise - batch.latents)).square()
     return (weight * error).sum() / (weight.sum() * error.shape[2])
 
@@ -142,7 +146,7 @@ def train_flow(
         context = encoder(texts).embeds.to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device)
         levels = draw_noise_levels(settings, settings.batch_size, batch.latents.shape[1], generator)
-        loss = flow_loss(model, batch, context, noise, levels, settings.sprite_weight)
+        loss = flow_loss(model, batch, context, noise, levels, settings)
         loss.backward()  # type: ignore[no-untyped-call]
         team.average_gradients(model)
         norm = optimiser.step(warm_then_linear(step / settings.iterations))

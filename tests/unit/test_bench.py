@@ -136,7 +136,7 @@ def test_a_chunk_is_charged_with_its_steps_and_its_own_clean_pass(new_wan: NewWa
 
 def test_a_present_model_is_measured_in_every_method(folder: Path) -> None:
     heard: list[tuple[str, int, int]] = []
-    result = bench(settings_of(folder, decode=True), lambda *what: heard.append(what))
+    result = bench(settings_of(folder, decode=True, width=None, height=None), lambda *what: heard.append(what))
     rows = {row["name"]: row for row in result["methods"]}
     assert list(rows) == [method.name for method in METHODS]
     assert result["order"] == "chunk by chunk"
@@ -158,8 +158,8 @@ def test_a_present_model_is_measured_in_every_method(folder: Path) -> None:
         )
         assert row["extrapolated"] is None
     assert rows[BASELINE.name]["time_ratio"] == 1
-    # Two chunks of 18 tokens, 3 layers, width 48, float32.
-    history = 2 * 36 * 3 * 48 * 4
+    # Two chunks of 72 tokens, 3 layers, width 48, float32.
+    history = 2 * 144 * 3 * 48 * 4
     assert rows["nasa-padded"]["memory"] == {
         "history": history, "text_keys": 32 * 2 * 3 * 48 * 4, "peak_beside_weights": None, "extra": 16 * 2 * 3 * 48 * 4,
     }  # fmt: skip
@@ -227,6 +227,14 @@ def test_a_compiled_model_is_measured_and_left_as_it_was(folder: Path, monkeypat
 def test_what_cannot_be_measured_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         bench(settings_of(folder, **changes))
+
+
+def test_a_cpu_measures_a_part_of_a_large_model_and_says_so() -> None:
+    with pytest.warns(UserWarning, match="measuring 208 x 112 with 2 of 30 layers"):
+        case = Case.of(BenchSettings(random_weights=True, device="cpu"))
+    assert (case.width, case.height, case.layers) == (208, 112, 2)
+    case = Case.of(BenchSettings(random_weights=True, device="cpu", layers=30))
+    assert (case.width, case.height, case.layers) == (832, 480, 30)
 
 
 def test_zero_is_a_size_like_another(folder: Path) -> None:
