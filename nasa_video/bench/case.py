@@ -17,8 +17,8 @@ from nasa_video import memory
 from nasa_video.attention import AttentionError, Backend, SdpaAttend, make_attend
 from nasa_video.bench.subject import Method, Subject, find_methods
 from nasa_video.errors import InputError
-from nasa_video.loading import choose_device
 from nasa_video.flops import ChunkLoop, WanSizes, mean_chunk_flops
+from nasa_video.loading import choose_device
 from nasa_video.models import Source, VideoPreset, find_preset
 from nasa_video.random_model import RandomText, random_generator
 

@@ -19,7 +19,7 @@ from nasa_video.sprites.world import ATTRIBUTES, Scenes, concatenate, sample_sce
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average, load_state, save_state
 from nasa_video.training.journal import Journal
-from nasa_video.training.optimiser import warm_then_linear
+from nasa_video.training.optimiser import MatrixOptimiser, inner_convolution, warm_then_linear
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class DetectorTraining:
     batch_size: int = 24
     decoded_clips: int = 768
     decoded_share: float = 0.4
-    learning_rate: float = 2e-3
+    matrix_rate: float = 2e-3
+    other_rate: float = 1e-3
     empty_share: float = 0.03
     average_decay: float = 0.995
     checkpoint_every: int = 200
@@ -85,7 +86,7 @@ def train_detector(
         pool = decode_clips(vae, pool_scenes, device)
         save_state(folder / "decoded.pt", {"clips": pool})
     network = DetectorNetwork().to(device)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=0.02)
+    optimiser = MatrixOptimiser(network, inner_convolution, settings.matrix_rate, settings.other_rate)
     average, start = Average(network, settings.average_decay), 0
     if (state := load_state(folder / "detector.pt")) is not None:
         network.load_state_dict(state["model"])
@@ -103,11 +104,8 @@ def train_detector(
         with autocast(device):
             logits = network(frames)
         loss = detector_loss({n: v.float() for n, v in logits.items()}, goal)
-        for group in optimiser.param_groups:
-            group["lr"] = settings.learning_rate * warm_then_linear(step / settings.iterations)
-        optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
+        optimiser.step(warm_then_linear(step / settings.iterations))
         average.update(network)
         journal.record(step, settings.iterations, {"loss": float(loss.detach())})
         if step % settings.checkpoint_every == 0 or step == settings.iterations:

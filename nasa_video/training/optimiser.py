@@ -122,7 +122,7 @@ def block_matrix(name: str, parameter: nn.Parameter) -> bool:
 def inner_convolution(name: str, parameter: nn.Parameter) -> bool:
     """A convolution's weight that neither reads nor writes pixels."""
     outer = name in ("encoder.conv_in.weight", "decoder.conv_out.weight")
-    return parameter.dim() >= 4 and min(parameter.shape[:2]) > 1 and not outer
+    return parameter.dim() >= 3 and min(parameter.shape[:2]) > 1 and not outer
 
 
 def warm_then_linear(progress: float, warmup: float = 0.02, last: float = 0.02, flat: float = 0.4) -> float:

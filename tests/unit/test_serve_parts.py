@@ -1,0 +1,320 @@
+"""The parts of the server that need no socket: messages, queue to a client, worker, shelf, timelines."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nasa_video.errors import InputError, OutputError
+from nasa_video.guidance import Nag, Nasa, Negative
+from nasa_video.pipeline import Chunk, VideoPipeline
+from nasa_video.serve.cues import LiveCues
+from nasa_video.serve.outgoing import LIMIT_BYTES, Gone, Outgoing
+from nasa_video.serve.preview import Ring
+from nasa_video.serve.protocol import MessageError, Start, Update, Wanted, parse_message
+from nasa_video.serve.security import is_loopback
+from nasa_video.serve.shelf import Shelf
+from nasa_video.serve.throttle import Bucket
+from nasa_video.serve.worker import Busy, Worker
+from nasa_video.timeline import Cue, Timeline, format_negative, parse_negative
+from nasa_video.video.push_sink import PushSink
+
+
+@pytest.fixture(scope="module")
+def pipeline(model_folder: Path) -> VideoPipeline:
+    return VideoPipeline.from_pretrained(str(model_folder), device="cpu")
+
+
+@given(
+    text=st.text(min_size=1, max_size=40).map(str.strip).filter(bool),
+    weight=st.floats(min_value=0.001, max_value=100, allow_nan=False),
+)
+def test_a_negative_survives_being_written(text: str, weight: float) -> None:
+    negative = Negative(text, weight)
+    assert parse_negative(format_negative(negative)) == negative
+
+
+def test_an_update_changes_what_it_names() -> None:
+    wanted = Wanted(prompt="a ball", guidance="nag", scale=2.0)
+    assert Update(type="update", prompt="a star").applied_to(wanted) == wanted.model_copy(update={"prompt": "a star"})
+    assert Update(type="update", guidance="nasa").applied_to(wanted).scale is None, "each method has its own scale"
+    assert Update(type="update", guidance="nag").applied_to(wanted).scale == 2.0
+    assert Update(type="update", negatives=()).applied_to(wanted).negatives == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "null",
+        '{"type":"update","scale":NaN}',
+        '{"type":"update","scale":1e99}',
+        '{"type":"update","surprise":1}',
+        '{"type":"position","stream":"a","frame":-1}',
+        '{"type":"start","prompt":"\\ud800"}',
+        '{"type":"start","prompt":"a","media":[]}',
+        '{"type":"start","prompt":"a","seed":9007199254740993}',
+        '{"type":"start","prompt":"a","negatives":[{"text":"b","weight":0}]}',
+    ],
+)
+def test_messages_that_are_none(text: str) -> None:
+    with pytest.raises(MessageError):
+        parse_message(text)
+
+
+def test_a_start_in_full() -> None:
+    message = parse_message('{"type":"start","prompt":" a ball ","negatives":[{"text":"red"}],"media":["webm","jpeg"]}')
+    assert isinstance(message, Start)
+    assert message.prompt == "a ball"
+    assert message.frames is None
+
+
+def test_a_slow_client_holds_up_its_own_media_only() -> None:
+    async def scene() -> None:
+        outgoing = Outgoing(asyncio.get_running_loop())
+        block = bytes(LIMIT_BYTES // 4)
+        sent = []
+
+        def produce() -> None:
+            try:
+                for number in range(100):
+                    outgoing.send_media(block)
+                    sent.append(number)
+            except Gone:
+                sent.append(-1)
+
+        thread = threading.Thread(target=produce)
+        thread.start()
+        await asyncio.sleep(0.2)
+        assert len(sent) == 4, "four blocks fill the queue"
+        outgoing.say("state", state="paused")
+        for _ in range(4):
+            assert isinstance(await outgoing.get(), bytes)
+        assert "paused" in str(await outgoing.get())
+        outgoing.close()
+        await asyncio.to_thread(thread.join, 5)
+        assert sent[-1] == -1
+        assert await outgoing.get() is None
+
+    asyncio.run(scene())
+
+
+class Counting:
+    """A task that notes its turns."""
+
+    def __init__(self, name: str, turns: list[str], steps: int = 10**9, endless: bool = False) -> None:
+        self.name, self.turns, self.left, self.endless = name, turns, steps, endless
+        self.places: list[int] = []
+        self.errors: list[BaseException] = []
+        self.expired = False
+
+    def ready(self) -> bool:
+        return True
+
+    def step(self) -> bool:
+        self.turns.append(self.name)
+        self.left -= 1
+        time.sleep(0.002)
+        if self.name == "bad":
+            raise ValueError("bad")
+        return self.left > 0
+
+    def fail(self, error: BaseException) -> None:
+        self.errors.append(error)
+
+    def expire(self) -> None:
+        self.expired = True
+
+    def told_place(self, place: int) -> None:
+        self.places.append(place)
+
+
+def _until(what: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_the_worker_is_fair_and_keeps_the_line() -> None:
+    turns: list[str] = []
+    worker = Worker(max_active=2, max_waiting=2, turn_seconds=60)
+    tasks = [Counting(name, turns, 30) for name in "abcd"]
+    for task in tasks:
+        worker.submit(task)
+    with pytest.raises(Busy):
+        worker.submit(Counting("e", turns))
+    assert tasks[2].places == [1]
+    assert tasks[3].places == [2]
+    worker.start()
+    _until(lambda: worker.counts == (0, 0))
+    assert turns[:60].count("a") == 30, "two at once, in turns"
+    assert all(set(turns[i : i + 2]) == {"a", "b"} for i in range(0, 58, 2))
+    assert tasks[3].places[-1] == 0
+    worker.stop()
+    assert not worker.alive
+
+
+def test_one_that_fails_leaves_the_others_alone() -> None:
+    turns: list[str] = []
+    worker = Worker(2, 2, 60)
+    bad, good = Counting("bad", turns), Counting("good", turns, 20)
+    worker.submit(bad)
+    worker.submit(good)
+    worker.start()
+    _until(lambda: worker.counts == (0, 0))
+    assert isinstance(bad.errors[0], ValueError)
+    assert turns.count("good") == 20
+    worker.stop()
+
+
+def test_an_endless_one_gives_way_and_a_removed_one_frees_its_place() -> None:
+    turns: list[str] = []
+    worker = Worker(1, 2, 0.05)
+    endless = Counting("endless", turns, endless=True)
+    worker.submit(endless)
+    worker.start()
+    time.sleep(0.2)
+    assert not endless.expired, "nobody waits"
+    following = Counting("following", turns)
+    worker.submit(following)
+    _until(lambda: endless.expired and "following" in turns)
+    worker.remove(following)
+    assert worker.counts == (0, 0)
+    worker.stop()
+
+
+class Kept:
+    def __init__(self, key: str, finished_at: float | None) -> None:
+        self.key, self.finished_at, self.discarded = key, finished_at, False
+
+    def discard(self) -> None:
+        self.discarded = True
+
+
+def test_the_shelf_forgets_the_oldest_and_keeps_what_runs() -> None:
+    shelf: Shelf[Kept] = Shelf(limit=2, seconds=100)
+    now = time.monotonic()
+    running, stale = Kept("running", None), Kept("stale", now - 200)
+    finished = [Kept(f"f{i}", now - 10 + i) for i in range(3)]
+    for thing in (running, stale, *finished):
+        shelf.put(thing)
+    assert stale.discarded
+    assert [thing.discarded for thing in finished] == [True, False, False]
+    assert shelf.get("running") is running
+    shelf.clear()
+    assert running.discarded
+
+
+def test_a_bucket_lets_the_rate_pass() -> None:
+    bucket = Bucket(10)
+    assert sum(bucket.take() for _ in range(100)) == 20
+    time.sleep(0.25)
+    assert 1 <= sum(bucket.take() for _ in range(100)) <= 20
+
+
+def test_the_ring_keeps_the_newest_and_never_repeats() -> None:
+    ring = Ring(max_bytes=3 * 12 * 16 * 16 * 3)
+    frames = np.zeros((12, 16, 16, 3), np.uint8)
+
+    def chunk(index: int) -> Any:
+        return Chunk(index, frames, None, Cue.of("a"), None, [0.0]), None  # type: ignore[arg-type]
+
+    taken: list[int] = []
+    reader = ring.read(taken.append)
+    ring.add(chunk(0))
+    assert next(reader)[0].index == 0
+    assert not ring.has(taken[-1])
+    for index in range(1, 8):
+        ring.add(chunk(index))
+    assert [pair[0].index for pair in reader] == [5, 6, 7], "a slow reader skips what is gone"
+    ring.done = True
+    assert ring.has(taken[-1])
+
+
+def test_a_timeline_says_what_changed_and_gives_the_same_cues(pipeline: VideoPipeline) -> None:
+    cues = LiveCues(pipeline, Wanted(prompt="a ball"))
+    history = [cues(0), cues(1)]
+    cues.change(Wanted(prompt="a ball", negatives=({"text": "red", "weight": 0.5},), scale=0.7, recompute=True))  # type: ignore[arg-type]
+    assert cues.next_chunk == 2
+    history.append(cues(2))
+    cues.change(Wanted(prompt="a star", guidance="nag", scale=2.0))
+    cues.change(Wanted(prompt="a star", guidance="none"))
+    history += [cues(3), cues(4)]
+    timeline = cues.timeline("tiny", 5, None, pipeline.frames_until(5))
+    assert [entry.at for entry in timeline.timeline] == [0, 1.75, 2.75]
+    assert timeline.timeline[1].prompt is None
+    read = Timeline.model_validate(timeline.model_dump())
+    cue_of = read.cues(Cue.of("nothing"), pipeline.guide, lambda chunk: pipeline.frames_until(chunk) / 12)
+    assert [cue_of(chunk) for chunk in range(5)] == history
+    assert len(cues.timeline("tiny", 5, None, 9).timeline) == 1, "what was not shown is left out"
+
+
+def test_cues_refuse_what_a_running_stream_cannot_do(pipeline: VideoPipeline) -> None:
+    cues = LiveCues(pipeline, Wanted(prompt="a ball"))
+    cues(0)
+    with pytest.raises(InputError, match="classifier-free"):
+        cues.change(Wanted(prompt="a ball", guidance="cfg"))
+    with pytest.raises(InputError, match="prompt itself"):
+        cues.change(Wanted(prompt="a ball", negatives=({"text": "A Ball"},)))  # type: ignore[arg-type]
+    assert cues.wanted.guidance == "nasa"
+    cues.closed = True
+    with pytest.raises(Gone):
+        cues(1)
+
+
+def test_guidance_changes_by_name_or_scale(pipeline: VideoPipeline) -> None:
+    assert pipeline.guide(Nasa(0.5), None, 0.9) == Nasa(0.9)
+    assert pipeline.guide(None, "none", None) is None
+    assert isinstance(pipeline.guide(Nasa(), "nag", 2.0), Nag)
+    assert pipeline.guide(Nasa(0.5), None, None) == Nasa(0.5)
+
+
+def test_a_recomputed_window_and_a_kept_one(pipeline: VideoPipeline) -> None:
+    """Kept: the keys of shown chunks stay. Recomputed: as if the window's chunks had been shown under the new text."""
+    before, after = Cue.of("a red ball"), Cue.of("a blue star")
+
+    def video(recompute: bool | None, default: bool = False) -> list[Any]:
+        def cues(chunk: int) -> Cue:
+            return before if chunk < 2 else Cue(after.prompts, after.negatives, None, recompute)
+
+        return [c.frames for c in pipeline.stream("", cues=cues, frames=45, recompute_window=default)]
+
+    kept, recomputed = video(False), video(True)
+    for chunk in range(2):
+        np.testing.assert_array_equal(kept[chunk], recomputed[chunk])
+    assert (kept[2] != recomputed[2]).any()
+    for chunk in range(4):
+        np.testing.assert_array_equal(video(None, default=True)[chunk], recomputed[chunk])
+        np.testing.assert_array_equal(video(False, default=True)[chunk], kept[chunk])
+
+
+def test_loopback() -> None:
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"))
+    assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "192.168.0.2", "example.org"))
+
+
+def test_a_push_goes_by_the_clock_and_tells_no_secret() -> None:
+    now, slept = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    with pytest.raises(OutputError, match="rtmp"):
+        PushSink("ftp://host/key", 12)
+    sink = PushSink("rtmp://127.0.0.1:1/live/secret-key", 10, clock=lambda: now[0], sleep=sleep)
+    with pytest.raises(OutputError) as refused:
+        for _ in range(50):
+            sink.write(np.zeros((20, 16, 16, 3), np.uint8))
+            time.sleep(0.05)
+    assert "secret" not in str(refused.value)
+    assert "refused" in str(refused.value)
+    assert slept[1] == pytest.approx(0.1)
