@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 
 import environment
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def ensure_browser() -> None:
+    """Install Chromium for the tests of the live page, where this is Debian or Ubuntu and we are root."""
+    if any(map(shutil.which, BROWSERS)):
+        return
+    if shutil.which("apt-get") is None or getattr(os, "geteuid", lambda: 1)() != 0:
+        print("no Chromium here: the tests of the live page are skipped (to run them: apt-get install chromium)")
+        return
+    environment.run(["apt-get", "update", "-qq"])
+    environment.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"])
 
 
 def main() -> None:
     """Format and lint, types, tests; with options, only pytest with them."""
     environment.ensure("[dev,train]")
+    ensure_browser()
     module = [environment.python(), "-m"]
     if len(sys.argv) == 1:
         environment.run([*module, "ruff", "check", "."])

@@ -200,10 +200,13 @@ class Run:
 
     def _read_transformer(self, folder: Path) -> CausalWan:
         from diffusers import WanTransformer3DModel
+        from safetensors.torch import load_file
 
         from nasa_video.training.attention import trainable
 
-        transformer = WanTransformer3DModel.from_pretrained(folder, low_cpu_mem_usage=False)
+        # built by hand: from_pretrained wants accelerate for a model with modules that stay in float32
+        transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder))
+        transformer.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
         return trainable(transformer.to(self.device)).eval()
 
 

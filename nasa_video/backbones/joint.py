@@ -2,7 +2,7 @@
 
 For image queries, attention over text keys T and image keys I splits exactly, with m = sigmoid(lse_T - lse_I):
 ``Z = m Z_T + (1 - m) Z_I``. The image part is the same for every prompt; the NASA paper gives no formula for which of
-these it subtracts, so there are four settings. Measured side by side in docs/joint_attention.md.
+these it subtracts, so there are four settings, side by side in docs/joint_attention.md.
 """
 
 # B batch, Q image queries, N keys, H heads, D head dim
@@ -139,7 +139,7 @@ class JoinedKeys:
 
 
 def default_joint(guidance: AttentionGuidance) -> JointFormula:
-    """What each method's authors published; for NASA, what docs/joint_attention.md measured."""
+    """What each method's authors published; for NASA F3, for the reasons of docs/joint_attention.md."""
     if isinstance(guidance, Nag):
         return WholeOutput()
     if isinstance(guidance, Vsf):

@@ -74,6 +74,8 @@ def show(result: dict[str, Any]) -> None:
     from rich.console import Console
 
     out = Console()
+    if not out.is_terminal:  # a file or a pipe has room; rich would take 80 columns
+        out = Console(width=120)
     out.print(heading(result), highlight=False, soft_wrap=True)
     for title, columns in tables(result):
         out.print()
@@ -156,7 +158,7 @@ def _table(columns: Columns) -> Any:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, _ in columns:
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "method" else "right")
     for cells in zip(*(cells for _, cells in columns), strict=True):
         table.add_row(*cells)
     return table

@@ -15,7 +15,8 @@ from nasa_video.video.stream_sink import LOW_LATENCY_MP4, StreamSink
 FRAME_NUMBER = struct.Struct(">I")
 """Before every JPEG: the frame's number in the stream, from 0."""
 
-_WEBM = ("-live", "1", "-flush_packets", "1", "-f", "webm", "pipe:1")
+# A cluster goes out when the next begins, so each holds one frame.
+_WEBM = ("-live", "1", "-cluster_time_limit", "1", "-flush_packets", "1", "-f", "webm", "pipe:1")
 _VP9 = ("-c:v", "libvpx-vp9", "-b:v", "0", "-crf", "24", "-deadline", "realtime", "-cpu-used", "8")
 _NO_LOOKAHEAD = ("-lag-in-frames", "0", "-auto-alt-ref", "0", "-g", "12")
 _AV1 = ("-c:v", "libsvtav1", "-preset", "12", "-crf", "30", "-g", "12")

@@ -47,26 +47,25 @@ def measure(
     results["accuracy"][name] = accuracy(detector, whole, prompts)
     results["spread"] = spread_tables(plan, studio, detector, student)
     results["speed"] = _speed(plan, studio, student)
-    results["long"] = _long_rollout(plan, studio, detector, student, prompts[:32])
+    results["long"] = _long_rollout(plan, studio, detector, student, prompts[: settings.long_prompts])
     return results
 
 
-def _detector_tables(
-    plan: TrainingPlan, studio: Studio, detector: Detector, clips: int = 512
-) -> dict[str, dict[str, float]]:
+def _detector_tables(plan: TrainingPlan, studio: Studio, detector: Detector) -> dict[str, dict[str, float]]:
+    clips = plan.evaluation.detector_clips
     scenes = draw_scenes(clips, 0.03, torch.Generator().manual_seed(plan.evaluation.prompt_seed + 5))
     device = next(studio.vae.parameters()).device
     decoded = decode_clips(studio.vae, scenes, device).float() / 127.5 - 1
+    rendered = torch.cat([render(scenes[slice(i, i + 32)]) for i in range(0, clips, 32)])
     return {
-        "rendered": detector_accuracy(detector, render(scenes), scenes),
+        "rendered": detector_accuracy(detector, rendered, scenes),
         "encoded and decoded": detector_accuracy(detector, decoded, scenes),
     }
 
 
-def spread_tables(
-    plan: TrainingPlan, studio: Studio, detector: Detector, student: CausalWan, n: int = 40
-) -> dict[str, Any]:
+def spread_tables(plan: TrainingPlan, studio: Studio, detector: Detector, student: CausalWan) -> dict[str, Any]:
     """Shares of unstated attributes: prompts that name a shape and nothing else, beside the data's shares."""
+    n = plan.evaluation.spread_videos
     frames = {
         shape: studio.stream(student, [f"a {shape}"] * n, range(7000, 7000 + n), plan.student.steps[4])
         for shape in SHAPES
@@ -168,10 +167,10 @@ chosen on.
 
 Prompts that state each attribute: {", ".join(f"{a} {n}" for a, n in counts.items())}.
 
-In the last 33 of 285 frames (window 9, sink 3 latent frames, n = 32): {long}.
+In the last 33 of 285 frames (window 9, sink 3 latent frames, n = {plan.evaluation.long_prompts}): {long}.
 
 ## Spread: attributes that the prompt does not state, %
-Prompts "a circle" to "a ring", 40 each, 4 steps.
+Prompts "a circle" to "a ring", {plan.evaluation.spread_videos} each, 4 steps.
 
 | | model | data |
 |---|---|---|

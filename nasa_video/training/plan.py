@@ -23,12 +23,18 @@ class DatasetSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What the model card measures: prompts that nothing was chosen on, and the teacher's sampler."""
+    """What the model card measures: prompts that nothing was chosen on, and the teacher's sampler.
+
+    `spread_videos` are made for each shape; `long_prompts` are rolled out to eight times the training length.
+    """
 
     prompts: int = 240
     prompt_seed: int = 20260101
     teacher_steps: int = 20
     teacher_scale: float = 2.0
+    spread_videos: int = 40
+    detector_clips: int = 512
+    long_prompts: int = 32
 
 
 @dataclass(frozen=True)

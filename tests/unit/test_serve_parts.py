@@ -285,15 +285,14 @@ def test_a_recomputed_window_and_a_kept_one(pipeline: VideoPipeline) -> None:
         def cues(chunk: int) -> Cue:
             return before if chunk < 2 else Cue(after.prompts, after.negatives, None, recompute)
 
-        return [c.frames for c in pipeline.stream("", cues=cues, frames=45, recompute_window=default)]
+        return [c.frames for c in pipeline.stream("a", cues=cues, frames=45, recompute_window=default)]
 
     kept, recomputed = video(False), video(True)
     for chunk in range(2):
         np.testing.assert_array_equal(kept[chunk], recomputed[chunk])
     assert (kept[2] != recomputed[2]).any()
-    for chunk in range(4):
-        np.testing.assert_array_equal(video(None, default=True)[chunk], recomputed[chunk])
-        np.testing.assert_array_equal(video(False, default=True)[chunk], kept[chunk])
+    np.testing.assert_array_equal(np.concatenate(video(None, default=True)), np.concatenate(recomputed))
+    np.testing.assert_array_equal(np.concatenate(video(False, default=True)), np.concatenate(kept))
 
 
 def test_loopback() -> None:
@@ -311,10 +310,14 @@ def test_a_push_goes_by_the_clock_and_tells_no_secret() -> None:
     with pytest.raises(OutputError, match="rtmp"):
         PushSink("ftp://host/key", 12)
     sink = PushSink("rtmp://127.0.0.1:1/live/secret-key", 10, clock=lambda: now[0], sleep=sleep)
-    with pytest.raises(OutputError) as refused:
+
+    def push() -> None:
         for _ in range(50):
             sink.write(np.zeros((20, 16, 16, 3), np.uint8))
             time.sleep(0.05)
+
+    with pytest.raises(OutputError) as refused:
+        push()
     assert "secret" not in str(refused.value)
     assert "refused" in str(refused.value)
     assert slept[1] == pytest.approx(0.1)

@@ -3,100 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from websockets.sync.client import ClientConnection, connect
+from live_client import PATIENCE, Client, eventually
 
+from nasa_video.pipeline import VideoPipeline
 from nasa_video.serve.server import Server
 from nasa_video.serve.settings import ServeSettings
 
-PATIENCE = 60.0
-"""Seconds until a test gives up: this machine may be busy with other things."""
 
-
-def eventually(what: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    """Wait until `what` is true, and return it."""
-    deadline = time.monotonic() + seconds
-    while not (value := what()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return value
-
-
-class Client:
-    """A client of the WebSocket that is written with docs/serve.md alone."""
-
-    def __init__(self, server: Server, **options: Any) -> None:
-        self.socket: ClientConnection = connect(
-            f"{server.address.replace('http', 'ws')}ws", max_size=None, compression=None, open_timeout=PATIENCE, **options
-        )
-        self.media: list[bytes] = []
-        self.heard: list[dict[str, Any]] = []
-        self.key = ""
-        self.hear("hello")
-
-    def send(self, kind: str, **content: Any) -> None:
-        self.socket.send(json.dumps({"type": kind, **content}))
-
-    def start(self, prompt: str = "a red ball", **content: Any) -> dict[str, Any]:
-        self.send("start", prompt=prompt, **content)
-        started = self.hear("started")
-        self.key = started["stream"]
-        return started
-
-    def hear(self, *kinds: str, seconds: float = PATIENCE) -> dict[str, Any]:
-        """The next message of one of these kinds."""
-        deadline = time.monotonic() + seconds
-        while True:
-            item = self.socket.recv(timeout=max(0.0, deadline - time.monotonic()))
-            if isinstance(item, bytes):
-                self.media.append(item)
-                continue
-            message: dict[str, Any] = json.loads(item)
-            self.heard.append(message)
-            if message["type"] in kinds:
-                return message
-            assert message["type"] != "error", message
-
-    def watch(self, chunks: int) -> list[dict[str, Any]]:
-        """Look at chunks, as fast as they come."""
-        seen = []
-        for _ in range(chunks):
-            seen.append(self.hear("chunk"))
-            self.at(seen[-1]["first_frame"] + seen[-1]["frames"])
-        return seen
-
-    def at(self, frame: int) -> None:
-        self.send("position", stream=self.key, frame=frame)
-
-    def nothing_for(self, seconds: float) -> bool:
-        """Whether no chunk comes for so long."""
-        try:
-            self.hear("chunk", seconds=seconds)
-        except TimeoutError:
-            return True
-        return False
-
-    def close(self) -> None:
-        self.socket.close()
+@pytest.fixture(scope="session")
+def pipelines() -> dict[str, VideoPipeline]:
+    """Models that were loaded once, for all servers of these tests."""
+    return {}
 
 
 @pytest.fixture
-def serve(model_folder: Path) -> Iterator[Callable[..., Server]]:
+def serve(model_folder: Path, pipelines: dict[str, VideoPipeline]) -> Iterator[Callable[..., Server]]:
     """Starts servers of the tiny model, with other settings where a test needs them."""
     started: list[tuple[Server, threading.Thread]] = []
 
     def start(host: str = "127.0.0.1", **settings: Any) -> Server:
         settings.setdefault("models", (str(model_folder),))
         server = Server(ServeSettings(**settings), host, port=0)
+        server.hub.library._loaded = pipelines
         thread = threading.Thread(target=server.serve_until_stopped, daemon=True)
         thread.start()
         started.append((server, thread))
@@ -135,7 +71,9 @@ def client(server: Server, client_of: Callable[..., Client]) -> Client:
 
 def chromium() -> str | None:
     """The browser's program, if there is one."""
-    return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    return next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Client, eventually
+from live_client import Client, eventually
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -25,7 +25,7 @@ def test_the_page_is_bound_by_a_strict_policy(server: Server) -> None:
     page = httpx.get(server.address).text
     assert "<script>" not in page
     assert "style=" not in page
-    assert "http://" not in page and "https://" not in page, "nothing comes from elsewhere"
+    assert "://" not in page, "nothing comes from elsewhere"
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "evil.example:8000", "[", ""])

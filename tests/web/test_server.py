@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import json
 import os
 import signal
 import threading
@@ -16,8 +16,9 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from conftest import Client, eventually
+from live_client import Client, eventually
 from PIL import Image
+from websockets.exceptions import ConnectionClosed
 
 from nasa_video.cli.console import chunk_progress
 from nasa_video.cli.generation import Request, run
@@ -196,8 +197,9 @@ def test_an_oversize_message_ends_the_connection(server: Server, client: Client)
 def test_too_many_messages_are_left_out_then_the_client(serve: Callable[..., Server], client_of: Any) -> None:
     server = serve(messages_per_second=5.0)
     client = client_of(server)
-    for _ in range(100):
-        client.at(0)
+    with contextlib.suppress(ConnectionClosed):
+        for _ in range(100):
+            client.at(0)
     assert client.hear("error")["code"] == "too-fast"
     eventually(lambda: server.hub.sessions == 0)
 
@@ -266,7 +268,7 @@ def test_a_full_line_is_said(serve: Callable[..., Server], client_of: Any) -> No
     second.send("start", prompt="a star")
     assert second.hear("error")["code"] == "busy"
     assert httpx.post(f"{server.address}v1/videos", json={"prompt": "a star"}).status_code == 503
-    with pytest.raises(Exception, match="1013|too many"):
+    with pytest.raises(Exception, match=r"1013|too many"):
         client_of(server)
 
 
@@ -294,8 +296,7 @@ def test_a_client_may_ask_for_pictures_instead(client: Client) -> None:
     changed = client.hear("media")
     assert changed["media"] == "jpeg"
     client.media.clear()
-    client.at(5)
-    client.hear("chunk")
+    client.at(21)
     client.hear("chunk")
     assert int.from_bytes(client.media[0][:4], "big") == changed["first_frame"]
 
@@ -383,8 +384,3 @@ def test_nothing_is_left_behind(server: Server, client_of: Any) -> None:
         visit()
     eventually(lambda: leftovers() == (0, 0), 10)
     eventually(lambda: process.num_fds() <= files + 2, 10)
-
-
-def test_json_is_all_that_is_spoken(client: Client) -> None:
-    client.start()
-    assert all(json.dumps(message) for message in client.heard)

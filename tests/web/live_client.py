@@ -1,0 +1,86 @@
+"""A client that speaks the server's protocol, written from docs/serve.md alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from websockets.sync.client import ClientConnection, connect
+
+from nasa_video.serve.server import Server
+
+PATIENCE = 60.0
+"""Seconds until a test gives up: this machine may be busy with other things."""
+
+
+def eventually(what: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+    """Wait until `what` is true, and return it."""
+    deadline = time.monotonic() + seconds
+    while not (value := what()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return value
+
+
+class Client:
+    """One connection."""
+
+    def __init__(self, server: Server, **options: Any) -> None:
+        self.socket: ClientConnection = connect(
+            f"{server.address.replace('http', 'ws')}ws",
+            max_size=None,
+            compression=None,
+            open_timeout=PATIENCE,
+            **options,
+        )
+        self.media: list[bytes] = []
+        self.heard: list[dict[str, Any]] = []
+        self.key = ""
+        self.hear("hello")
+
+    def send(self, kind: str, **content: Any) -> None:
+        self.socket.send(json.dumps({"type": kind, **content}))
+
+    def start(self, prompt: str = "a red ball", **content: Any) -> dict[str, Any]:
+        self.send("start", prompt=prompt, **content)
+        started = self.hear("started")
+        self.key = started["stream"]
+        return started
+
+    def hear(self, *kinds: str, seconds: float = PATIENCE) -> dict[str, Any]:
+        """The next message of one of these kinds."""
+        deadline = time.monotonic() + seconds
+        while True:
+            item = self.socket.recv(timeout=max(0.0, deadline - time.monotonic()))
+            if isinstance(item, bytes):
+                self.media.append(item)
+                continue
+            message: dict[str, Any] = json.loads(item)
+            self.heard.append(message)
+            if message["type"] in kinds:
+                return message
+            assert message["type"] != "error", message
+
+    def watch(self, chunks: int) -> list[dict[str, Any]]:
+        """Look at chunks, as fast as they come."""
+        seen = []
+        for _ in range(chunks):
+            seen.append(self.hear("chunk"))
+            self.at(seen[-1]["first_frame"] + seen[-1]["frames"])
+        return seen
+
+    def at(self, frame: int) -> None:
+        self.send("position", stream=self.key, frame=frame)
+
+    def nothing_for(self, seconds: float) -> bool:
+        """Whether no chunk comes for so long."""
+        try:
+            self.hear("chunk", seconds=seconds)
+        except TimeoutError:
+            return True
+        return False
+
+    def close(self) -> None:
+        self.socket.close()
