@@ -144,4 +144,5 @@ def load_tiny_decoder(path: Path) -> TinyDecoder:
 def _framewise(layer: nn.Module, x_BTCHW: Tensor) -> Tensor:
     batch = x_BTCHW.shape[0]
     y: Tensor = layer(x_BTCHW.flatten(0, 1))
-    return y.unflatten(0, (batch, -1))
+    frames: Tensor = y.unflatten(0, (batch, -1))
+    return frames

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nasa_video.guidance import ClassifierFree, Nag, Nasa, Negative, ScaleSchedule, Vsf
-    from nasa_video.guided_models import guided
+    from nasa_video.integration.guided import guided
     from nasa_video.pipeline import VideoPipeline
 
 try:
@@ -21,9 +21,19 @@ _HOMES = {
     "ScaleSchedule": "guidance",
     "Vsf": "guidance",
     "VideoPipeline": "pipeline",
-    "guided": "guided_models",
+    "guided": "integration.guided",
 }
-__all__ = ["ClassifierFree", "Nag", "Nasa", "Negative", "ScaleSchedule", "VideoPipeline", "Vsf", "__version__", "guided"]
+__all__ = [
+    "ClassifierFree",
+    "Nag",
+    "Nasa",
+    "Negative",
+    "ScaleSchedule",
+    "VideoPipeline",
+    "Vsf",
+    "__version__",
+    "guided",
+]
 
 
 def __getattr__(name: str) -> Any:

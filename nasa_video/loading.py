@@ -13,10 +13,10 @@ from torch import Tensor
 
 from causvid_adapter import StreamingDecoder, denormalize
 from causvid_adapter.tiny_decoder import TinyDecoder, TinyStreamingDecoder, load_tiny_decoder
-from nasa_video.embedding_cache import CachedEncoder, identity_of
 from nasa_video.errors import InputError
 from nasa_video.models import Components, Umt5Text, WordLlamaText
 from nasa_video.text import TextEncoder, Umt5Encoder, WordLlamaEncoder
+from nasa_video.text.embedding_cache import CachedEncoder, identity_of
 
 DecoderKind = Literal["full", "tiny"]
 

@@ -16,8 +16,8 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
+from nasa_video.bench.flops import WanSizes
 from nasa_video.errors import InputError
-from nasa_video.flops import WanSizes
 from nasa_video.models import SamplerSettings
 
 # Tensors of full size and base width that the decoder holds at once in its last stage; measured: 11.0 kB a pixel of

@@ -126,9 +126,7 @@ def parse_lora(text: str) -> StoredLora:
         try:
             path, scale = head, float(tail)
         except ValueError:
-            raise InputError(
-                f"the LoRA {text!r} is no file and {tail!r} no scale; expected FILE or FILE:0.8"
-            ) from None
+            raise InputError(f"the LoRA {text!r} is no file and {tail!r} no scale; expected FILE or FILE:0.8") from None
     if not math.isfinite(scale) or abs(scale) > 10:
         raise InputError(f"the scale of a LoRA must be from -10 to 10, got {scale:g}")
     if not Path(path).is_file():

@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from nasa_video.attention import SdpaAttend
 from nasa_video.backbones.joint import JointFormula, NegativeMass, PositiveMass, WholeOutput
 from nasa_video.backbones.scope import NegativeContext
-from nasa_video.flops import ChunkLoop, WanSizes, mean_chunk_flops, prompt_flops
+from nasa_video.bench.flops import ChunkLoop, WanSizes, mean_chunk_flops, prompt_flops
 from nasa_video.guidance import Guidance, Nag, Nasa, Vsf
-from nasa_video.guided_models import guided, make_backbone
+from nasa_video.integration.guided import guided, make_backbone
 from nasa_video.models import find_preset
 from nasa_video.steering import EffectMeter
 
@@ -235,7 +235,7 @@ TEXT = """# What guidance costs, in FLOPs
 
 Written by `python scripts/count_flops.py`. Image models are counted by torch's `FlopCounterMode` on the meta
 device, at their true size, batch 1, with our own guidance installed; Wan by the formulas of
-`nasa_video/flops.py`, which tests hold against the same counter. A multiplication and an addition are two
+`nasa_video/bench/flops.py`, which tests hold against the same counter. A multiplication and an addition are two
 operations. Only matrix products and convolutions count: norms, softmax and the guidance formulas themselves are
 linear in the width and left out, as everywhere. Text encoders and the VAE are left out; they are the same for
 every method but for the encoding of one more prompt.

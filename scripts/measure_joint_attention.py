@@ -25,7 +25,7 @@ from torch import Tensor
 from nasa_video.backbones.joint import JoinedKeys, JointFormula, NegativeMass, PositiveMass, WholeOutput
 from nasa_video.backbones.scope import NegativeContext
 from nasa_video.guidance import Guidance, Nag, Nasa, Vsf
-from nasa_video.guided_models import guided
+from nasa_video.integration.guided import guided
 
 COLOURS = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]]).float()
 BACKGROUNDS = torch.tensor([-1.0, 0.0, 1.0])

@@ -227,8 +227,15 @@ def _quiet(pipe: Any) -> Any:
 
 
 CALLS: dict[str, dict[str, Any]] = {
-    "pixart": {"num_inference_steps": 2, "guidance_scale": 0, "height": 16, "width": 16, "max_sequence_length": 12,
-               "use_resolution_binning": False, "clean_caption": False},
+    "pixart": {
+        "num_inference_steps": 2,
+        "guidance_scale": 0,
+        "height": 16,
+        "width": 16,
+        "max_sequence_length": 12,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    },
     "sd": {"num_inference_steps": 2, "guidance_scale": 0, "height": 16, "width": 16},
     "sdxl": {"num_inference_steps": 2, "guidance_scale": 0, "height": 16, "width": 16},
     "flux": {"num_inference_steps": 2, "guidance_scale": 0, "height": 16, "width": 16, "max_sequence_length": 12},

@@ -17,9 +17,9 @@ from causvid_adapter import SeededNoise, StreamingDecoder
 from nasa_video import memory
 from nasa_video.bench.case import BenchSettings, Case
 from nasa_video.bench.operations import Operations, Report, analytic_flops, count_flops, prompt_operations
+from nasa_video.bench.random_model import random_vae
 from nasa_video.bench.subject import BASELINE, Method, Rollout, Subject
 from nasa_video.errors import NasaVideoError
-from nasa_video.random_model import random_vae
 
 
 @torch.no_grad()

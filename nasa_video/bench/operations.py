@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nasa_video.bench.case import Case
+from nasa_video.bench.flops import WanSizes, flop_counter, mean_chunk_flops, prompt_flops
 from nasa_video.bench.subject import BASELINE, Method, Rollout, Subject
-from nasa_video.flops import WanSizes, flop_counter, mean_chunk_flops, prompt_flops
 
 # Layers are alike, so the operations of any number of them follow from those of one and of two.
 COUNTED_LAYERS = (1, 2)

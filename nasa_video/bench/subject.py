@@ -12,12 +12,12 @@ from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, KVCache,
 from causvid_adapter.kv_cache import RopeMode
 from nasa_video.attention import Attend
 from nasa_video.backbones import wan
+from nasa_video.bench.flops import Branches, ChunkLoop, WanSizes
+from nasa_video.bench.random_model import RandomText
 from nasa_video.classifier_free import BranchCaches, ClassifierFreeDenoiser
 from nasa_video.errors import InputError
-from nasa_video.flops import Branches, ChunkLoop, WanSizes
 from nasa_video.guidance import GUIDANCE, AttentionGuidance, ClassifierFree, Guidance
 from nasa_video.models import SamplerSettings
-from nasa_video.random_model import RandomText
 from nasa_video.steering import PromptKeys, Steering
 
 

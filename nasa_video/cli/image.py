@@ -14,7 +14,7 @@ from nasa_video.cli.options import AsJsonOption, DeviceOption, GuidanceOption, N
 
 if TYPE_CHECKING:
     from nasa_video.guidance import Guidance, Negative
-    from nasa_video.image_pipeline import ImagePipeline
+    from nasa_video.image.pipeline import ImagePipeline
     from nasa_video.steering import Effect
 
 
@@ -49,8 +49,8 @@ def image(
 ) -> None:
     """Draw a picture that shows PROMPT and steers away from every --neg, with a one-step or few-step model."""
     from nasa_video.errors import InputError
-    from nasa_video.image_pipeline import ImagePipeline
-    from nasa_video.images import DEFAULT_IMAGE_MODEL, find_image_preset
+    from nasa_video.image.pipeline import ImagePipeline
+    from nasa_video.image.presets import DEFAULT_IMAGE_MODEL, find_image_preset
     from nasa_video.timeline import parse_negative
 
     if not prompt.strip():
@@ -88,7 +88,7 @@ class _Run:
 
     def single(self, pipeline: ImagePipeline, path: Path) -> dict[str, Any]:
         """Draw and write; returns what ``--json`` prints."""
-        from nasa_video.image_grid import save_picture
+        from nasa_video.image.grid import save_picture
 
         pictures = self._draw(pipeline, self.guidance)
         paths = [path if self.count == 1 else path.with_stem(f"{path.stem}-{i}") for i in range(self.count)]
@@ -100,7 +100,7 @@ class _Run:
 
     def sweep(self, pipeline: ImagePipeline, columns: list[Guidance], path: Path) -> dict[str, Any]:
         """Draw every scale and write one picture."""
-        from nasa_video.image_grid import label_grid, save_picture
+        from nasa_video.image.grid import label_grid, save_picture
 
         drawn = [self._draw(pipeline, one) for one in columns]
         rows = [[pictures.images[row] for pictures in drawn] for row in range(self.count)]

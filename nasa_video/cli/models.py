@@ -18,11 +18,12 @@ def list_models(context: typer.Context, as_json: AsJsonOption = False) -> None:
     """List the presets: what each needs, its licence, whether it is on this machine."""
     from rich.table import Table
 
-    from nasa_video.images import image_presets
-    from nasa_video.models import video_presets
+    from nasa_video.image.presets import ImagePreset, image_presets
+    from nasa_video.models import VideoPreset, video_presets
 
     if context.invoked_subcommand is not None:
         return
+    presets: list[VideoPreset | ImagePreset] = [*video_presets().values(), *image_presets().values()]
     rows: list[dict[str, Any]] = [
         {
             "name": preset.name,
@@ -32,7 +33,7 @@ def list_models(context: typer.Context, as_json: AsJsonOption = False) -> None:
             "needs": preset.needs,
             "title": preset.title,
         }
-        for preset in (*video_presets().values(), *image_presets().values())
+        for preset in presets
     ]
     if as_json:
         emit_json(rows)

@@ -76,9 +76,7 @@ def run_stream(request: StreamRequest, say: Callable[[str], None]) -> dict[str, 
     rate = sink.num_frames / seconds
     say(f"{where}: {sink.num_frames} frames in {seconds:.1f} s ({rate:.1f} FPS), seed {seed}")
     if isinstance(sink, PushSink) and rate < 0.9 * fps:
-        say(
-            f"the receiver needs {fps:g} frames a second and got {rate:.1f}: viewers saw it halt; lower --fps"
-        )
+        say(f"the receiver needs {fps:g} frames a second and got {rate:.1f}: viewers saw it halt; lower --fps")
     return {
         "to": where,
         "frames": sink.num_frames,

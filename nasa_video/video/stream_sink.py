@@ -28,8 +28,8 @@ class StreamSink(BaseSink):
     """Sends fragmented MP4 to `target`, any binary file object with `write`, from a thread of its own.
 
     A slow reader slows `write` down; one that has gone away makes the next `write` or `finish` raise OutputError.
-    `metadata` is sent at the start, so later changes have no effect. `encoding`: ffmpeg's options for encoder, container
-    and `pipe:1`. Other arguments as in `FfmpegSink`.
+    `metadata` is sent at the start, so later changes have no effect. `encoding`: ffmpeg's options for encoder,
+    container and `pipe:1`. Other arguments as in `FfmpegSink`.
     """
 
     def __init__(

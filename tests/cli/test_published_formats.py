@@ -16,7 +16,7 @@ from tokenizers.models import Unigram
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from nasa_video.umt5_checkpoint import _PARTS
+from nasa_video.text.umt5_checkpoint import _PARTS
 from nasa_video.video.source import read_frames
 
 Run = Callable[..., Any]

@@ -18,13 +18,13 @@ from nasa_video.attention import SdpaAttend
 from nasa_video.bench import BenchSettings, bench
 from nasa_video.bench import measure as measuring
 from nasa_video.bench.case import Case
+from nasa_video.bench.flops import chunk_flops, flop_counter, mean_chunk_flops, prompt_flops
 from nasa_video.bench.operations import count_flops, count_video
+from nasa_video.bench.random_model import RandomText
 from nasa_video.bench.subject import BASELINE, METHODS, Method, Rollout, Subject
 from nasa_video.cli import bench as command
 from nasa_video.errors import InputError
-from nasa_video.flops import chunk_flops, flop_counter, mean_chunk_flops, prompt_flops
 from nasa_video.models import SamplerSettings
-from nasa_video.random_model import RandomText
 
 NewWan = Callable[..., WanTransformer3DModel]
 NewVae = Callable[..., AutoencoderKLWan]

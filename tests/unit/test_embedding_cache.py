@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from nasa_video.embedding_cache import CachedEncoder, identity_of
 from nasa_video.text import TextContext, WordLlamaEncoder
+from nasa_video.text.embedding_cache import CachedEncoder, identity_of
 
 
 class Loads:

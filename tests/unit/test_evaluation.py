@@ -130,7 +130,7 @@ def test_a_killed_table_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
         return [Verdict(True, True, 0.0, ANY)] * len(cases)
 
     class Model:
-        class preset:  # noqa: N801
+        class preset:
             name = "m"
 
     monkeypatch.setattr(removal, "run_cases", run_cases)

@@ -11,12 +11,12 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise, StreamingDecoder
 from nasa_video import memory
+from nasa_video.bench.random_model import RandomText
 from nasa_video.errors import InputError
 from nasa_video.guidance import ClassifierFree
 from nasa_video.memory import Run, cache_frames, estimate, fitting_sizes, require
 from nasa_video.models import find_preset
 from nasa_video.pipeline import VideoPipeline
-from nasa_video.random_model import RandomText
 
 CAUSVID = find_preset("causvid")
 

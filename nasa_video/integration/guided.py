@@ -31,7 +31,7 @@ from nasa_video.backbones.legacy_attention import LegacyBackbone
 from nasa_video.backbones.scope import Backbone, NegativeContext
 from nasa_video.errors import InputError
 from nasa_video.guidance import AttentionGuidance, ClassifierFree, Guidance, Nasa, Negative
-from nasa_video.pipeline_scope import PipelineScope
+from nasa_video.integration.pipeline_scope import PipelineScope
 from nasa_video.steering import Effect, EffectMeter
 
 OneNegative = str | Negative | NegativeContext | Tensor
@@ -91,7 +91,7 @@ def guided(
     if isinstance(model_or_pipeline, ModularPipeline):
         raise InputError(
             "a Modular Pipeline takes a guider: pipe.update_components(guider=NasaGuidance(scale=0.5)) from "
-            "nasa_video.diffusers_guider"
+            "nasa_video.integration.guider"
         )
     denoisers = _find_denoisers(model_or_pipeline)
     attend = make_attend() if attend is None else attend

@@ -19,7 +19,7 @@ from diffusers.modular_pipelines.flux.denoise import FluxLoopDenoiser
 from diffusers.modular_pipelines.flux.encoders import FluxTextEncoderStep
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 
-from nasa_video.diffusers_guider import NasaGuidance
+from nasa_video.integration.guider import NasaGuidance
 
 NEGATIVE_FIELDS = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
 GUIDER_FIELDS = {

@@ -6,7 +6,7 @@
 The pipeline's own text encoder encodes the negative; the guider takes its embeddings out of the unconditional place,
 guides the attention layers while the denoiser runs, and takes the guidance off again. One pass a step, unlike every
 other guider. Works where a pipeline has a guider (Wan and Wan 2.2 with VACE, SDXL); for FLUX, which has none, see
-``nasa_video.flux_modular``.
+``nasa_video.integration.flux_modular``.
 """
 
 # B batch, L text tokens, E text dim, P pooled dim
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from nasa_video.attention import make_attend
 from nasa_video.backbones.scope import Backbone, NegativeContext
 from nasa_video.guidance import AttentionGuidance, Nag, Nasa, Vsf
-from nasa_video.guided_models import make_backbone
+from nasa_video.integration.guided import make_backbone
 from nasa_video.steering import Effect, EffectMeter
 
 logger = logging.get_logger(__name__)

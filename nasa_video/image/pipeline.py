@@ -18,10 +18,10 @@ from PIL import Image
 
 from nasa_video.errors import InputError, NasaVideoError
 from nasa_video.guidance import ClassifierFree, Guidance, Negative
-from nasa_video.guided_models import guided
-from nasa_video.images import ImagePreset, Weights
+from nasa_video.image.presets import ImagePreset, Weights
+from nasa_video.image.straight_flow import StraightFlowScheduler
+from nasa_video.integration.guided import guided
 from nasa_video.steering import Effect
-from nasa_video.straight_flow import StraightFlowScheduler
 
 PIPELINES: dict[str, Any] = {
     "pixart": diffusers.PixArtAlphaPipeline,

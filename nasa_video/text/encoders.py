@@ -93,7 +93,7 @@ class Umt5Encoder:
     ) -> None:
         from transformers import AutoTokenizer
 
-        from nasa_video.umt5_checkpoint import load_umt5
+        from nasa_video.text.umt5_checkpoint import load_umt5
 
         self.max_tokens = max_tokens
         self._tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)

@@ -1,0 +1,1 @@
+"""One-step and few-step image models: presets, loading, scale sweeps."""

@@ -1,0 +1,1 @@
+"""Guidance for diffusers' own pipelines: one line for classic ones, a guider for modular ones."""
