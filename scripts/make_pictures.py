@@ -13,9 +13,9 @@ from nasa_video.video.frames import Frames
 from nasa_video.video.sinks import open_sink
 
 EXAMPLES = {
-    "blurry": ("a blurry video of a red star moving right on a light background", "blurry"),
-    "colour": ("a ball bouncing on a checkered background", "blue"),
-    "background": ("a yellow heart moving up", "starry background"),
+    "blurry": ("a big red star on a light background, blurry", "blurry"),
+    "colour": ("a big ball on a dark background", "blue"),
+    "background": ("a big yellow heart moving up on a starry background", "starry background"),
 }
 SEEDS = (0, 1, 2)
 

@@ -6,7 +6,8 @@ import sys
 
 import environment
 
-EXAMPLE = ["a red ball bouncing on a checkered background", "--neg", "red", "--compare", "-o", "demo.mp4"]
+PROMPT = "a big yellow heart moving up on a starry background"
+EXAMPLE = [PROMPT, "--neg", "starry background", "--compare", "-o", "demo.mp4"]
 
 
 def main() -> None:

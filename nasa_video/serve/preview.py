@@ -71,6 +71,12 @@ class PreviewStream(LiveStream):
     def ready(self) -> bool:
         return super().ready() and (self._feeder is None or self.run.ring.has(self._taken))
 
+    def step(self) -> bool:
+        if self._feeder is None:  # Only that: the first chunk may not be there yet, and `ready` waits for it.
+            self._begin()
+            return True
+        return super().step()
+
     def _open(self) -> tuple[Picture, Iterator[Pair]]:
         def taken(number: int) -> None:
             self._taken = number
