@@ -168,9 +168,10 @@ class Run:
         from nasa_video.training.assessment import Studio
         from nasa_video.training.card import measure, write_card
 
+        vae, detector, base, student = self.autoencoder(), self.detector(), self.base(), self.student()
         if self.team.leads:
-            studio = Studio(self.autoencoder(), WordLlamaEncoder(self.plan.text_tokens), self.plan.latent_size)
-            results = measure(self.plan, studio, self.detector(), self.base(), self.student())
+            studio = Studio(vae, WordLlamaEncoder(self.plan.text_tokens), self.plan.latent_size)
+            results = measure(self.plan, studio, detector, base, student)
             (self.folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
             write_card(self.weights.parent / "MODEL_CARD.md", self.plan, results, self.folder, self.device)
         self.team.wait()

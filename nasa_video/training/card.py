@@ -143,6 +143,8 @@ def write_card(path: Path, plan: TrainingPlan, results: dict[str, Any], folder: 
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {platform.machine()}"
     speed = "; ".join(f"{name} {value:.2f}" for name, value in results["speed"].items())
     long = ", ".join(f"{name} {_percent(value)}" for name, value in results["long"].items())
+    notes_file = folder / "notes.md"
+    notes = f"\n## Notes on this run\n{notes_file.read_text(encoding='utf-8')}" if notes_file.exists() else ""
     steps = "; ".join(f"{n}: {[round(t) for t in ts]}" for n, ts in plan.student.steps.items())
     path.write_text(
         f"""# Model card: sprites
@@ -178,6 +180,6 @@ Prompts "a circle" to "a ring", {plan.evaluation.spread_videos} each, 4 steps.
 
 ## The detectors' own accuracy on unseen clips, %
 {_table(results["detector"])}
-""",
+{notes}""",
         encoding="utf-8",
     )

@@ -1,0 +1,58 @@
+"""What a negative prompt does to the shipped model: few videos and wide margins, but it fails when guidance breaks."""
+
+from __future__ import annotations
+
+import pytest
+
+from nasa_video import ClassifierFree, Nasa, VideoPipeline, Vsf
+from nasa_video.evaluation.cases import build_cases
+from nasa_video.evaluation.removal import Method, SpritesJudge, run_cases
+
+NUM = 8
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> VideoPipeline:
+    return VideoPipeline.from_pretrained("sprites", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def judge() -> SpritesJudge:
+    return SpritesJudge()
+
+
+def removed(pipeline: VideoPipeline, judge: SpritesJudge, method: Method, steps: int = 4) -> float:
+    """Share of conflicts (the prompt asks for a colour or background, the negative names it) where it is gone."""
+    cases = [case for name in ("colour", "background") for case in build_cases(name, "conflict", NUM, "choose")]
+    verdicts = run_cases(pipeline, method, steps, cases, judge, frames=21, batch=NUM)
+    return sum(verdict.removed for verdict in verdicts) / len(verdicts)
+
+
+def test_the_model_shows_the_colour_and_background_that_it_is_asked_for(
+    pipeline: VideoPipeline, judge: SpritesJudge
+) -> None:
+    # What is asked for is there when it counts as not removed; "unsure" counts as not removed either, so look closer.
+    cases = [case for name in ("colour", "background") for case in build_cases(name, "conflict", NUM, "choose")]
+    chunks = list(
+        pipeline.stream_batch([case.prompt for case in cases], seeds=[case.seed for case in cases], frames=21, steps=4)
+    )
+    import numpy as np
+
+    labels = judge(list(np.concatenate([chunk.frames for chunk in chunks], axis=1)))
+    shown = [row[case.attribute] == case.value for row, case in zip(labels, cases, strict=True)]
+    assert sum(shown) / len(shown) >= 0.7
+
+
+def test_a_negative_wins_over_the_prompt_with_nasa_and_not_with_classifier_free_guidance(
+    pipeline: VideoPipeline, judge: SpritesJudge
+) -> None:
+    unguided = removed(pipeline, judge, Method("none", None))
+    nasa = removed(pipeline, judge, Method("nasa", Nasa(1.0)))
+    cfg = removed(pipeline, judge, Method("cfg", ClassifierFree(3.0)))
+    assert unguided <= 0.25
+    assert nasa >= 0.6
+    assert cfg <= nasa - 0.3
+
+
+def test_value_sign_flip_removes_too(pipeline: VideoPipeline, judge: SpritesJudge) -> None:
+    assert removed(pipeline, judge, Method("vsf", Vsf(1.0))) >= 0.6
