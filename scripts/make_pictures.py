@@ -37,11 +37,11 @@ def main() -> None:
             plain, guided = video(pipeline, prompt, None, seed), video(pipeline, prompt, negative, seed)
             rows.append((f'"{prompt}", seed {seed}', plain))
             rows.append((f'the same with --neg "{negative}" (NASA, scale {scale:g})', guided))
-            wide.append(side_by_side([plain, guided], ["without", f"--neg {negative}"], scale=3))
-        contact_sheet(rows).save(folder / f"{name}.png")
-        with open_sink(folder / f"{name}.gif", pipeline.preset.video.fps) as sink:
+            wide.append(side_by_side([plain, guided], ["without", f"--neg {negative}"], scale=2))
+        contact_sheet(rows, columns=5).save(folder / f"{name}.png")
+        with open_sink(folder / f"{name}.mp4", pipeline.preset.video.fps) as sink:
             sink.write(np.concatenate(wide))
-        print(folder / f"{name}.png", folder / f"{name}.gif")
+        print(folder / f"{name}.png", folder / f"{name}.mp4")
 
 
 if __name__ == "__main__":
