@@ -61,6 +61,9 @@ class Client:
             self.heard.append(message)
             if message["type"] in kinds:
                 return message
+            if message["type"] == "chunk":
+                # Passed over on the way to another message, but seen: generation must not wait for it.
+                self.at(message["first_frame"] + message["frames"])
             assert message["type"] != "error", message
 
     def watch(self, chunks: int) -> list[dict[str, Any]]:
