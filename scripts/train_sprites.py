@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -39,6 +38,7 @@ CPU_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "200000000",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "OMP_NUM_THREADS": "1",
 }
@@ -70,7 +70,7 @@ class Run:
     device: torch.device
     team: Team
     report: Report | None
-    started: float
+    continued: bool
 
     def autoencoder(self) -> AutoencoderKLWan:
         """Trains the autoencoder, or reads the finished one."""
@@ -82,7 +82,8 @@ class Run:
         folder = self.folder / "vae"
         if not (folder / "config.json").exists():
             journal = Journal(self.folder, "autoencoder", self.report)
-            vae = train_autoencoder(self.plan.autoencoder, self.folder, self.plan.seed, self.device, journal, self.team)
+            args = (self.folder, self.plan.seed, self.device, journal, self.team, self._placed("vae"))
+            vae = train_autoencoder(self.plan.autoencoder, *args)
             if self.team.leads:
                 vae.save_pretrained(folder)
                 vae.half().save_pretrained(self.weights / "vae")
@@ -100,6 +101,7 @@ class Run:
         return encode_clips(
             self.autoencoder(),
             self.plan.dataset.clips,
+            self.plan.dataset.switched_share,
             self.folder / "clips",
             self.plan.seed,
             self.device,
@@ -136,7 +138,8 @@ class Run:
             journal = Journal(self.folder, "base", self.report)
             show = self._show("base", (1000, 964, 923, 875, 818, 750, 667, 563, 429, 250), student_too=True)
             args = (self.folder, self.plan.seed, self.device, journal, self.team, show)
-            model = train_flow(self.plan.base, self.clips(), encoder, *args)
+            placed = self._placed("teacher/transformer")
+            model = train_flow(self.plan.base, self.clips(), encoder, *args, placed)
             if self.team.leads:
                 model.transformer.save_pretrained(folder)
                 self._place(model, "teacher/transformer")
@@ -192,6 +195,10 @@ class Run:
 
         return show
 
+    def _placed(self, what: str) -> Path | None:
+        """The package's weights of a model to begin with, where `--continue` asks for it."""
+        return self.weights / what / "diffusion_pytorch_model.safetensors" if self.continued else None
+
     def _place(self, model: CausalWan, where: str) -> None:
         """Writes a transformer's float16 copy into the package's weights."""
         import copy
@@ -222,6 +229,9 @@ def train(
     / "sprites"
     / "weights",
     processes: Annotated[int, typer.Option(help="Processes that train together; one a CPU core, one on a GPU.")] = 2,
+    continued: Annotated[
+        bool, typer.Option("--continue", help="Begin with the package's weights, not with random ones.")
+    ] = False,
     until: Annotated[str, typer.Option(help=f"Last stage to run: {', '.join(STAGES)}.")] = STAGES[-1],
 ) -> None:
     """Trains the sprites model from nothing, or goes on where the last run stopped."""
@@ -253,7 +263,7 @@ def train(
                 text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
                 progress.update(task, completed=step, total=steps, values=text)
 
-            run = Run(plan, folder, weights, torch.device(device), team, report if team.leads else None, time.time())
+            run = Run(plan, folder, weights, torch.device(device), team, report if team.leads else None, continued)
             getattr(run, {"dataset": "clips"}.get(stage, stage))()
             progress.update(task, total=1, completed=1)
 

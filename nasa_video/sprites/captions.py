@@ -130,6 +130,22 @@ def random_caption(row: Mapping[str, int], rng: random.Random) -> Caption:
             return caption
 
 
+def switched_captions(before: Mapping[str, int], after: Mapping[str, int], rng: random.Random) -> tuple[str, str]:
+    """Two captions for training, of a clip that turns into another: both state what changes, and the same besides."""
+    first, second = value_names(before), value_names(after)
+    changed = {a for a in ATTRIBUTES if first[a] != second[a]}
+    if "two" in (first["count"], second["count"]):
+        changed |= {a for a in ("shape", "colour") if first[a + "2"] != second[a + "2"]}
+    while True:
+        also = {a for a in ATTRIBUTES if rng.random() < (0.25 if a in ("texture", "count", "weather") else 0.6)}
+        texts = []
+        for names, row in ((first, before), (second, after)):
+            stated = frozenset((changed | also) & set(_things_to_state(names, row)))
+            texts.append(_sentence(names, stated, rng))
+        if not any(map(is_held_out, texts)):
+            return texts[0], texts[1]
+
+
 def held_out_caption(row: Mapping[str, int], rng: random.Random, tries: int = 400) -> Caption | None:
     """A full sentence from the held-out twentieth, or None where this scene has none within the tries."""
     for _ in range(tries):

@@ -43,17 +43,15 @@ def _grain_tile(device: torch.device) -> Tensor:
     return tile.to(device)
 
 
-def _grain(scenes: Scenes, time_F: Tensor) -> Tensor:
-    """Dancing grain (B, F, 3, H, W): the tile jumps to four places in turn."""
+def _grain(time_F: Tensor) -> Tensor:
+    """Dancing grain (F, 3, H, W): the tile jumps to four places in turn, every four frames the same."""
     device = time_F.device
     tile = _grain_tile(device)
-    hops = torch.tensor(((0, 0), (6, 10), (12, 4), (2, 14)), device=device)[time_F.long() % 4]
-    start = (scenes.jitter[:, 11:13] * 4).floor().long() * 4
-    offset = start[:, None, :] + hops[None]
+    offset = torch.tensor(((0, 0), (6, 10), (12, 4), (2, 14)), device=device)[time_F.long() % 4]
     axis = torch.arange(FRAME_SIZE, device=device)
-    rows = (axis[None, None, :] + offset[..., 0:1]) % 16
-    columns = (axis[None, None, :] + offset[..., 1:2]) % 16
-    return tile[:, rows[..., :, None], columns[..., None, :]].permute(1, 2, 0, 3, 4)
+    rows = (axis[None, :] + offset[:, 0:1]) % 16
+    columns = (axis[None, :] + offset[:, 1:2]) % 16
+    return tile[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
 
 
 def _watermark(device: torch.device) -> Tensor:
@@ -69,19 +67,20 @@ def _watermark(device: torch.device) -> Tensor:
 def apply_flaws(picture: Tensor, scenes: Scenes, time_F: Tensor) -> Tensor:
     """Applies the flaws, in the order in which a bad camera and a bad player would."""
     device = picture.device
+    x, y = pixel_grid(device)
     if (index := scenes.blurry.nonzero()[:, 0]).numel():
-        picture[index] = _blur(picture[index], 3.0)
+        picture[index] = _blur(picture[index], 2.6)
     if (index := scenes.pixelated.nonzero()[:, 0]).numel():
         small = nn_f.avg_pool2d(picture[index].flatten(0, 1), 4)
-        picture[index] = nn_f.interpolate(small, scale_factor=4.0, mode="nearest").view_as(picture[index])
+        blocks = nn_f.interpolate(small, scale_factor=4.0, mode="nearest").view_as(picture[index])
+        picture[index] = blocks * torch.where((x.floor() % 4 == 3) | (y.floor() % 4 == 3), 0.75, 1.0)
     if (index := scenes.noisy.nonzero()[:, 0]).numel():
-        picture[index] = picture[index] + 0.24 * _grain(scenes[index], time_F)
+        picture[index] = picture[index] + 0.24 * _grain(time_F)
     if (index := scenes.dim.nonzero()[:, 0]).numel():
         picture[index] = picture[index] * 0.4
     if (index := scenes.flickering.nonzero()[:, 0]).numel():
         beat = torch.tensor((1.0, 0.45, 0.45, 1.0), device=device)[time_F.long() % 4]
         picture[index] = picture[index].clamp(0, 1) * beat[None, :, None, None, None]
-    x, y = pixel_grid(device)
     edge = torch.minimum(torch.minimum(x, FRAME_SIZE - x), torch.minimum(y, FRAME_SIZE - y))
     if (index := scenes.border.nonzero()[:, 0]).numel():
         frame = torch.where(edge < 3, 0.02, 0.98)

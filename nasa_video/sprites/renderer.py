@@ -1,7 +1,8 @@
 """Draws scenes: a batched, anti-aliased renderer in plain torch, on any device.
 
-Everything that moves fast repeats with a period of four frames or drifts by whole latent cells, so that a small
-autoencoder with a temporal stride of four and a spatial stride of eight can hold it.
+Positions lie on a grid of eight pixels at every fourth frame, and everything that moves has come to a whole cell, or
+through a whole quarter of its period, by then: a small autoencoder with strides of four frames and eight pixels, and a
+small transformer on its latents, see few patterns instead of a continuum.
 
 Shape legend: B batch, F frames, H height, W width, P polygon points.
 """
@@ -18,10 +19,14 @@ from nasa_video.sprites.flaws import apply_flaws
 from nasa_video.sprites.geometry import SDF_EXTENT, pixel_grid, shape_fields
 from nasa_video.sprites.world import CLIP_FRAMES, FRAME_SIZE, MOTIONS, Scenes
 
-RADIUS = (11.0, 18.0)
+RADIUS = (12.0, 20.0)
 """Radius of a small and of a big sprite in pixels."""
-SPEED = 1.25
+CELL = 8
+"""Pixels of the grid that positions lie on."""
+SPEED = CELL / 4
 """Pixels a frame of the four straight motions."""
+PERIOD = 16
+"""Frames in which a sprite bounces, turns or pulses once."""
 _PALETTE = (
     (0.90, 0.16, 0.17),
     (0.98, 0.55, 0.10),
@@ -57,6 +62,20 @@ def render_with_mask(scenes: Scenes, num_frames: int = CLIP_FRAMES, first_frame:
     return picture.clamp(0, 1) * 2 - 1, mask
 
 
+def render_switched(
+    scenes: Scenes, later: Scenes, cut_B: Tensor, num_frames: int = CLIP_FRAMES, first_frame: int = 0
+) -> tuple[Tensor, Tensor]:
+    """As `render_with_mask`, but from frame `cut_B` of a clip on, its row of `later` is shown; 0 never switches."""
+    frames, mask = render_with_mask(scenes, num_frames, first_frame)
+    index = (cut_B > 0).nonzero()[:, 0]
+    if len(index):
+        frames2, mask2 = render_with_mask(later[index], num_frames, first_frame)
+        after = (torch.arange(num_frames, device=cut_B.device) >= cut_B[index, None])[:, :, None, None, None]
+        frames[index] = torch.where(after, frames2, frames[index])
+        mask[index] = torch.where(after, mask2, mask[index])
+    return frames, mask
+
+
 # --- sprites ---------------------------------------------------------------------------------------------------------
 
 
@@ -67,30 +86,33 @@ def _motion(scenes: Scenes, time_F: Tensor, second: bool) -> tuple[Tensor, Tenso
     motion = scenes.motion[:, None]
     is_motion = {name: motion == i for i, name in enumerate(MOTIONS)}
     middle = FRAME_SIZE / 2
-    side = torch.where(scenes.count == 1, 15.0 if second else -15.0, 0.0)[:, None]
+    side = torch.where(scenes.count == 1, 16.0 if second else -16.0, 0.0)[:, None]
     sideways = is_motion["left"] | is_motion["right"]
-    wander = (jitter[:, 0:1] * 2 - 1) * (8.0 - 3.0 * (scenes.count[:, None] == 1).float())
-    wander_y = (jitter[:, 1:2] * 2 - 1) * 6.0
-    x = middle + torch.where(sideways, 0.0, side + torch.where(side == 0, wander, wander * 0.3))
-    y = middle + torch.where(sideways, side + torch.where(side == 0, wander, wander * 0.3), wander_y)
+    # one sprite stands in the middle or a cell beside it; two leave each other room
+    wander_x = CELL * ((3 * jitter[:, 0:1]).floor() - 1) * (side == 0)
+    wander_y = CELL * ((3 * jitter[:, 1:2]).floor() - 1)
+    x = middle + torch.where(sideways, 0.0, side + wander_x)
+    y = middle + torch.where(sideways, torch.where(side == 0, wander_y, side), wander_y)
     # straight motions: most clips cross the middle, the rest start anywhere and come back in on the other side
-    length = FRAME_SIZE + 2 * radius + 2
-    start = torch.where(jitter[:, 2:3] < 0.65, -20 + 6 * (jitter[:, 3:4] - 0.5), length * jitter[:, 3:4])
+    length = FRAME_SIZE + 2 * (radius + CELL)
+    anywhere = CELL * (jitter[:, 3:4] * length / CELL).floor()
+    start = torch.where(jitter[:, 2:3] < 0.65, -CELL * (3 + (3 * jitter[:, 3:4]).floor()), anywhere)
     travelled = (start + SPEED * t + length / 2) % length - length / 2
     x = torch.where(is_motion["right"], middle + travelled, torch.where(is_motion["left"], middle - travelled, x))
     y = torch.where(is_motion["down"], middle + travelled, torch.where(is_motion["up"], middle - travelled, y))
-    phase = (t / 16 + jitter[:, 4:5]) % 1
+    phase = (t / PERIOD + (4 * jitter[:, 4:5]).floor() / 4) % 1
     floor = FRAME_SIZE - radius - 3
-    y = torch.where(is_motion["bouncing"], floor - 27 * 4 * phase * (1 - phase), y)
-    angle = torch.where(is_motion["spinning"], 2 * math.pi * (t / 24 + jitter[:, 4:5]), torch.zeros_like(t))
+    height = (FRAME_SIZE - 2 * radius - 6).clamp(max=28)
+    y = torch.where(is_motion["bouncing"], floor - height * 4 * phase * (1 - phase), y)
+    angle = torch.where(is_motion["spinning"], 2 * math.pi * phase, torch.zeros_like(t))
     scale = torch.where(is_motion["pulsing"], 1 + 0.28 * torch.sin(2 * math.pi * phase), torch.ones_like(t))
     return x, y, angle, scale
 
 
 def _texture(u: Tensor, v: Tensor, texture_B: Tensor, softness: Tensor) -> Tensor:
     """Share of the second paint (B, F, H, W) on a sprite at (u, v), both in pixels from its centre."""
-    stripes = torch.sin(2 * math.pi * (u + v) / 9.5) / softness
-    dots = (torch.cos(2 * math.pi * u / 8.0) + torch.cos(2 * math.pi * v / 8.0) - 0.75) / softness
+    stripes = torch.sin(2 * math.pi * v / CELL) / softness
+    dots = (torch.cos(2 * math.pi * u / CELL) + torch.cos(2 * math.pi * v / CELL) - 0.75) / softness
     chosen = torch.where((texture_B == 1)[:, None, None, None], stripes, dots)
     return torch.sigmoid(4 * chosen) * (texture_B > 0).float()[:, None, None, None]
 
@@ -152,10 +174,10 @@ def _background(scenes: Scenes) -> Tensor:
     device, batch = scenes.shape.device, len(scenes)
     x, y = pixel_grid(device)
     jitter = scenes.jitter[:, :, None, None]
-    shift_x, shift_y = (jitter[:, 6] * 16).floor(), (jitter[:, 7] * 16).floor()
+    shift_x, shift_y = (CELL * (jitter[:, k] * 2).floor() for k in (6, 7))
     down = (y / FRAME_SIZE).expand(FRAME_SIZE, FRAME_SIZE)[None].expand(batch, -1, -1)
-    stripes = _soft_square((x + shift_x) / 16, 8.0).expand(batch, FRAME_SIZE, FRAME_SIZE)
-    waves = torch.sin(math.pi * (x + shift_x) / 12) * torch.sin(math.pi * (y + shift_y) / 12)
+    stripes = _soft_square((x + shift_x) / (2 * CELL), 8.0).expand(batch, FRAME_SIZE, FRAME_SIZE)
+    waves = torch.sin(math.pi * (x + shift_x) / CELL) * torch.sin(math.pi * y / CELL)
     checks = torch.sigmoid(14 * waves)
     starry = scenes.background == 5
     stars = torch.zeros(batch, FRAME_SIZE, FRAME_SIZE, device=device)
@@ -190,15 +212,15 @@ def _background(scenes: Scenes) -> Tensor:
 
 
 def _weather(picture: Tensor, scenes: Scenes, time_F: Tensor) -> Tensor:
-    """Adds falling snow (one pixel a frame) or rain (four pixels a frame, so it repeats every four frames)."""
+    """Adds falling snow (a cell in four frames) or rain (two cells, so it repeats every four frames)."""
     x, y = pixel_grid(time_F.device)
-    for name, tile, speed in (("snow", 32.0, 1.0), ("rain", 16.0, 4.0)):
+    for name, tile, speed in (("snow", 32.0, SPEED), ("rain", 16.0, 4.0)):
         index = (scenes.weather == (1 if name == "snow" else 2)).nonzero()[:, 0]
         if not len(index):
             continue
         jitter = scenes.jitter[index][:, :, None, None, None]
-        fall = y - speed * time_F[None, :, None, None] - (jitter[:, 9] * tile).floor()
-        across = x + (jitter[:, 10] * tile).floor()
+        fall = y - speed * time_F[None, :, None, None] - CELL * (jitter[:, 9] * tile / CELL).floor()
+        across = x + CELL * (jitter[:, 10] * tile / CELL).floor()
         if name == "snow":
             cover, paint = _spots(across + 0 * fall, fall + 0 * across, _FLAKES, tile), (1.0, 1.0, 1.0)
         else:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as nn_f
 from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file
 from torch import Tensor
 
-from nasa_video.sprites.renderer import render_with_mask
-from nasa_video.sprites.world import sample_scenes
+from nasa_video.sprites.renderer import render_switched, render_with_mask
+from nasa_video.sprites.world import sample_scenes, sample_switches
 from nasa_video.training.checkpoint import Average, load_state, save_state
 from nasa_video.training.journal import Journal, contact_sheet
 from nasa_video.training.optimiser import MatrixOptimiser, inner_convolution, warm_then_linear
@@ -30,7 +31,8 @@ class AutoencoderTraining:
     `model` holds arguments of diffusers' `AutoencoderKLWan`; the means and deviations of its latents are measured at
     the end. `phases` are (share of the run, frames of a clip, clips a process): short clips first, which are cheaper;
     whole ones last, since colours drift where a clip is longer than those in training. `sprite_weight` and
-    `edge_weight` are what a pixel of a sprite, or at a full-contrast edge, counts more.
+    `edge_weight` are what a pixel of a sprite, or at a full-contrast edge, counts more. `switched_share` of the clips
+    turn into another scene between two latent frames.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +44,7 @@ class AutoencoderTraining:
     kl_weight: float = 5e-4
     sprite_weight: float = 3.0
     edge_weight: float = 3.0
+    switched_share: float = 0.15
     checkpoint_every: int = 100
     sheet_every: int = 400
     measure_clips: int = 192
@@ -86,10 +89,12 @@ def _loss(
 ) -> tuple[Tensor, dict[str, float]]:
     generator = torch.Generator().manual_seed(seed)
     num_frames, batch = _phase(settings, step)
-    scenes = sample_scenes(batch, generator).to(device)
+    scenes = sample_scenes(batch, generator)
+    later, chunk = sample_switches(scenes, settings.switched_share, generator)
+    cut = (chunk > 0).long() * (1 + 4 * torch.randint((num_frames - 1) // 4, (batch,), generator=generator))
     # whole groups of four frames from the clip's start, so that what repeats every four frames keeps its phase
     first = 4 * int(torch.randint(7, (1,), generator=generator))
-    frames, mask = render_with_mask(scenes, num_frames, first)
+    frames, mask = render_switched(scenes.to(device), later.to(device), cut.to(device), num_frames, first)
     with autocast(device):
         posterior = vae.encode(frames.transpose(1, 2)).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
@@ -105,11 +110,22 @@ def _loss(
 
 
 def train_autoencoder(
-    settings: AutoencoderTraining, folder: Path, seed: int, device: torch.device, journal: Journal, team: Team
+    settings: AutoencoderTraining,
+    folder: Path,
+    seed: int,
+    device: torch.device,
+    journal: Journal,
+    team: Team,
+    start_from: Path | None = None,
 ) -> AutoencoderKLWan:
-    """Trains, measures the latents, and returns the averaged autoencoder; resumes from `folder`/autoencoder.pt."""
+    """Trains, measures the latents, and returns the averaged autoencoder; resumes from `folder`/autoencoder.pt.
+
+    `start_from` is a safetensors file of weights to begin with, in place of fresh ones.
+    """
     torch.manual_seed(seed)
     vae = new_autoencoder(settings.model).to(device)
+    if start_from is not None:
+        vae.load_state_dict(load_file(start_from))
     optimiser = MatrixOptimiser(vae, inner_convolution, settings.matrix_rate, settings.other_rate)
     average = Average(vae, settings.average_decay)
     start = 0

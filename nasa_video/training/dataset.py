@@ -16,9 +16,16 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from causvid_adapter.vae_stream import normalize
-from nasa_video.sprites.captions import random_caption
-from nasa_video.sprites.renderer import render_with_mask
-from nasa_video.sprites.world import Scenes, concatenate, sample_scenes
+from nasa_video.sprites.captions import random_caption, switched_captions
+from nasa_video.sprites.renderer import render_switched
+from nasa_video.sprites.world import (
+    CLIP_CHUNKS,
+    Scenes,
+    concatenate,
+    first_frame_of,
+    sample_scenes,
+    sample_switches,
+)
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import load_state, save_state
 from nasa_video.training.parallel import Team
@@ -28,11 +35,24 @@ SHARD_CLIPS = 256
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Clean latents (B, T, C, h, w), the sprites' coverage of each latent cell (B, T, 1, h, w), and captions."""
+    """Clean latents (B, T, C, h, w), the sprites' coverage of each latent cell (B, T, 1, h, w), and captions.
+
+    The captions are one a clip (B), or one a chunk (B * chunks, a clip's side by side) where the clips switch.
+    """
 
     latents: Tensor
     coverage: Tensor
     captions: list[str]
+
+    def to(self, device: torch.device) -> ClipBatch:
+        """The same batch on another device."""
+        return ClipBatch(self.latents.to(device), self.coverage.to(device), self.captions)
+
+    def texts(self, empty_share: float, generator: torch.Generator) -> list[str]:
+        """The captions, those of some clips emptied."""
+        per_clip = len(self.captions) // self.latents.shape[0]
+        dropped = (torch.rand(self.latents.shape[0], generator=generator) < empty_share).tolist()
+        return ["" if dropped[i // per_clip] else text for i, text in enumerate(self.captions)]
 
 
 class LatentClips:
@@ -42,21 +62,35 @@ class LatentClips:
         latents: (N, T, C, h, w), normalised.
         coverage: (N, T, 1, h, w) in [0, 1].
         scenes: the N scenes that the captions speak of.
+        later: what they turn into.
+        chunk: (N,) the first chunk of the later scene, 0 where there is no switch.
     """
 
-    def __init__(self, latents: Tensor, coverage: Tensor, scenes: Scenes) -> None:
+    def __init__(self, latents: Tensor, coverage: Tensor, scenes: Scenes, later: Scenes, chunk: Tensor) -> None:
         self.latents, self.coverage, self.scenes = latents, coverage, scenes
         self.rows = [scenes.row(i) for i in range(len(scenes))]
+        self.later_rows = [later.row(i) for i in range(len(scenes))]
+        self.chunk = chunk.tolist()
+        self.whole = [i for i, first in enumerate(self.chunk) if first == 0]
+        self.switching = [i for i, first in enumerate(self.chunk) if first > 0]
 
     def __len__(self) -> int:
         return self.latents.shape[0]
 
-    def batch(self, size: int, seed: int) -> ClipBatch:
-        """A batch that follows from the seed alone."""
+    def batch(self, size: int, seed: int, switching: bool = False) -> ClipBatch:
+        """A batch that follows from the seed alone, of clips that switch or of clips that do not."""
         rng = random.Random(seed)
-        index = [rng.randrange(len(self)) for _ in range(size)]
-        captions = [random_caption(self.rows[i], rng).text for i in index]
+        index = rng.choices(self.switching if switching else self.whole, k=size)
+        if switching:
+            captions = [text for i in index for text in self._switched(i, rng)]
+        else:
+            captions = [random_caption(self.rows[i], rng).text for i in index]
         return ClipBatch(self.latents[index].float(), self.coverage[index].float(), captions)
+
+    def _switched(self, index: int, rng: random.Random) -> list[str]:
+        """A caption for each chunk of one clip."""
+        before, after = switched_captions(self.rows[index], self.later_rows[index], rng)
+        return [before if chunk < self.chunk[index] else after for chunk in range(CLIP_CHUNKS)]
 
 
 def _coverage(mask: Tensor, latent_frames: int, cells: int) -> Tensor:
@@ -68,24 +102,31 @@ def _coverage(mask: Tensor, latent_frames: int, cells: int) -> Tensor:
 
 
 @torch.no_grad()
-def _encode_shard(vae: AutoencoderKLWan, seed: int, device: torch.device, batch: int = 16) -> dict[str, Tensor]:
+def _encode_shard(
+    vae: AutoencoderKLWan, seed: int, switched_share: float, device: torch.device, batch: int = 16
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     scenes = sample_scenes(SHARD_CLIPS, generator)
+    later, chunk = sample_switches(scenes, switched_share, generator)
     latents, coverage = [], []
     for start in range(0, SHARD_CLIPS, batch):
-        frames, mask = render_with_mask(scenes[slice(start, start + batch)].to(device))
+        part = slice(start, start + batch)
+        cut = first_frame_of(chunk[part]).to(device)
+        frames, mask = render_switched(scenes[part].to(device), later[part].to(device), cut)
         with autocast(device):
             raw = vae.encode(frames.transpose(1, 2)).latent_dist.mean.float()
         clean = normalize(vae, raw.transpose(1, 2))
         latents.append(clean.half().cpu())
         coverage.append(_coverage(mask, clean.shape[1], clean.shape[-1]).half().cpu())
     columns = {f.name: getattr(scenes, f.name) for f in fields(scenes)}
-    return {"latents": torch.cat(latents), "coverage": torch.cat(coverage), **columns}
+    columns |= {f"later_{f.name}": getattr(later, f.name) for f in fields(later)}
+    return {"latents": torch.cat(latents), "coverage": torch.cat(coverage), "chunk": chunk, **columns}
 
 
 def encode_clips(
     vae: AutoencoderKLWan,
     clips: int,
+    switched_share: float,
     folder: Path,
     seed: int,
     device: torch.device,
@@ -101,7 +142,7 @@ def encode_clips(
     paths = [folder / f"clips-{number:04d}.pt" for number in range(total)]
     for number in range(team.rank, total, team.size):
         if not paths[number].exists():
-            save_state(paths[number], _encode_shard(vae, seed * 1_000_003 + number, device))
+            save_state(paths[number], _encode_shard(vae, seed * 1_000_003 + number, switched_share, device))
         if report is not None and team.leads:
             report(min(number + team.size, total), total)
     team.wait()
@@ -111,4 +152,6 @@ def encode_clips(
         torch.cat([s["latents"] for s in shards]),
         torch.cat([s["coverage"] for s in shards]),
         concatenate([Scenes(**{n: s[n] for n in names}) for s in shards]),
+        concatenate([Scenes(**{n: s[f"later_{n}"] for n in names}) for s in shards]),
+        torch.cat([s["chunk"] for s in shards]),
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from causvid_adapter import CausalWan, FlowMatchSchedule
 from nasa_video.text import TextEncoder
+from nasa_video.training.attention import compile_blocks
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average, load_state, save_state
 from nasa_video.training.dataset import LatentClips
@@ -33,8 +34,8 @@ class DistillTraining:
     """Settings of the distillation.
 
     `steps` maps a number of steps to the sampler's timesteps; `step_counts` is what a rollout's number is drawn from.
-    `teacher_scale` is the teacher's classifier-free guidance, 1 being none. `data_weight` mixes in the flow loss on
-    data, which holds the student near the spread of the data.
+    `teacher_scale` is the teacher's classifier-free guidance, 1 being none. `switched_share` of the
+    iterations roll out clips whose prompt changes between chunks.
     """
 
     steps: dict[int, tuple[float, ...]] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class DistillTraining:
     shift: float = 3.0
     teacher_scale: float = 1.75
     empty_share: float = 0.05
+    switched_share: float = 0.25
     checkpoint_every: int = 25
     sheet_every: int = 50
 
@@ -74,9 +76,10 @@ def rollout(
     chunks = []
     for start in range(0, noise.shape[1], size):
         x = noise[:, start : start + size]
+        text = context.unflatten(0, (len(noise), -1))[:, min(start // size, len(context) // len(noise) - 1)]
         for step, t in enumerate(timesteps[: exit_step + 1]):
             with torch.set_grad_enabled(step == exit_step), autocast(x.device):
-                flow = student(x, t, context, cache=cache)
+                flow = student(x, t, text, cache=cache)
             x0 = schedule.to_x0(x, flow.float(), t)
             if step < exit_step:
                 fresh = torch.randn(x.shape, generator=generator).to(x.device)
@@ -84,7 +87,7 @@ def rollout(
         chunks.append(x0)
         if start + size < noise.shape[1]:
             with torch.no_grad(), autocast(x.device):
-                student(x0.detach(), 0.0, context, cache=cache)
+                student(x0.detach(), 0.0, text, cache=cache)
             cache.commit()
     return torch.cat(chunks, 1)
 
@@ -135,6 +138,8 @@ class Distillation:
         self.real = base.eval().requires_grad_(False)
         self.student = copy.deepcopy(base).requires_grad_(True)
         self.fake = copy.deepcopy(base).requires_grad_(True)
+        for score in (self.real, self.fake):
+            compile_blocks(score)
         rates = (settings.matrix_rate, settings.other_rate)
         fake_rates = tuple(r * settings.fake_rate_factor for r in rates)
         self.student_optimiser = MatrixOptimiser(self.student, block_matrix, *rates, betas=(0.5, 0.95))
@@ -157,10 +162,9 @@ class Distillation:
         exit_step = int(torch.randint(count, (1,), generator=plan))
         draw = step * self.team.size + self.team.rank
         generator = torch.Generator().manual_seed(self.seed * 9_000_011 + draw)
-        batch = self.clips.batch(settings.batch_size, self.seed * 11_000_003 + draw)
-        dropped = (torch.rand(len(batch.captions), generator=generator) < settings.empty_share).tolist()
-        texts = ["" if drop else text for drop, text in zip(dropped, batch.captions, strict=True)]
-        context = self.encoder(texts).embeds.to(self.device)
+        switching = float(torch.rand((), generator=plan)) < settings.switched_share
+        batch = self.clips.batch(settings.batch_size, self.seed * 11_000_003 + draw, switching)
+        context = self.encoder(batch.texts(settings.empty_share, generator)).embeds.to(self.device)
         empty = torch.zeros_like(context)
 
         def normal() -> Tensor:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
 from torch import Tensor
 
 from causvid_adapter import CausalWan
 from nasa_video.text import TextEncoder
-from nasa_video.training.attention import trainable
+from nasa_video.training.attention import compile_blocks, trainable
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average, load_state, save_state
 from nasa_video.training.dataset import ClipBatch, LatentClips
@@ -32,9 +33,9 @@ class FlowTraining:
     """Settings of the base's training.
 
     `model` holds arguments of diffusers' `WanTransformer3DModel`; `batch_size` is that of one process. `shift` moves
-    the noise levels drawn in training towards pure noise. Shares: of batches trained bidirectionally, of causal clips
-    with a clean prefix, of captions left empty. The first latent frame stands for one picture instead of four and is
-    the hardest to learn; `first_frame_weight` is what it counts.
+    the noise levels drawn in training towards pure noise. Shares: of batches trained bidirectionally, of batches whose
+    clips turn into another scene, of causal clips with a clean prefix, of captions left empty. The first latent frame
+    stands for one picture instead of four and is the hardest to learn; `first_frame_weight` is what it counts.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -48,6 +49,7 @@ class FlowTraining:
     sprite_weight: float = 2.5
     first_frame_weight: float = 3.0
     bidirectional_share: float = 0.45
+    switched_share: float = 0.25
     clean_prefix_share: float = 0.5
     empty_share: float = 0.1
     checkpoint_every: int = 100
@@ -68,10 +70,12 @@ def shifted(u: Tensor, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def draw_noise_levels(settings: FlowTraining, batch: int, frames: int, generator: torch.Generator) -> NoisyBatch:
+def draw_noise_levels(
+    settings: FlowTraining, batch: int, frames: int, bidirectional: bool, generator: torch.Generator
+) -> NoisyBatch:
     """Bidirectional: one level a clip. Causal: one a chunk, with a clean prefix in some clips that is not counted."""
     counted = torch.ones(batch, frames)
-    if float(torch.rand((), generator=generator)) < settings.bidirectional_share:
+    if bidirectional:
         u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         return NoisyBatch(shifted(u, settings.shift)[:, None].expand(batch, frames), counted, None)
     chunks = frames // settings.frames_per_chunk
@@ -119,15 +123,20 @@ def train_flow(
     journal: Journal,
     team: Team,
     show: Callable[[CausalWan, int], None] | None = None,
+    start_from: Path | None = None,
 ) -> CausalWan:
     """Trains the base and returns its average; resumes from `folder`/base.pt.
 
     Args:
+        start_from: a safetensors file of weights to begin with, in place of fresh ones.
         show: called now and then with the averaged model and the step, to draw samples or place weights.
     """
     torch.manual_seed(seed)
     model = new_transformer(settings.model, device)
+    if start_from is not None:
+        model.transformer.load_state_dict({name: value.float() for name, value in load_file(start_from).items()})
     averaged = new_transformer(settings.model, device).eval().requires_grad_(False)
+    compile_blocks(model)
     optimiser = MatrixOptimiser(model, block_matrix, settings.matrix_rate, settings.other_rate)
     average = Average(model, settings.average_decay)
     start = 0
@@ -139,13 +148,14 @@ def train_flow(
     for step in range(start + 1, settings.iterations + 1):
         draw = step * team.size + team.rank
         generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
-        batch = clips.batch(settings.batch_size, seed * 7_000_003 + draw)
-        batch = ClipBatch(batch.latents.to(device), batch.coverage.to(device), batch.captions)
-        dropped = (torch.rand(len(batch.captions), generator=generator) < settings.empty_share).tolist()
-        texts = ["" if drop else text for drop, text in zip(dropped, batch.captions, strict=True)]
-        context = encoder(texts).embeds.to(device)
+        # the kind of batch is the same in the whole team, so that nobody waits
+        kinds = torch.rand(2, generator=torch.Generator().manual_seed(seed * 3_000_017 + step)).tolist()
+        switching = kinds[0] < settings.switched_share
+        batch = clips.batch(settings.batch_size, seed * 7_000_003 + draw, switching).to(device)
+        context = encoder(batch.texts(settings.empty_share, generator)).embeds.to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device)
-        levels = draw_noise_levels(settings, settings.batch_size, batch.latents.shape[1], generator)
+        bidirectional = kinds[1] < settings.bidirectional_share
+        levels = draw_noise_levels(settings, *batch.latents.shape[:2], bidirectional, generator)
         loss = flow_loss(model, batch, context, noise, levels, settings)
         loss.backward()  # type: ignore[no-untyped-call]
         team.average_gradients(model)

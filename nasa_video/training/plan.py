@@ -16,9 +16,10 @@ from nasa_video.training.flow import FlowTraining
 
 @dataclass(frozen=True)
 class DatasetSettings:
-    """How many clips are rendered and encoded."""
+    """How many clips are rendered and encoded, and the share of them that turns into another scene."""
 
     clips: int = 8192
+    switched_share: float = 0.25
 
 
 @dataclass(frozen=True)

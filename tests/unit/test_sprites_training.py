@@ -4,10 +4,11 @@ import torch
 from causvid_adapter import CausalWan
 from nasa_video.sprites.detectors import Detector, DetectorNetwork, shows, truth
 from nasa_video.sprites.vocabulary import nearest_known, unknown_words
-from nasa_video.sprites.world import ATTRIBUTES, sample_scenes
+from nasa_video.sprites.world import ATTRIBUTES, sample_scenes, sample_switches
 from nasa_video.text import WordLlamaEncoder
 from nasa_video.training.attention import matrix_attention
 from nasa_video.training.checkpoint import load_state, save_state
+from nasa_video.training.dataset import LatentClips
 from nasa_video.training.distill import matching_direction, rollout
 from nasa_video.training.flow import FlowTraining, draw_noise_levels, new_transformer
 from nasa_video.training.optimiser import orthogonalise, warm_then_linear
@@ -68,19 +69,61 @@ def test_a_fake_score_that_equals_the_teacher_gives_no_direction(tiny):
     assert direction.abs().max() == 0
 
 
-def test_noise_levels_of_both_kinds():
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_noise_levels(bidirectional):
     settings = FlowTraining()
-    kinds = set()
-    for seed in range(20):
-        levels = draw_noise_levels(settings, 8, 9, torch.Generator().manual_seed(seed))
-        kinds.add(levels.frames_per_chunk)
+    for seed in range(10):
+        levels = draw_noise_levels(settings, 8, 9, bidirectional, torch.Generator().manual_seed(seed))
+        assert levels.frames_per_chunk == (None if bidirectional else 3)
         chunked = levels.sigma.unflatten(1, (3, 3))
         assert (chunked == chunked[..., :1]).all()
-        if levels.frames_per_chunk is None:
+        if bidirectional:
             assert (levels.sigma == levels.sigma[:, :1]).all()
         assert (levels.counted == (levels.sigma > 0).float()).all()
         assert levels.counted.unflatten(1, (3, 3))[:, -1].all()
-    assert kinds == {None, 3}
+
+
+def test_a_text_a_chunk_is_one_text_where_all_are_the_same(tiny):
+    x, context = torch.randn(2, 6, 4, 4, 4), torch.randn(2, 5, 8)
+    one = tiny(x, 500.0, context, frames_per_chunk=2)
+    torch.testing.assert_close(tiny(x, 500.0, context.repeat_interleave(3, 0), frames_per_chunk=2), one)
+
+
+def test_the_text_of_a_chunk_acts_from_there_on(tiny):
+    x, context = torch.randn(1, 6, 4, 4, 4), torch.randn(3, 5, 8)
+    other = context.clone()
+    other[1] += 1
+    change = tiny(x, 500.0, other, frames_per_chunk=2) - tiny(x, 500.0, context, frames_per_chunk=2)
+    assert change[:, :2].abs().max() == 0
+    assert change[:, 2:4].abs().amax() > 0
+    assert change[:, 4:].abs().amax() > 0
+
+
+def test_a_rollout_takes_a_text_a_chunk(tiny):
+    noise, context = torch.randn(1, 4, 4, 4, 4), torch.randn(2, 5, 8)
+    generators = [torch.Generator().manual_seed(0) for _ in range(3)]
+    both = rollout(tiny, context, noise, (1000.0,), 0, 2, generators[0])
+    first = rollout(tiny, context[:1], noise, (1000.0,), 0, 2, generators[1])
+    torch.testing.assert_close(both[:, :2], first[:, :2])
+    assert (both[:, 2:] - first[:, 2:]).abs().max() > 0
+
+
+def clips_that_switch() -> LatentClips:
+    scenes = sample_scenes(200, torch.Generator().manual_seed(1))
+    later, chunk = sample_switches(scenes, 0.5, torch.Generator().manual_seed(2))
+    return LatentClips(torch.zeros(200, 9, 4, 2, 2), torch.zeros(200, 9, 1, 2, 2), scenes, later, chunk)
+
+
+def test_batches_are_of_one_kind():
+    clips = clips_that_switch()
+    assert len(clips.batch(8, 0).captions) == 8
+    batch = clips.batch(8, 0, switching=True)
+    assert len(batch.captions) == 24
+    for i in range(0, 24, 3):
+        assert batch.captions[i] != batch.captions[i + 2]
+    emptied = batch.texts(0.5, torch.Generator().manual_seed(0))
+    kept = [set(map(bool, emptied[i : i + 3])) for i in range(0, 24, 3)]
+    assert {frozenset(k) for k in kept} == {frozenset({True}), frozenset({False})}
 
 
 def test_orthogonalised_updates_have_singular_values_near_one():

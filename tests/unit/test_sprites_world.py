@@ -1,8 +1,18 @@
 import pytest
 import torch
 
-from nasa_video.sprites.renderer import render, render_with_mask
-from nasa_video.sprites.world import ATTRIBUTES, CLIP_FRAMES, FLAWS, FRAME_SIZE, MOTIONS, concatenate, sample_scenes
+from nasa_video.sprites.renderer import CELL, render, render_switched, render_with_mask
+from nasa_video.sprites.world import (
+    ATTRIBUTES,
+    CLIP_FRAMES,
+    FLAWS,
+    FRAME_SIZE,
+    MOTIONS,
+    concatenate,
+    first_frame_of,
+    sample_scenes,
+    sample_switches,
+)
 
 
 def scenes(n: int = 16, seed: int = 0):
@@ -77,6 +87,37 @@ def test_straight_motions_go_where_they_say(motion, axis, sign):
 
 def test_what_is_still_stays():
     assert centres("still").diff(dim=1).abs().max() < 0.1
+
+
+def test_every_fourth_frame_of_a_straight_motion_is_a_cell_further():
+    frames = render(plain(2).replace(motion=MOTIONS.index("right")), 13)
+    shifted = frames[:, 4:9:4, :, :, :-CELL]
+    torch.testing.assert_close(frames[:, 8:13:4, :, :, CELL:], shifted, atol=1e-4, rtol=0)
+
+
+def test_switches_change_one_to_three_attributes_between_two_chunks():
+    before = scenes(400, seed=8)
+    later, chunk = sample_switches(before, 0.5, torch.Generator().manual_seed(9))
+    assert 0.4 < (chunk > 0).float().mean() < 0.6
+    assert set(chunk.tolist()) == {0, 1, 2}
+    assert torch.equal(later.jitter, before.jitter)
+    for i in range(400):
+        changed = [a for a in ATTRIBUTES if getattr(later, a)[i] != getattr(before, a)[i]]
+        assert len(changed) <= (4 if chunk[i] else 0)  # two objects are small whatever else is drawn
+    assert (later.shape[later.count == 1] != later.shape2[later.count == 1]).all()
+
+
+def test_a_switched_clip_is_the_first_scene_and_then_the_later_one():
+    before = scenes(4, seed=10)
+    later, _ = sample_switches(before, 1.0, torch.Generator().manual_seed(1))
+    cut = first_frame_of(torch.tensor([0, 1, 2, 1]))
+    assert cut.tolist() == [0, 9, 21, 9]
+    frames, _ = render_switched(before, later, cut)
+    first, second = render(before), render(later)
+    torch.testing.assert_close(frames[0], first[0])
+    for i in (1, 2, 3):
+        torch.testing.assert_close(frames[i, : cut[i]], first[i, : cut[i]])
+        torch.testing.assert_close(frames[i, cut[i] :], second[i, cut[i] :], atol=1e-4, rtol=0)
 
 
 def test_without_a_sprite_only_the_background_is_drawn():
