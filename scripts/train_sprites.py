@@ -110,20 +110,21 @@ class Run:
         )
 
     def detector(self) -> Detector:
-        """Trains the detector (the first process only), or reads the finished one."""
+        """Trains the detector, or reads the finished one."""
         from nasa_video.sprites.detectors import Detector
         from nasa_video.training.detector import train_detector
         from nasa_video.training.journal import Journal
 
         path = self.folder / "detector.safetensors"
-        if not path.exists() and self.team.leads:
+        if not path.exists():
             journal = Journal(self.folder, "detector", self.report)
-            detector = train_detector(
-                self.plan.detector, self.autoencoder(), self.folder, self.plan.seed, self.device, journal
-            )
-            detector.save(self.weights / "detector.safetensors")
-            detector.save(path)
-        self.team.wait()
+            args = (self.folder, self.plan.seed, self.device, journal, self.team)
+            placed = self.weights / "detector.safetensors" if self.continued else None
+            detector = train_detector(self.plan.detector, self.autoencoder(), *args, placed)
+            if self.team.leads:
+                detector.save(self.weights / "detector.safetensors")
+                detector.save(path)
+            self.team.wait()
         return Detector.load(path)
 
     def base(self) -> CausalWan:
@@ -197,7 +198,8 @@ class Run:
 
     def _placed(self, what: str) -> Path | None:
         """The package's weights of a model to begin with, where `--continue` asks for it."""
-        return self.weights / what / "diffusion_pytorch_model.safetensors" if self.continued else None
+        path = self.weights / what / "diffusion_pytorch_model.safetensors"
+        return path if self.continued and path.exists() else None
 
     def _place(self, model: CausalWan, where: str) -> None:
         """Writes a transformer's float16 copy into the package's weights."""

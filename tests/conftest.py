@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     del preset["vocabulary"]
     (folder / "preset.yaml").write_text(yaml.safe_dump(preset))
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 512 kB, where this machine lets us mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    yield disk
+    # Lazily: a test that failed may still hold a file open, and the mount must not outlive it.
+    subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -22,7 +22,7 @@ from nasa_video.training.assessment import (
     seconds_for,
     spread,
 )
-from nasa_video.training.detector import decode_clips, detector_accuracy, draw_scenes
+from nasa_video.training.detector import detector_accuracy, draw_scenes, rendered_clips
 from nasa_video.training.plan import TrainingPlan
 
 _SPREAD_ATTRIBUTES = ("colour", "background", "motion", "size", "texture", "count", "weather")
@@ -55,7 +55,7 @@ def _detector_tables(plan: TrainingPlan, studio: Studio, detector: Detector) -> 
     clips = plan.evaluation.detector_clips
     scenes = draw_scenes(clips, 0.03, torch.Generator().manual_seed(plan.evaluation.prompt_seed + 5))
     device = next(studio.vae.parameters()).device
-    decoded = decode_clips(studio.vae, scenes, device).float() / 127.5 - 1
+    decoded = rendered_clips(scenes, studio.vae, device).float() / 127.5 - 1
     rendered = torch.cat([render(scenes[slice(i, i + 32)]) for i in range(0, clips, 32)])
     return {
         "rendered": detector_accuracy(detector, rendered, scenes),

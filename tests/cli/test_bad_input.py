@@ -194,3 +194,14 @@ def test_a_killed_ffmpeg_ends_the_run_and_keeps_what_was_made(model_folder: Path
     assert "Traceback" not in stderr
     assert not (tmp_path / "a.mp4").exists()
     assert len(read_frames(tmp_path / "a.partial.mp4")) > 9
+
+
+def test_a_full_disk_midway_keeps_what_was_made(model_folder: Path, small_disk: Path, tmp_path: Path) -> None:
+    command = ("--frames", str(9 + 12 * 4000), "-o", str(small_disk / "a.mp4"))
+    _, stderr = _start(model_folder, tmp_path, *command).communicate(timeout=240)
+    assert "disk is full" in stderr
+    assert "Traceback" not in stderr
+    assert os.listdir(small_disk) == ["a.partial.mp4"]
+    kept = len(read_frames(small_disk / "a.partial.mp4"))
+    assert f"{kept} frames are kept" in stderr.replace("\n", " ")
+    assert kept > 9

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +24,6 @@ def kill_encoder(sink: FfmpegSink) -> None:
     assert sink._capture is not None
     os.kill(sink._capture.process.pid, signal.SIGKILL)
     sink._capture.process._process.wait()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 512 kB, where this machine lets us mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(disk)], capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk")
-    yield disk
-    # Lazily: a test that failed may still hold a file open, and the mount must not outlive it.
-    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm"])
