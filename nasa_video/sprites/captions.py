@@ -137,7 +137,7 @@ def switched_captions(before: Mapping[str, int], after: Mapping[str, int], rng: 
     if "two" in (first["count"], second["count"]):
         changed |= {a for a in ("shape", "colour") if first[a + "2"] != second[a + "2"]}
     while True:
-        also = {a for a in ATTRIBUTES if rng.random() < (0.25 if a in ("texture", "count", "weather") else 0.6)}
+        also = {a for a in ATTRIBUTES if rng.random() < _stating_share(a, first)}
         texts = []
         for names, row in ((first, before), (second, after)):
             stated = frozenset((changed | also) & set(_things_to_state(names, row)))
@@ -163,9 +163,7 @@ def _draw(row: Mapping[str, int], rng: random.Random) -> Caption:
     if rng.random() < 0.12:
         attribute = rng.choice(there)
         return Caption(_phrase(attribute, names[attribute], rng), frozenset({attribute}))
-    stated = frozenset(
-        a for a in there if rng.random() < (0.45 if a in FLAWS else 0.2 if _is_default(a, names) else 0.62)
-    )
+    stated = frozenset(a for a in there if rng.random() < _stating_share(a, names))
     if not stated:
         stated = frozenset({rng.choice(there)})
     if rng.random() < 0.2:
@@ -173,6 +171,15 @@ def _draw(row: Mapping[str, int], rng: random.Random) -> Caption:
         rng.shuffle(phrases)
         return Caption(", ".join(phrases), stated)
     return Caption(_sentence(names, stated, rng), stated)
+
+
+def _stating_share(attribute: str, names: Mapping[str, str]) -> float:
+    """How often a caption states an attribute; shapes are the hardest to learn and come most often."""
+    if attribute == "shape":
+        return 0.8
+    if attribute in FLAWS:
+        return 0.45
+    return 0.2 if _is_default(attribute, names) else 0.62
 
 
 def _is_default(attribute: str, names: Mapping[str, str]) -> bool:

@@ -19,9 +19,9 @@ from torch import Tensor
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, StreamingDecoder
 from causvid_adapter.noise import SeededNoise
 from causvid_adapter.vae_stream import denormalize
-from nasa_video.sprites.captions import held_out_caption, value_names
+from nasa_video.sprites.captions import full_caption, held_out_caption, value_names
 from nasa_video.sprites.detectors import BETWEEN, NONE, Detector
-from nasa_video.sprites.world import ATTRIBUTES, COLOURS, SHAPES, sample_scenes
+from nasa_video.sprites.world import ATTRIBUTES, COLOURS, FLAWS, SHAPES, sample_scenes
 from nasa_video.text import TextEncoder
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.flow import shifted
@@ -78,15 +78,20 @@ class Studio:
         num_latents: int = 9,
         window_frames: int | None = None,
         sink_frames: int = 0,
+        later: tuple[int, Sequence[str]] | None = None,
     ) -> Tensor:
-        """Frames (B, F, 3, H, W) by the few-step chunk loop."""
+        """Frames (B, F, 3, H, W) by the few-step chunk loop; `later` is (chunk, prompts) from that chunk on."""
         rope = "absolute" if window_frames is None else "window"
         schedule = FlowMatchSchedule(1.0, tuple(timesteps))
         sampler = ChunkSampler(model, schedule, 3, window_frames, sink_frames, rope=rope)  # type: ignore[arg-type]
         noise = SeededNoise(seeds, self.latent_size, model.device)
-        context = self.encoder(list(prompts)).embeds.to(model.device)
+        first = self.encoder(list(prompts)).embeds.to(model.device)
+        change, second = (num_latents, first)
+        if later is not None:
+            change, second = later[0], self.encoder(list(later[1])).embeds.to(model.device)
+        stream = sampler.stream(lambda chunk: first if chunk < change else second, noise, num_frames=num_latents)
         with autocast(model.device):
-            chunks = [c.float() for c in sampler.stream(context, noise, num_frames=num_latents)]
+            chunks = [c.float() for c in stream]
         return self.decode(torch.cat(chunks, 1))
 
     @torch.no_grad()
@@ -130,6 +135,46 @@ def accuracy(detector: Detector, frames: Tensor, prompts: Sequence[HeldOutPrompt
         pairs = [(found[attribute][i], p.stated[attribute]) for i, p in enumerate(prompts) if attribute in p.stated]
         if pairs:
             table[attribute] = (sum(a == b for a, b in pairs) / len(pairs), len(pairs))
+    return table
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Two prompts that differ in one value, and what the second one asks for."""
+
+    before: str
+    after: str
+    value: str
+
+
+def switches(attribute: str, n: int, seed: int) -> list[Switch]:
+    """n pairs of full captions of plain scenes with one object, another value of an attribute in the second."""
+    rng = random.Random(f"{seed}/{attribute}")
+    generator = torch.Generator().manual_seed(seed)
+    plain = dict.fromkeys((*FLAWS, "count", "texture", "weather"), 0)
+    scenes, values = sample_scenes(n, generator).replace(**plain), ATTRIBUTES[attribute]
+    pairs = []
+    for index in range(n):
+        row = scenes.row(index)
+        value = (row[attribute] + rng.randrange(1, len(values))) % len(values)
+        words = random.Random(index)
+        before = full_caption(row, words).text
+        after = full_caption({**row, attribute: value}, random.Random(index)).text
+        pairs.append(Switch(before, after, values[value]))
+    return pairs
+
+
+def switch_accuracy(
+    detector: Detector, studio: Studio, model: CausalWan, steps: Sequence[float], n: int
+) -> dict[str, float]:
+    """By attribute: share of videos that show the new value in their last two chunks, three after the text changed."""
+    table = {}
+    for attribute in ("colour", "background", "shape", "motion", "size"):
+        pairs = switches(attribute, n, 4001)
+        texts, seeds = [p.before for p in pairs], range(9000, 9000 + n)
+        frames = studio.stream(model, texts, seeds, steps, 21, 9, 3, (3, [p.after for p in pairs]))
+        found = detector.detect(frames[:, -24:])[attribute]
+        table[attribute] = sum(label == p.value for label, p in zip(found, pairs, strict=True)) / n
     return table
 
 

@@ -1,0 +1,179 @@
+"""Variants of NASA side by side on the shipped model, on the choosing prompts: writes docs/method.md's tables.
+
+    python scripts/measure_variants.py --n 48
+
+For every variant the share of videos that lost the unwanted feature, that held everything else, and both. A variant is
+worth having where it beats plain NASA at every scale, not at one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import typer
+from torch import Tensor
+
+from nasa_video.attention import Attend, TextKeys
+from nasa_video.evaluation.cases import attributes_of
+from nasa_video.evaluation.removal import KINDS, Method, SpritesJudge, cells, removal_table
+from nasa_video.evaluation.report import summary
+from nasa_video.guidance import EVERYWHERE, GuidedAttention, Nasa, ScaleSchedule, Vsf, nasa, shares
+from nasa_video.pipeline import VideoPipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+Row = dict[str, Any]
+Branch = Literal["whole", "centred", "own"]
+
+
+@dataclass(frozen=True)
+class NasaVariant:
+    """``Z = Z+ - scale B``; B is what is subtracted, Z- = sum over the negative's keys of p_i v_i, pad the padding key.
+
+    whole: B = Z-, as published. centred: B = Z- - v_pad, the difference to the empty prompt, whose attention output is
+    v_pad exactly. own: B = sum of p_i v_i over the negative's own tokens; padding stays in the softmax, so a query that
+    does not care for the negative gives its mass to the padding and is left alone.
+    `keep_norm` gives every token the norm of Z+ back.
+    """
+
+    scale: float = 1.0
+    branch: Branch = "whole"
+    keep_norm: bool = False
+    negative_padding: bool = True
+    schedule: ScaleSchedule = EVERYWHERE
+    name: ClassVar[str] = "nasa"
+
+    @property
+    def active(self) -> bool:
+        """False at scale 0."""
+        return self.scale > 0
+
+    def __call__(
+        self, q: Tensor, positive: TextKeys, negatives: Sequence[tuple[TextKeys, float]], attend: Attend
+    ) -> GuidedAttention:
+        """Guide one layer; folded keys, whose last one is the padding."""
+        z_pos = attend(q, positive)
+        subtracted = torch.zeros_like(z_pos)
+        for (keys, _), share in zip(negatives, shares(negatives), strict=True):
+            subtracted = subtracted + share * self._branch(q, keys, attend)
+        z = nasa(z_pos, subtracted, scale=self.scale)
+        if self.keep_norm:
+            z = (z * (_norm(z_pos) / _norm(z).clamp_min(1e-9))).to(z.dtype)
+        return GuidedAttention(z, z_pos, torch.zeros((), device=q.device))
+
+    def _branch(self, q: Tensor, keys: TextKeys, attend: Attend) -> Tensor:
+        if self.branch == "centred":
+            return attend(q, keys) - keys.v[:, -1:]
+        if self.branch == "own":
+            keys = replace(keys, v=torch.cat((keys.v[:, :-1], torch.zeros_like(keys.v[:, -1:])), 1))
+        return attend(q, keys)
+
+
+def _norm(x: Tensor) -> Tensor:
+    norms: Tensor = x.float().flatten(-2).norm(dim=-1)
+    return norms[..., None, None]
+
+
+def methods() -> list[Method]:
+    """Everything that is tried."""
+    tried = [Method("none", None)]
+    for scale in (0.5, 0.75, 1.0, 1.25):
+        tried += [
+            Method(f"NASA:{scale:g}", Nasa(scale)),
+            Method(f"NASA, norm kept:{scale:g}", NasaVariant(scale, keep_norm=True)),  # type: ignore[arg-type]
+        ]
+    for scale in (0.5, 1.0, 1.5, 2.0):
+        tried += [
+            Method(f"centred:{scale:g}", NasaVariant(scale, "centred")),  # type: ignore[arg-type]
+            Method(f"centred, norm kept:{scale:g}", NasaVariant(scale, "centred", True)),  # type: ignore[arg-type]
+            Method(f"own tokens:{scale:g}", NasaVariant(scale, "own")),  # type: ignore[arg-type]
+        ]
+    tried += [Method(f"no padding:{scale:g}", Nasa(scale, negative_padding=False)) for scale in (0.05, 0.1, 0.2, 0.3)]
+    tried += [Method(f"VSF:{scale:g}", Vsf(scale)) for scale in (0.7, 1.0, 1.4)]
+    schedules = {
+        "first half of the steps": ScaleSchedule(last_step=0.5),
+        "last half of the steps": ScaleSchedule(first_step=0.5),
+        "first half of the layers": ScaleSchedule(last_layer=0.5),
+        "last half of the layers": ScaleSchedule(first_layer=0.5),
+        "clean pass unguided": ScaleSchedule(clean_pass=False),
+    }
+    return tried + [Method(f"NASA, {name}:1", Nasa(1.0, schedule=schedule)) for name, schedule in schedules.items()]
+
+
+def _share(index: int, processes: int, n: int, attributes: list[str], steps: int, folder: Path) -> list[Row]:
+    """Every process's share of the cells, with a journal of its own."""
+    torch.set_num_threads(1)
+    pipeline = VideoPipeline.from_pretrained("sprites")
+    plan = [
+        cell
+        for kind in KINDS
+        for cell in cells(methods(), [steps], [kind], [a for a in attributes_of(kind) if a in attributes])
+    ]
+    done = 0
+
+    def tell(cell: object, row: Row) -> None:
+        nonlocal done
+        done += 1
+        if index == 0:
+            print(f"{done} of {len(plan[index::processes])} cells in this process", end="\r", flush=True)
+
+    mine = plan[index::processes]
+    journal = folder / f"{steps}-steps-{index}.jsonl"
+    return removal_table(
+        pipeline, mine, SpritesJudge(), n=n, split="choose", frames=33, batch=24, journal=journal, tell=tell
+    )
+
+
+def _markdown(rows: list[Row], n: int, attributes: str, steps: int) -> str:
+    lines = [
+        f"{n} videos a cell, {steps} steps, attributes {attributes}; removed / held / both in %, and the mean of both.",
+        "",
+        "| | unmentioned | stated | conflict | mean | out of range |",
+        "|---|---|---|---|---|---|",
+    ]
+    by_label: dict[str, dict[str, Row]] = {}
+    for row in summary(rows):
+        by_label.setdefault(row["label"], {})[row["case"]] = row
+    for label, kinds in by_label.items():
+        shares = [
+            " / ".join(f"{100 * kinds[kind][column]:.0f}" for column in ("removed", "held", "both"))
+            if kind in kinds
+            else ""
+            for kind in KINDS
+        ]
+        mean = sum(row["both"] for row in kinds.values()) / len(kinds)
+        out = sum(row["out_of_range"] for row in kinds.values()) / len(kinds)
+        lines.append(f"| {label} | {' | '.join(shares)} | {100 * mean:.1f} | {out:.2%} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    n: Annotated[int, typer.Option("--n", help="Videos a cell.")] = 48,
+    attributes: Annotated[str, typer.Option(help="Comma list.")] = "colour,background,shape,weather,blurry,border",
+    steps: Annotated[int, typer.Option(help="Few-step count.")] = 4,
+    processes: Annotated[int, typer.Option(help="Processes side by side.")] = os.cpu_count() or 1,
+    folder: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = ROOT / "runs" / "variants",
+) -> None:
+    """Measures all variants; a rerun goes on where it stopped."""
+    path = files("nasa_video.sprites") / "weights" / "transformer" / "diffusion_pytorch_model.safetensors"
+    folder = folder / hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    shares = [(i, processes, n, attributes.split(","), steps, folder) for i in range(processes)]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        rows = [row for part in pool.starmap(_share, shares, chunksize=1) for row in part]
+    table = _markdown(rows, n, attributes, steps)
+    (folder / f"variants-{steps}-steps.json").write_text(json.dumps(rows, indent=1))
+    (folder / f"variants-{steps}-steps.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
