@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from nasa_video.sprites.detectors import Detector
     from nasa_video.training.dataset import LatentClips
     from nasa_video.training.journal import Report
+    from nasa_video.training.latent_detector import LatentDetector
     from nasa_video.training.parallel import Team
     from nasa_video.training.plan import TrainingPlan
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("autoencoder", "dataset", "base", "student", "detector", "card")
+STAGES = ("autoencoder", "dataset", "base", "latent_detector", "student", "detector", "card")
 # Read by the C library and by OpenMP when a process starts: large blocks are kept, threads sleep while they wait.
 CPU_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
@@ -147,6 +148,15 @@ class Run:
             self.team.wait()
         return self._read_transformer(folder)
 
+    def latent_detector(self) -> LatentDetector:
+        """Trains what tells the student about its prompts, or reads the finished one."""
+        from nasa_video.training.journal import Journal
+        from nasa_video.training.latent_detector import train_latent_detector
+
+        journal = Journal(self.folder, "latent-detector", self.report)
+        args = (self.folder, self.plan.seed, self.device, journal, self.team)
+        return train_latent_detector(self.plan.latent_detector, self.clips(), *args)
+
     def student(self) -> CausalWan:
         """Distils the student, or reads the finished one."""
         from nasa_video.text import WordLlamaEncoder
@@ -159,7 +169,8 @@ class Run:
             journal = Journal(self.folder, "student", self.report, draw_every=50)
             show = self._show("student", self.plan.student.steps[4])
             args = (self.folder, self.plan.seed, journal, self.team, show)
-            model = train_student(self.plan.student, self.base(), self.clips(), encoder, *args)
+            base, clips, told = self.base(), self.clips(), self.latent_detector()
+            model = train_student(self.plan.student, base, clips, encoder, *args, told)
             if self.team.leads:
                 model.transformer.save_pretrained(folder)
                 self._place(model, "transformer")

@@ -29,6 +29,8 @@ _CHOICES = {
     "background": ATTRIBUTES["background"],
     "weather": ATTRIBUTES["weather"],
 }
+HEADS = {name: len(values) for name, values in (_SEVERAL | _CHOICES).items()} | {"flaws": len(FLAWS)}
+"""Answers of a detector by attribute."""
 _OF_A_SPRITE = ("colour", "shape", "size", "texture", "motion")
 
 
@@ -42,9 +44,7 @@ class DetectorNetwork(nn.Module):
         self.spatial = nn.ModuleList(nn.Conv2d(width, width, 3, 1, 1) for _ in range(2))
         self.temporal = nn.ModuleList(nn.Conv1d(width, width, 3, 1, 1) for _ in range(2))
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(3))
-        sizes = {name: len(values) for name, values in (_SEVERAL | _CHOICES).items()}
-        self.heads = nn.ModuleDict({name: nn.Linear(3 * width, size) for name, size in sizes.items()})
-        self.heads["flaws"] = nn.Linear(3 * width, len(FLAWS))
+        self.heads = nn.ModuleDict({name: nn.Linear(3 * width, size) for name, size in HEADS.items()})
 
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
         groups = (frames.shape[1] - 1) // GROUP
@@ -56,14 +56,14 @@ class DetectorNetwork(nn.Module):
         x = self.norms[0](x)
         for spatial, temporal, norm in zip(self.spatial, self.temporal, list(self.norms)[1:], strict=True):
             x = x + nn_f.silu(spatial(x))
-            x = x + _over_time(temporal, x, batch)
+            x = x + over_time(temporal, x, batch)
             x = norm(x)
         volume = x.unflatten(0, (batch, groups))
         pooled = torch.cat((volume.mean((1, 3, 4)), volume.amax((1, 3, 4)), volume.mean((3, 4)).amax(1)), 1)
         return {name: head(pooled) for name, head in self.heads.items()}
 
 
-def _over_time(layer: nn.Module, x: Tensor, batch: int) -> Tensor:
+def over_time(layer: nn.Module, x: Tensor, batch: int) -> Tensor:
     """A convolution over the T groups of (B * T, C, H, W), pixel by pixel."""
     volume = x.unflatten(0, (batch, -1))
     lines = volume.permute(0, 3, 4, 2, 1).flatten(0, 2)

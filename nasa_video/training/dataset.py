@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -37,22 +37,27 @@ SHARD_CLIPS = 256
 class ClipBatch:
     """Clean latents (B, T, C, h, w), the sprites' coverage of each latent cell (B, T, 1, h, w), and captions.
 
-    The captions are one a clip (B), or one a chunk (B * chunks, a clip's side by side) where the clips switch.
+    The captions are one a clip (B), or one a chunk (B * chunks, a clip's side by side) where the clips switch. `scenes`
+    are the clips' scenes and `stated` the attributes that their captions state; nothing is stated where they switch.
     """
 
     latents: Tensor
     coverage: Tensor
     captions: list[str]
+    scenes: Scenes
+    stated: list[frozenset[str]]
 
     def to(self, device: torch.device) -> ClipBatch:
         """The same batch on another device."""
-        return ClipBatch(self.latents.to(device), self.coverage.to(device), self.captions)
+        return replace(self, latents=self.latents.to(device), coverage=self.coverage.to(device))
 
-    def texts(self, empty_share: float, generator: torch.Generator) -> list[str]:
-        """The captions, those of some clips emptied."""
+    def with_some_empty(self, share: float, generator: torch.Generator) -> ClipBatch:
+        """The same batch, the captions of some clips emptied."""
         per_clip = len(self.captions) // self.latents.shape[0]
-        dropped = (torch.rand(self.latents.shape[0], generator=generator) < empty_share).tolist()
-        return ["" if dropped[i // per_clip] else text for i, text in enumerate(self.captions)]
+        dropped = (torch.rand(self.latents.shape[0], generator=generator) < share).tolist()
+        captions = ["" if dropped[i // per_clip] else text for i, text in enumerate(self.captions)]
+        stated = [frozenset() if drop else words for drop, words in zip(dropped, self.stated, strict=True)]
+        return replace(self, captions=captions, stated=stated)
 
 
 class LatentClips:
@@ -81,11 +86,14 @@ class LatentClips:
         """A batch that follows from the seed alone, of clips that switch or of clips that do not."""
         rng = random.Random(seed)
         index = rng.choices(self.switching if switching else self.whole, k=size)
+        stated: list[frozenset[str]] = [frozenset()] * size
         if switching:
             captions = [text for i in index for text in self._switched(i, rng)]
         else:
-            captions = [random_caption(self.rows[i], rng).text for i in index]
-        return ClipBatch(self.latents[index].float(), self.coverage[index].float(), captions)
+            drawn = [random_caption(self.rows[i], rng) for i in index]
+            captions, stated = [c.text for c in drawn], [c.stated for c in drawn]
+        scenes = self.scenes[torch.tensor(index)]
+        return ClipBatch(self.latents[index].float(), self.coverage[index].float(), captions, scenes, stated)
 
     def _switched(self, index: int, rng: random.Random) -> list[str]:
         """A caption for each chunk of one clip."""

@@ -22,9 +22,10 @@ from nasa_video.text import TextEncoder
 from nasa_video.training.attention import compile_blocks
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average, load_state, save_state
-from nasa_video.training.dataset import LatentClips
+from nasa_video.training.dataset import ClipBatch, LatentClips
 from nasa_video.training.flow import shifted
 from nasa_video.training.journal import Journal
+from nasa_video.training.latent_detector import LatentDetector, blurred_by_noise, stated_loss
 from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
 from nasa_video.training.parallel import Team
 
@@ -35,7 +36,8 @@ class DistillTraining:
 
     `steps` maps a number of steps to the sampler's timesteps; `step_counts` is what a rollout's number is drawn from.
     `teacher_scale` is the teacher's classifier-free guidance, 1 being none. `switched_share` of the
-    iterations roll out clips whose prompt changes between chunks.
+    iterations roll out clips whose prompt changes between chunks. `told_weight` is the weight of the latent detector's
+    gradient, which is at most `told_limit` times as large as that of the distribution.
     """
 
     steps: dict[int, tuple[float, ...]] = field(default_factory=dict)
@@ -51,6 +53,8 @@ class DistillTraining:
     average_decay: float = 0.98
     shift: float = 3.0
     teacher_scale: float = 1.75
+    told_weight: float = 30.0
+    told_limit: float = 0.7
     empty_share: float = 0.05
     switched_share: float = 0.25
     checkpoint_every: int = 25
@@ -122,6 +126,16 @@ def matching_direction(
     return torch.nan_to_num((x_fake - x_real) / (size + 1e-6))
 
 
+def _size(x: Tensor) -> Tensor:
+    """Norm of each clip, (B, 1, 1, 1, 1)."""
+    return x.flatten(1).norm(dim=1)[:, None, None, None, None]
+
+
+def _at_most(x: Tensor, limit: Tensor) -> Tensor:
+    """Every clip of x with a norm of at most its limit."""
+    return x * (limit / _size(x).clamp_min(1e-9)).clamp(max=1)
+
+
 class Distillation:
     """Student, teacher and fake score, and one iteration of their game."""
 
@@ -133,7 +147,10 @@ class Distillation:
         encoder: TextEncoder,
         seed: int,
         team: Team,
+        detector: LatentDetector | None = None,
+        detector_noise: float = 0.3,
     ) -> None:
+        self.detector, self.detector_noise = detector, detector_noise
         self.settings, self.clips, self.encoder, self.seed, self.team = settings, clips, encoder, seed, team
         self.real = base.eval().requires_grad_(False)
         self.student = copy.deepcopy(base).requires_grad_(True)
@@ -164,7 +181,8 @@ class Distillation:
         generator = torch.Generator().manual_seed(self.seed * 9_000_011 + draw)
         switching = float(torch.rand((), generator=plan)) < settings.switched_share
         batch = self.clips.batch(settings.batch_size, self.seed * 11_000_003 + draw, switching)
-        context = self.encoder(batch.texts(settings.empty_share, generator)).embeds.to(self.device)
+        batch = batch.with_some_empty(settings.empty_share, generator)
+        context = self.encoder(batch.captions).embeds.to(self.device)
         empty = torch.zeros_like(context)
 
         def normal() -> Tensor:
@@ -181,17 +199,32 @@ class Distillation:
             direction = matching_direction(
                 self.real, self.fake, clip.detach(), context, empty, settings.teacher_scale, sigma, normal()
             )
+            values["direction"] = float(direction.abs().mean())
+            told = self._told(clip.detach(), batch, generator)
+            values["told"] = float(told.abs().mean())
+            direction = direction + _at_most(told, settings.told_limit * _size(direction))
             loss = 0.5 * (clip - (clip - direction).detach()).square().mean()
             loss.backward()  # type: ignore[no-untyped-call]
             self.team.average_gradients(self.student)
             progress = (step - settings.fake_warmup) / (settings.iterations - settings.fake_warmup)
             values["student gradient"] = self.student_optimiser.step(warm_then_linear(progress, flat=0.7))
             self.average.update(self.student)
-            values["direction"] = float(direction.abs().mean())
         values["fake"] = sum(
             self._update_fake(clip.detach(), context, normal(), generator) for _ in range(settings.fake_updates)
         )
         return values
+
+    def _told(self, clip: Tensor, batch: ClipBatch, generator: torch.Generator) -> Tensor:
+        """What the latent detector would change of the clips, so that they show what their captions state."""
+        settings = self.settings
+        if self.detector is None or settings.told_weight == 0 or not any(batch.stated):
+            return torch.zeros_like(clip)
+        clip = clip.requires_grad_(True)
+        with torch.enable_grad(), autocast(self.device):
+            logits = self.detector(blurred_by_noise(clip, self.detector_noise, generator))
+        loss = stated_loss({n: v.float() for n, v in logits.items()}, batch.scenes.to(self.device), batch.stated)
+        (gradient,) = torch.autograd.grad(loss, clip)
+        return torch.nan_to_num(settings.told_weight * gradient)
 
     def _update_fake(self, clip: Tensor, context: Tensor, noise: Tensor, generator: torch.Generator) -> float:
         sigma = self._sigma(generator)
@@ -233,11 +266,12 @@ def train_student(
     journal: Journal,
     team: Team,
     show: Callable[[CausalWan, int], None] | None = None,
+    detector: LatentDetector | None = None,
 ) -> CausalWan:
     """Distils the base and returns the student's average; resumes from `folder`/student.pt."""
     torch.manual_seed(seed)
     averaged = copy.deepcopy(base).eval().requires_grad_(False)
-    game = Distillation(settings, base, clips, encoder, seed, team)
+    game = Distillation(settings, base, clips, encoder, seed, team, detector)
     for step in range(game.load(folder / "student.pt") + 1, settings.iterations + 1):
         values = game.iterate(step)
         if not team.leads:

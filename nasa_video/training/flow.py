@@ -152,7 +152,8 @@ def train_flow(
         kinds = torch.rand(2, generator=torch.Generator().manual_seed(seed * 3_000_017 + step)).tolist()
         switching = kinds[0] < settings.switched_share
         batch = clips.batch(settings.batch_size, seed * 7_000_003 + draw, switching).to(device)
-        context = encoder(batch.texts(settings.empty_share, generator)).embeds.to(device)
+        batch = batch.with_some_empty(settings.empty_share, generator)
+        context = encoder(batch.captions).embeds.to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device)
         bidirectional = kinds[1] < settings.bidirectional_share
         levels = draw_noise_levels(settings, *batch.latents.shape[:2], bidirectional, generator)

@@ -12,6 +12,7 @@ from nasa_video.training.autoencoder import AutoencoderTraining
 from nasa_video.training.detector import DetectorTraining
 from nasa_video.training.distill import DistillTraining
 from nasa_video.training.flow import FlowTraining
+from nasa_video.training.latent_detector import LatentDetectorTraining
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class TrainingPlan:
     dataset: DatasetSettings
     detector: DetectorTraining
     base: FlowTraining
+    latent_detector: LatentDetectorTraining
     student: DistillTraining
     evaluation: EvaluationSettings
 
@@ -64,6 +66,7 @@ _STAGES: dict[str, type] = {
     "dataset": DatasetSettings,
     "detector": DetectorTraining,
     "base": FlowTraining,
+    "latent_detector": LatentDetectorTraining,
     "student": DistillTraining,
     "evaluation": EvaluationSettings,
 }

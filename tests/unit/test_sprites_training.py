@@ -2,16 +2,18 @@ import pytest
 import torch
 
 from causvid_adapter import CausalWan
-from nasa_video.sprites.detectors import Detector, DetectorNetwork, shows, truth
+from nasa_video.sprites.detectors import HEADS, Detector, DetectorNetwork, shows, truth
 from nasa_video.sprites.vocabulary import nearest_known, unknown_words
 from nasa_video.sprites.world import ATTRIBUTES, sample_scenes, sample_switches
 from nasa_video.text import WordLlamaEncoder
 from nasa_video.training.attention import matrix_attention
 from nasa_video.training.checkpoint import load_state, save_state
 from nasa_video.training.dataset import LatentClips
-from nasa_video.training.distill import matching_direction, rollout
+from nasa_video.training.distill import Distillation, DistillTraining, matching_direction, rollout
 from nasa_video.training.flow import FlowTraining, draw_noise_levels, new_transformer
+from nasa_video.training.latent_detector import LatentDetector, stated_loss
 from nasa_video.training.optimiser import orthogonalise, warm_then_linear
+from nasa_video.training.parallel import Team
 from nasa_video.training.plan import load_plan
 
 TINY = {
@@ -121,7 +123,7 @@ def test_batches_are_of_one_kind():
     assert len(batch.captions) == 24
     for i in range(0, 24, 3):
         assert batch.captions[i] != batch.captions[i + 2]
-    emptied = batch.texts(0.5, torch.Generator().manual_seed(0))
+    emptied = batch.with_some_empty(0.5, torch.Generator().manual_seed(0)).captions
     kept = [set(map(bool, emptied[i : i + 3])) for i in range(0, 24, 3)]
     assert {frozenset(k) for k in kept} == {frozenset({True}), frozenset({False})}
 
@@ -195,3 +197,33 @@ def test_words_outside_the_world_are_found():
     assert unknown_words("an elephant playing piano", encoder) == ["elephant", "playing", "piano"]
     assert unknown_words("") == []
     assert "ball" in nearest_known("sphere", encoder)
+
+
+def test_what_the_latent_detector_tells_makes_the_clip_show_what_is_stated(tiny):
+    torch.manual_seed(1)
+    clips = clips_that_switch()
+    clips.latents = torch.randn(200, 9, 4, 2, 2)
+    detector = LatentDetector(4, 16).eval().requires_grad_(False)
+    settings = DistillTraining(steps={1: (1000.0,)}, batch_size=4)
+    encoder = WordLlamaEncoder(8)
+    game = Distillation(settings, tiny, clips, encoder, 0, Team(), detector, detector_noise=0.0)
+    batch = clips.batch(4, 3)
+
+    def loss(clip):
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            return float(stated_loss(detector(clip), batch.scenes, batch.stated))
+
+    told = game._told(batch.latents.clone(), batch, torch.Generator().manual_seed(0))
+    assert loss(batch.latents - 1e-2 * told / told.abs().max()) < loss(batch.latents)
+    emptied = batch.with_some_empty(1.0, torch.Generator())
+    assert game._told(batch.latents.clone(), emptied, torch.Generator()).abs().max() == 0
+
+
+def test_only_what_is_stated_counts():
+    scenes = sample_scenes(3, torch.Generator().manual_seed(0)).replace(count=0)
+    logits = {name: torch.zeros(3, size, requires_grad=True) for name, size in HEADS.items()}
+    stated_loss(logits, scenes, [frozenset({"colour"}), frozenset({"blurry"}), frozenset()]).backward()
+    touched = {name for name, value in logits.items() if value.grad is not None and value.grad.abs().max() > 0}
+    assert touched == {"colour", "flaws"}
+    assert logits["colour"].grad[1:].abs().max() == 0
+    assert (logits["flaws"].grad != 0).sum() == 1
