@@ -3,27 +3,38 @@
     python scripts/load_test.py --minutes 3 --speed 20 [--model FOLDER] [--output FILE.json]
 
 Visitors play `--speed` times faster than the clock, so one minute is that many minutes of viewing. Every few visits
-one misbehaves: malformed and oversize messages, floods, connections cut without a word, killed encoders. The last
-line is JSON: what happened, and threads, processes, files and memory before and after.
+one misbehaves: malformed and oversize messages, floods, connections cut without a word, killed encoders.
+
+The minutes are `--rounds` equal ones, between which everybody leaves. Whatever a stream leaves behind is there again
+after each of them, so a leak grows from the first round to the last. `memory_mb` is what the process holds;
+`heap_used_mb` is what of it is in use, `heap_free_mb` what malloc keeps of what was freed, and `trimmed_mb` is
+`memory_mb` after malloc has given that back. Only use that grows is a leak: the free part depends on which thread
+happened to free what. `--trace` also prints which Python lines hold more than before (slow).
+
+Before the visitors come, `--pictures` streams of one viewer each measure the first picture. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import ctypes
+import gc
 import json
 import os
 import random
-import signal
+import statistics
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import psutil
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
 from nasa_video.serve.server import Server
 from nasa_video.serve.settings import ServeSettings
@@ -55,7 +66,7 @@ class Load:
 
     def visit(self, luck: random.Random) -> None:
         self.count("visits")
-        with connect(f"{self.server.address.replace('http', 'ws')}ws", max_size=None, compression=None) as socket:
+        with open_socket(self.server) as socket:
 
             def send(kind: str, **content: Any) -> None:
                 socket.send(json.dumps({"type": kind, **content}))
@@ -104,21 +115,83 @@ class Load:
                 send("stop")
 
     def kill_an_encoder(self, luck: random.Random) -> None:
-        encoders = [child for child in psutil.Process().children() if "pipe:1" in child.cmdline()]
-        if encoders:
-            os.kill(luck.choice(encoders).pid, signal.SIGKILL)
-            self.count("encoders killed")
+        encoders = psutil.Process().children()
+        luck.shuffle(encoders)
+        for child in encoders:
+            with contextlib.suppress(psutil.NoSuchProcess):  # It has ended by itself.
+                if "pipe:1" in child.cmdline():
+                    child.kill()
+                    self.count("encoders killed")
+                    return
+
+
+def open_socket(server: Server) -> ClientConnection:
+    """A visitor's connection. Unbounded: one that stopped reading would take ten seconds to leave."""
+    address = f"{server.address.replace('http', 'ws')}ws"
+    return connect(address, max_size=None, compression=None, max_queue=None)
+
+
+def first_picture(server: Server, media: str) -> tuple[float, float]:
+    """(seconds until a picture is there, seconds that its chunk took), from a warm server that nobody else uses."""
+    mark = {"mp4": b"moof", "webm": b"\x1f\x43\xb6\x75", "jpeg": b"\xff\xd8"}[media]
+    chunk, arrived = 0.0, 0.0
+    with open_socket(server) as socket:
+        began = time.perf_counter()
+        socket.send(json.dumps({"type": "start", "prompt": "a red ball", "media": [media]}))
+        while not (chunk and arrived):
+            item = socket.recv(timeout=60)
+            if isinstance(item, str):
+                message = json.loads(item)
+                chunk = chunk or float(message.get("seconds", 0))
+            elif mark in item and not arrived:
+                arrived = time.perf_counter() - began
+    return arrived, chunk
+
+
+def first_pictures(server: Server, count: int) -> dict[str, dict[str, float]]:
+    """For every way to send pictures the chunk's own time and what the first picture takes beyond it."""
+    report = {}
+    for media in ("mp4", "webm", "jpeg"):
+        pairs = []
+        for _ in range(count):
+            pairs.append(first_picture(server, media))
+            settle(server)
+        beyond = sorted(1000 * (arrived - chunk) for arrived, chunk in pairs)
+        report[media] = {
+            "chunk_ms": round(1000 * statistics.median(chunk for _, chunk in pairs)),
+            "beyond_ms": round(statistics.median(beyond)),
+            "best_beyond_ms": round(beyond[0]),
+        }
+    return report
+
+
+class HeapInfo(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
 
 
 def measure() -> dict[str, float]:
-    """What this process holds."""
+    """What this process holds; the heap's part only with glibc."""
+    gc.collect()
     process = psutil.Process()
-    return {
+    held: dict[str, float] = {
         "threads": threading.active_count(),
         "processes": len(process.children()),
         "files": process.num_fds(),
+        "python_blocks": sys.getallocatedblocks(),
         "memory_mb": round(process.memory_info().rss / 1e6, 1),
     }
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallinfo2.restype = HeapInfo
+        heap = libc.mallinfo2()
+        held["heap_used_mb"] = round((heap.uordblks + heap.hblkhd) / 1e6, 1)
+        held["heap_free_mb"] = round(heap.fordblks / 1e6, 1)
+        libc.malloc_trim(0)
+        held["trimmed_mb"] = round(process.memory_info().rss / 1e6, 1)
+    return held
 
 
 def settle(server: Server) -> None:
@@ -126,14 +199,17 @@ def settle(server: Server) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (server.hub.sessions or psutil.Process().children()):
         time.sleep(0.2)
-    server.hub.streams.clear()
-    time.sleep(1)
+    for kept in server.hub.streams.clear():
+        kept.join(10)
 
 
 def main() -> None:
     """Run the visitors, print the figures, fail where something leaked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pictures", type=int, default=5, help="streams to measure the first picture with")
+    parser.add_argument("--trace", action="store_true", help="which Python lines hold more than before")
     parser.add_argument("--speed", type=float, default=20, help="how much faster than the clock visitors watch")
     parser.add_argument("--visitors", type=int, default=12)
     parser.add_argument("--model", default="sprites")
@@ -157,17 +233,30 @@ def main() -> None:
         settle(server)
         return load
 
+    pictures = first_pictures(server, options.pictures) if options.pictures else {}
     run(10)  # Pools and caches fill in the first seconds of any server; they are no leak.
     before, middle = measure(), time.monotonic()
-    load = run(60 * options.minutes)
-    after = measure()
+    if options.trace:
+        tracemalloc.start(10)
+        first = tracemalloc.take_snapshot()
+    rounds, counts, frames = [], collections.Counter[str](), 0.0
+    for _ in range(options.rounds):
+        load = run(60 * options.minutes / options.rounds)
+        counts.update(load.counts)
+        frames += load.frames
+        rounds.append(measure())
+    after = rounds[-1]
+    if options.trace:
+        for line in tracemalloc.take_snapshot().compare_to(first, "lineno")[:15]:
+            print(line)
     report = {
         "minutes": round((time.monotonic() - middle) / 60, 2),
-        "minutes_watched": round(load.frames / 12 / 60, 1),
+        "minutes_watched": round(frames / 12 / 60, 1),
         "visitors": options.visitors,
-        "counts": dict(sorted(load.counts.items())),
+        "first_picture": pictures,
+        "counts": dict(sorted(counts.items())),
         "before": before,
-        "after": after,
+        "rounds": rounds,
         "machine": f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}",
     }
     server.should_exit = True
@@ -179,6 +268,7 @@ def main() -> None:
     leaks = [name for name in ("threads", "processes") if after[name] > before[name]]
     leaks += ["files"] * (after["files"] > before["files"] + 3)
     leaks += ["memory_mb"] * (after["memory_mb"] > 1.15 * before["memory_mb"] + 30)
+    leaks += ["heap_used_mb"] * (after.get("heap_used_mb", 0) > rounds[0].get("heap_used_mb", 0) + 10)
     if leaks:
         sys.exit(f"leaked: {', '.join(leaks)}")
 

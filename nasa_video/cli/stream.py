@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nasa_video.cli.console import emit_json, say, shown_warnings
+from nasa_video.cli.options import MemoryOption
 
 
 def stream(
@@ -35,6 +36,7 @@ def stream(
     recompute: Annotated[
         bool, typer.Option(help="When the prompt changes, make the window's keys again under the new one.")
     ] = False,
+    memory: MemoryOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")] = False,
 ) -> None:
     """Make a video without end and send it on, until Ctrl-C."""
@@ -43,8 +45,9 @@ def stream(
     if not to:
         raise typer.BadParameter("say where the video goes: --to rtmp://HOST/APP/KEY, srt://HOST:PORT or FILE.mp4")
     request = StreamRequest(
-        prompt, tuple(neg or ()), scale, guidance, model, seed, steps, seconds, fps, device, timeline, recompute, to
-    )
+        prompt, tuple(neg or ()), scale, guidance, model, seed, steps, seconds, fps, device, timeline, recompute, to,
+        memory,
+    )  # fmt: skip
     with shown_warnings():
         result = run_stream(request, say)
     if as_json:

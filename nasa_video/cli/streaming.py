@@ -11,14 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
-from nasa_video.errors import InputError
-from nasa_video.models import DEFAULT_MODEL
+from nasa_video.errors import InputError, OutputError
+from nasa_video.loading import choose_device, default_dtype
+from nasa_video.models import DEFAULT_MODEL, find_preset
 from nasa_video.pipeline import Chunk, VideoPipeline
+from nasa_video.placement import Placement
+from nasa_video.planning import PlanRequest, make_plan
 from nasa_video.timeline import Cue, CueOf, Timeline, parse_negative
+from nasa_video.video import ffmpeg
 from nasa_video.video.base import VideoSink
-from nasa_video.video.push_sink import PushSink, is_push_url
+from nasa_video.video.push_sink import CONTAINERS, PushSink, is_push_url
 from nasa_video.video.sinks import open_sink
+
+_SRT_SECONDS = 0.5
+"""Several times SRT's own latency of 120 ms."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class StreamRequest:
     timeline: Path | None
     recompute: bool
     to: str
+    memory: str | None = None
 
 
 class _Enough(Exception):
@@ -50,9 +59,10 @@ def run_stream(request: StreamRequest, say: Callable[[str], None]) -> dict[str, 
     Raises:
         NasaVideoError: something that was asked for cannot be done, or the receiver goes away.
     """
+    check_target(request.to)
     timeline = Timeline.read(request.timeline) if request.timeline else None
     name = request.model or (timeline.model if timeline else None) or DEFAULT_MODEL
-    pipeline = VideoPipeline.from_pretrained(name, request.device)
+    pipeline = VideoPipeline.from_pretrained(name, request.device, placement=_placement(request, name))
     fps = pipeline.preset.video.fps if request.fps is None else request.fps
     limit = math.inf if request.seconds is None else max(1, round(request.seconds * fps))
     cues = _cues(request, timeline, pipeline, fps)
@@ -71,7 +81,8 @@ def run_stream(request: StreamRequest, say: Callable[[str], None]) -> dict[str, 
             started = time.perf_counter()
             for frames in _frames(chunks, limit):
                 sink.write(frames)
-    seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            time.sleep(seconds_to_arrive(request.to))
     where = sink.shown if isinstance(sink, PushSink) else request.to
     rate = sink.num_frames / seconds
     say(f"{where}: {sink.num_frames} frames in {seconds:.1f} s ({rate:.1f} FPS), seed {seed}")
@@ -85,6 +96,47 @@ def run_stream(request: StreamRequest, say: Callable[[str], None]) -> dict[str, 
         "seed": seed,
         "model": name,
     }
+
+
+def check_target(target: str) -> None:
+    """Before anything is loaded or generated, whether this ffmpeg can send there.
+
+    Raises:
+        OutputError: it was built without the URL's protocol.
+    """
+    scheme = urlsplit(target).scheme
+    if not is_push_url(target) or scheme not in CONTAINERS:
+        return  # A file, or what `PushSink` refuses by itself.
+    able = ffmpeg.run(["-protocols"]).decode().partition("Output:")[2].split()
+    if scheme not in able:
+        others = ", ".join(f"{known}://" for known in CONTAINERS if known in able) or "a file name"
+        raise OutputError(
+            f"the ffmpeg at {ffmpeg.executable()} was built without {scheme}://; use {others}, or name another ffmpeg "
+            "with IMAGEIO_FFMPEG_EXE"
+        )
+
+
+def seconds_to_arrive(target: str) -> float:
+    """How long a connection must stay open after the last frame.
+
+    An SRT receiver holds packets back for the connection's latency and drops what it still holds when it is closed.
+    """
+    url = urlsplit(target)
+    if url.scheme != "srt":
+        return 0.0
+    latency = parse_qs(url.query).get("latency", ["0"])[0]
+    return _SRT_SECONDS + (min(int(latency) / 1e6, 10.0) if latency.isdigit() else 0.0)
+
+
+def _placement(request: StreamRequest, name: str) -> Placement:
+    """How the model is placed; a video without end takes the memory of its window, or of a rollout."""
+    device = choose_device(request.device)
+    wanted = PlanRequest(endless=True, memory=request.memory, branches=2 if request.guidance == "cfg" else 1)
+    plan = make_plan(find_preset(name), device, default_dtype(device), wanted)
+    if plan is None:
+        return Placement()
+    plan.require()
+    return plan.placement
 
 
 def _open(target: str, fps: float, scale: int, seed: int, model: str) -> VideoSink:

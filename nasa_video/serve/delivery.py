@@ -117,12 +117,15 @@ class Delivery:
             **describe_cue(chunk.cue),
         )
         self.num_frames = self._end_of(item)
-        if self.recorder is not None:
-            self.recorder.write(self._recorded(item))
-        if self._broken():
-            self._restart()
-        else:
-            self._send(item)
+        try:
+            if self._broken():
+                self._restart()
+            else:
+                self._send(item)
+        finally:
+            # After the viewer's pictures, since its first frame starts an ffmpeg; also for one who has left meanwhile.
+            if self.recorder is not None:
+                self.recorder.write(self._recorded(item))
 
     def idle(self) -> None:
         """Mend an encoder that has died, or change it where the client has asked."""
@@ -134,8 +137,8 @@ class Delivery:
         if self._encoder is not None:
             if error is None and self._encoder_used:
                 try:
-                    self._encoder.finish()
-                except OutputError as problem:
+                    self._flush()
+                except (OutputError, Gone) as problem:
                     error = problem
             self._encoder.abort()
         self._unseen.clear()
@@ -155,12 +158,26 @@ class Delivery:
         except OutputError:
             self._restart()
 
+    def _flush(self) -> None:
+        """End the encoder; one that was killed shortly before is replaced, so that its last frames are not lost."""
+        assert self._encoder is not None
+        try:
+            self._encoder.finish()
+        except OutputError:
+            self._restart()
+            self._encoder.finish()
+
     def _broken(self) -> bool:
         dead = isinstance(self._encoder, StreamSink) and not self._encoder.running
         return dead or self.wanted_kind != self.kind
 
     def _restart(self) -> None:
         """A new encoder, from the first chunk on that the viewer has not seen to its end."""
+        while not self._replace():
+            pass
+
+    def _replace(self) -> bool:
+        """One attempt at that; False where the new encoder is killed as well."""
         assert self._encoder is not None
         self._encoder.abort()
         if self.outgoing.closed:
@@ -171,11 +188,16 @@ class Delivery:
         self.kind = self.wanted_kind
         waiting = list(self._unseen)
         first = waiting[0].first_frame if waiting else self.num_frames
-        self._open(first)
+        # Before the encoder can send anything: what follows this message belongs to the new video.
         self.outgoing.say("media", media=self.kind, mime=KINDS[self.kind].mime, first_frame=first)
-        for item in waiting:
-            self._encoder.write(item.sent)
+        self._open(first)
+        try:
+            for item in waiting:
+                self._encoder.write(item.sent)
+        except OutputError:
+            return False
         self._encoder_used = bool(waiting)
+        return True
 
     def _open(self, first_frame: int) -> None:
         picture = self.picture

@@ -51,8 +51,9 @@ class Feeder(Generic[Item]):
         self._items.put(None)
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the thread's end."""
-        self._thread.join(timeout)
+        """Wait for the thread's end, except in the thread itself."""
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout)
 
     def _run(self) -> None:
         error: BaseException | None = None

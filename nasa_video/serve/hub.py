@@ -21,6 +21,7 @@ from nasa_video.serve.stream import LiveStream
 from nasa_video.serve.worker import Worker
 
 _TIDY_SECONDS = 10.0
+_SECONDS_TO_END = 5.0
 
 
 class KeptStream:
@@ -31,8 +32,13 @@ class KeptStream:
         self.key = stream.key
         self.finished_at: float | None = None
 
+    def join(self, timeout: float) -> None:
+        """Wait until its encoder and its thread are gone."""
+        self.stream.join(timeout)
+
     def discard(self) -> None:
-        """Delete its recording."""
+        """End it, and delete its recording."""
+        self.stream.close("left")
         if self.stream.recorder is not None:
             self.stream.recorder.close()
 
@@ -74,8 +80,10 @@ class Hub:
         """End everything and delete its files."""
         self._closing.set()
         self.worker.stop()
-        self.streams.clear()
-        self.jobs.clear()
+        deadline = time.monotonic() + _SECONDS_TO_END
+        ended: list[KeptStream | Job] = [*self.streams.clear(), *self.jobs.clear()]
+        for thing in ended:
+            thing.join(max(0.0, deadline - time.monotonic()))
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def new_stream(self, start: Start, outgoing: Outgoing) -> LiveStream:

@@ -85,6 +85,11 @@ class Job:
         else:
             feeder.end(cancel=True)
 
+    def join(self, timeout: float) -> None:
+        """Wait until its encoder and its thread are gone; only after `cancel`."""
+        if self._feeder is not None:
+            self._feeder.join(timeout)
+
     def discard(self) -> None:
         """Delete the file."""
         self.cancel()

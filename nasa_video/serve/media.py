@@ -6,6 +6,7 @@ import io
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Protocol, cast
 
 from nasa_video.serve.outgoing import MediaPipe, Outgoing
@@ -59,9 +60,21 @@ def open_encoder(
     if kind == "jpeg":
         return JpegEncoder(outgoing, first_frame)
     # Started now, while the first frames are being made.
-    sink = StreamSink(cast(IO[bytes], MediaPipe(outgoing)), fps, scale=scale, encoding=KINDS[kind].encoding)
+    sink = VideoEncoder(outgoing, fps, scale, KINDS[kind].encoding)
     sink.open(*size)
     return sink
+
+
+class VideoEncoder(StreamSink):
+    """ffmpeg, whose output becomes messages until it is stopped: nothing of it follows the next encoder's."""
+
+    def __init__(self, outgoing: Outgoing, fps: float, scale: int, encoding: Sequence[str]) -> None:
+        self._pipe = MediaPipe(outgoing)
+        super().__init__(cast(IO[bytes], self._pipe), fps, scale=scale, encoding=encoding)
+
+    def abort(self) -> Path | None:
+        self._pipe.stop()
+        return super().abort()
 
 
 class JpegEncoder:

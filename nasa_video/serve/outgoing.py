@@ -33,15 +33,23 @@ class Outgoing:
         with contextlib.suppress(Gone):
             self._put(json.dumps({"type": kind, **content}))
 
-    def send_media(self, data: bytes) -> None:
+    def send_media(self, data: bytes, stopped: threading.Event | None = None) -> None:
         """Queue a binary message; waits while too much is queued.
 
         Raises:
-            Gone: the client has left, now or while this waited.
+            Gone: the client has left or its sender was stopped, now or while this waited.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._bytes < LIMIT_BYTES)
-        self._put(data)
+            self._changed.wait_for(lambda: self._closed or _is_set(stopped) or self._bytes < LIMIT_BYTES)
+            if _is_set(stopped):
+                raise Gone("another encoder has taken over")
+            self._put(data)
+
+    def stop(self, sender: threading.Event) -> None:
+        """Let nothing more through of whoever sends with this event."""
+        with self._changed:
+            sender.set()
+            self._changed.notify_all()
 
     @property
     def closed(self) -> bool:
@@ -89,17 +97,26 @@ class Outgoing:
             self._loop.call_soon_threadsafe(self._available.set)
 
 
+def _is_set(event: threading.Event | None) -> bool:
+    return event is not None and event.is_set()
+
+
 class MediaPipe(io.RawIOBase):
     """The file that an encoder writes to: every write becomes a binary message."""
 
     def __init__(self, outgoing: Outgoing) -> None:
         super().__init__()
         self._outgoing = outgoing
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Whatever is still written is dropped: `write` raises `Gone`, also one that waits."""
+        self._outgoing.stop(self._stopped)
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         content = bytes(data)
-        self._outgoing.send_media(content)
+        self._outgoing.send_media(content, self._stopped)
         return len(content)

@@ -104,6 +104,8 @@ class Session:
                 except (InputError, Busy) as error:
                     fault = ("busy" if isinstance(error, Busy) else "refused", str(error))
             self.outgoing.say("error", code=fault[0], message=fault[1])
+            # Waiting messages are read without a pause: the sender's turn, so that a client hears why it is sent away.
+            await asyncio.sleep(0)
             self._faults += 1
             if self._faults > MAX_FAULTS:
                 await self.socket.close(POLICY_VIOLATION, "too many refused messages")

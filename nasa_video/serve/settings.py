@@ -29,7 +29,8 @@ class ServeSettings:
         max_sessions: open WebSockets.
         max_streams: streams and jobs that hold a place at once, in turns of one chunk; each holds a key-value cache.
         max_waiting: streams and jobs that wait for a place.
-        turn_seconds: how long an endless stream keeps its place while others wait.
+        turn_seconds: how long a stream keeps its place while others wait, if it has no end, or if its viewer has not
+            moved on for so long.
         max_frames: longest job, and longest stream that is not endless.
         max_results: finished streams and jobs that are kept for download.
         keep_seconds: how long they are kept.

@@ -64,10 +64,11 @@ class Shelf(Generic[Thing]):
         for thing in things:
             thing.discard()
 
-    def clear(self) -> None:
-        """Throw everything away."""
+    def clear(self) -> list[Thing]:
+        """Throw everything away, and return what that was."""
         with self._lock:
             things = list(self._things.values())
             self._things.clear()
         for thing in things:
             thing.discard()
+        return things

@@ -22,7 +22,7 @@ from nasa_video.serve.outgoing import Gone, Outgoing
 from nasa_video.serve.protocol import Command, Media, Position, Start, Update, Wanted
 from nasa_video.serve.recorder import Recorder
 from nasa_video.serve.settings import ServeSettings
-from nasa_video.timeline import Timeline
+from nasa_video.timeline import CueOf, Timeline
 from nasa_video.video.frames import Frames
 
 log = logging.getLogger(__name__)
@@ -37,13 +37,15 @@ _HELD_FRAMES = 4
 class LiveStream:
     """One client's stream (a `Task`).
 
-    A chunk is made just before the viewer needs it, so that what was typed meanwhile acts on it. Whoever does not say
-    how far it is, gets two chunks.
+    A chunk is made just before the viewer needs it, so that what was typed meanwhile acts on it. Whoever has not said
+    that anything was shown, gets two chunks.
 
     Args:
         key: names it in URLs; whoever knows it may download.
         wake: tells the worker that `ready` may have changed.
         ended: called once, when nothing more will be sent.
+
+    ``made`` is the number of frames that were made so far.
     """
 
     def __init__(
@@ -60,10 +62,10 @@ class LiveStream:
         self.key = key
         self.start = start
         self.model = library.name(start.model)
-        self.endless = start.frames is None
         self.recorder: Recorder | None = None
         self.reason: Reason = "finished"
         self.has_ended = threading.Event()
+        self.made = 0
         self._library, self._settings, self._folder = library, settings, folder
         self._outgoing, self._wake, self._ended = outgoing, wake, ended
         self._wanted: Wanted = start
@@ -75,8 +77,9 @@ class LiveStream:
         self._feeder: Feeder[Made] | None = None
         self._delivery: Delivery | None = None
         self._lock = threading.Lock()
-        self._position = self._made = 0
+        self._position = 0
         self._wanted_since: float | None = None
+        self._moved_at = time.monotonic()
         self._waits: deque[float] = deque(maxlen=3)
 
     # What the client says; called by the event loop.
@@ -86,7 +89,7 @@ class LiveStream:
         if isinstance(message, Position):
             # One for the stream before may come late.
             if message.stream == self.key:
-                self._position = max(self._position, min(message.frame, self._made))
+                self._move_to(min(message.frame, self.made))
         elif isinstance(message, Update):
             self._updates.append(message)
         elif isinstance(message, Media):
@@ -121,14 +124,27 @@ class LiveStream:
             return None
         return self._cues.timeline(self.model, self.start.seed, self.start.steps, self._delivery.num_frames)
 
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until everything is sent, or nothing can be any more; only after `close`."""
+        if self._feeder is not None:
+            self._feeder.join(timeout)
+
     # The task; called by the worker.
+
+    @property
+    def endless(self) -> bool:
+        """Whether nobody knows when it will end: it has no last frame, or its viewer has held it up for a turn."""
+        if self.start.frames is None:
+            return True
+        held_up = self._feeder is not None and self._held_up(self._feeder)
+        return held_up and time.monotonic() - self._moved_at > self._settings.turn_seconds
 
     def ready(self) -> bool:
         if self._over:
             return False
         if self._feeder is None or self._updates:
             return True
-        if self._paused or not self._feeder.has_room or not self._viewer_needs_more():
+        if self._held_up(self._feeder):
             self._wanted_since = None
             return False
         if self._wanted_since is None:
@@ -148,14 +164,18 @@ class LiveStream:
         if chunk is None:
             self.close("finished")
             return False
-        now = time.monotonic()
+        now = self._moved_at = time.monotonic()
         self._waits.append(now - (self._wanted_since or began))
         self._wanted_since = None
-        made = Made(chunk, plain, self._made, now - began, len(chunk.frames) * len(self._waits) / sum(self._waits))
-        self._made += len(chunk.frames)
+        made = Made(chunk, plain, self.made, now - began, len(chunk.frames) * len(self._waits) / sum(self._waits))
+        self.made += len(chunk.frames)
         assert self._feeder is not None
         self._feeder.put(made)
-        return True
+        if self.made != self.start.frames:
+            return True
+        # At once: an end that waited for the viewer to get there would keep a place that nobody needs.
+        self.close("finished")
+        return False
 
     def fail(self, error: BaseException) -> None:
         if not isinstance(error, Gone):
@@ -195,17 +215,24 @@ class LiveStream:
         start = self.start
         pipeline = self._library.get(self.model)
         cues = self._cues = LiveCues(pipeline, start)
-        guided, plain = (
-            pipeline.stream(
-                start.prompt, cues=cue_of, seed=start.seed, frames=start.frames, endless=self.endless, steps=start.steps
+
+        def chunks(cue_of: CueOf) -> Iterator[Chunk]:
+            return pipeline.stream(
+                start.prompt,
+                cues=cue_of,
+                seed=start.seed,
+                frames=start.frames,
+                endless=start.frames is None,
+                steps=start.steps,
             )
-            for cue_of in (cues, lambda chunk: cues(chunk).unguided)
-        )
+
+        guided = chunks(cues)
         video = pipeline.preset.video
         chunk_frames = pipeline.frames_until(2) - pipeline.frames_until(1)
         picture = Picture(video.height, video.width, video.fps, video.upscale, start.compare, chunk_frames)
         if not start.compare:
             return picture, ((chunk, None) for chunk in guided)
+        plain = chunks(lambda chunk: cues(chunk).unguided)
         return picture, ((chunk, next(plain).frames) for chunk in guided)
 
     def _say_started(self, kind: str, picture: Picture) -> None:
@@ -238,11 +265,24 @@ class LiveStream:
         for note in cues.notes:
             self._outgoing.say("note", message=note)
 
+    def _held_up(self, feeder: Feeder[Made]) -> bool:
+        """Whether it is its viewer who lets it wait, not the worker."""
+        return self._paused or not feeder.has_room or not self._viewer_needs_more()
+
     def _viewer_needs_more(self) -> bool:
         """Whether what the viewer has not seen yet lasts no longer than making more will take."""
         assert self._picture is not None
+        chunk_frames = self._picture.chunk_frames
+        if not self._position:
+            # Something to begin with, however fast chunks are made; the first is the shortest, so these are two.
+            return self.made <= chunk_frames
         lead = self._picture.fps * (_SLACK_SECONDS + 1.5 * max(self._waits, default=0.0)) + _HELD_FRAMES
-        return self._made - self._position <= min(lead, 2 * self._picture.chunk_frames)
+        return self.made - self._position <= min(lead, 2 * chunk_frames)
+
+    def _move_to(self, frame: int) -> None:
+        if frame > self._position:
+            self._position = frame
+            self._moved_at = time.monotonic()
 
     def _finish(self, error: BaseException | None) -> None:
         """The stream's own thread has sent everything, or cannot go on."""

@@ -20,7 +20,7 @@ class Task(Protocol):
 
     @property
     def endless(self) -> bool:
-        """Whether it may be asked to make room for those who wait."""
+        """Whether it may be asked to make room for those who wait; this may change while it runs."""
         ...
 
     def ready(self) -> bool:
@@ -47,7 +47,7 @@ class Task(Protocol):
 class Worker:
     """A thread that gives ``max_active`` tasks turns of a chunk, and lets up to ``max_waiting`` more wait in order.
 
-    An endless task that has held its place for ``turn_seconds`` gives it up when another waits.
+    A task that has held its place for ``turn_seconds`` and is endless gives it up when another waits.
     """
 
     def __init__(self, max_active: int, max_waiting: int, turn_seconds: float) -> None:

@@ -14,8 +14,10 @@ import pytest
 from live_client import PATIENCE, Client, eventually
 
 from nasa_video.pipeline import VideoPipeline
+from nasa_video.serve.cues import LiveCues
 from nasa_video.serve.server import Server
 from nasa_video.serve.settings import ServeSettings
+from nasa_video.timeline import Cue
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +69,22 @@ def client_of() -> Iterator[Callable[..., Client]]:
 @pytest.fixture
 def client(server: Server, client_of: Callable[..., Client]) -> Client:
     return client_of(server)
+
+
+@pytest.fixture
+def hold_second_chunk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Nothing of a stream's second chunk is made before this is set."""
+    go_on = threading.Event()
+    cue_of = LiveCues.__call__
+
+    def held(self: LiveCues, chunk: int) -> Cue:
+        if chunk == 1:
+            go_on.wait(PATIENCE)
+        return cue_of(self, chunk)
+
+    monkeypatch.setattr(LiveCues, "__call__", held)
+    yield go_on
+    go_on.set()
 
 
 def chromium() -> str | None:

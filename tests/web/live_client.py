@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 from websockets.sync.client import ClientConnection, connect
 
 from nasa_video.serve.server import Server
@@ -24,6 +27,51 @@ def eventually(what: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     return value
 
 
+def ffmpegs(purpose: str = "") -> list[psutil.Process]:
+    """The ffmpeg processes of this one, with this among their arguments; "pipe:1" are those that send to viewers."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = child.cmdline()
+            # Empty in the moment of its end.
+            if command and "ffmpeg" in command[0] and (not purpose or purpose in command):
+                found.append(child)
+    return found
+
+
+class Look:
+    """A task that makes nothing: the worker has looked at all others between its turns."""
+
+    endless = False
+
+    def __init__(self) -> None:
+        self.turns = 0
+        self.done = threading.Event()
+
+    def ready(self) -> bool:
+        return True
+
+    def step(self) -> bool:
+        self.turns += 1
+        if self.turns == 3:
+            self.done.set()
+        return self.turns < 3
+
+    def fail(self, error: BaseException) -> None:
+        raise AssertionError from error
+
+    def expire(self) -> None: ...
+
+    def told_place(self, place: int) -> None: ...
+
+
+def every_task_had_its_turn(server: Server) -> None:
+    """Wait until every stream that wanted to make a chunk has made one; needs a free place."""
+    look = Look()
+    server.hub.worker.submit(look)
+    assert look.done.wait(PATIENCE)
+
+
 class Client:
     """One connection."""
 
@@ -32,6 +80,7 @@ class Client:
             f"{server.address.replace('http', 'ws')}ws",
             max_size=None,
             compression=None,
+            max_queue=None,  # A client that stops reading would not see that its closing is answered.
             open_timeout=PATIENCE,
             **options,
         )
@@ -45,9 +94,7 @@ class Client:
 
     def start(self, prompt: str = "a red ball", **content: Any) -> dict[str, Any]:
         self.send("start", prompt=prompt, **content)
-        started = self.hear("started")
-        self.key = started["stream"]
-        return started
+        return self.hear("started")
 
     def hear(self, *kinds: str, seconds: float = PATIENCE) -> dict[str, Any]:
         """The next message of one of these kinds."""
@@ -59,6 +106,10 @@ class Client:
                 continue
             message: dict[str, Any] = json.loads(item)
             self.heard.append(message)
+            if message["type"] == "started":
+                self.key = message["stream"]
+            elif message["type"] == "media":
+                self.media.clear()  # A new video begins.
             if message["type"] in kinds:
                 return message
             if message["type"] == "chunk":
@@ -76,14 +127,6 @@ class Client:
 
     def at(self, frame: int) -> None:
         self.send("position", stream=self.key, frame=frame)
-
-    def nothing_for(self, seconds: float) -> bool:
-        """Whether no chunk comes for so long."""
-        try:
-            self.hear("chunk", seconds=seconds)
-        except TimeoutError:
-            return True
-        return False
 
     def close(self) -> None:
         self.socket.close()
