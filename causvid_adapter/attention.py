@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import SeqAllToAllDim
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor
 
@@ -44,12 +46,31 @@ class SelfAttentionCall:
     key_table: RotaryTable | None = None
 
 
+@dataclass(frozen=True)
+class HeadExchange:
+    """Trades tokens for heads between the processes of a group (Ulysses, arXiv 2309.14509)."""
+
+    group: Any
+    world: int
+
+    def to_heads(self, x_BSHD: Tensor) -> Tensor:
+        """(B, S / world, H, D) -> (B, S, H / world, D): all tokens of the process's own heads."""
+        heads: Tensor = SeqAllToAllDim.apply(self.group, x_BSHD.contiguous(), 2, 1)
+        return heads
+
+    def to_tokens(self, x_BSHD: Tensor) -> Tensor:
+        """The inverse."""
+        tokens: Tensor = SeqAllToAllDim.apply(self.group, x_BSHD.contiguous(), 1, 2)
+        return tokens
+
+
 class CausalSelfAttention:
     """Processor of ``block.attn1`` (diffusers' processor protocol)."""
 
     def __init__(self, layer: int, attend: Attend) -> None:
         self.layer = layer
         self.attend = attend
+        self.exchange: HeadExchange | None = None  # see parallel.parallelise
 
     def __call__(
         self,
@@ -70,6 +91,8 @@ class CausalSelfAttention:
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        if self.exchange is not None:
+            q, k, v = (self.exchange.to_heads(x) for x in (q, k, v))
         q = rotate(q, call.table)
         if call.cache is None:
             k = rotate(k, call.table)
@@ -78,5 +101,8 @@ class CausalSelfAttention:
         else:
             k, v = call.cache.extend(self.layer, k, v)
             k = rotate(k, call.key_table)
-        out = self.attend(q, k, v, call.mask).flatten(2).type_as(hidden_states)
+        out = self.attend(q, k, v, call.mask)
+        if self.exchange is not None:
+            out = self.exchange.to_tokens(out)
+        out = out.flatten(2).type_as(hidden_states)
         return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -105,6 +105,18 @@ def read_state_dict(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict")
     return dict(loaded)
+
+
+def read_shapes(path: Path) -> dict[str, Any]:
+    """What :func:`read_state_dict` gives, without reading the numbers: safetensors become tensors on "meta"."""
+    if not path.is_file() or not (path.suffix == ".safetensors" or _starts_like_safetensors(path)):
+        return read_state_dict(path)  # which maps the file, and reads no page that is not looked at
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); download it again") from error
 
 
 def _starts_like_safetensors(path: Path) -> bool:

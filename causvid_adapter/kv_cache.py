@@ -35,6 +35,17 @@ def check_window(window_frames: int | None, sink_frames: int, chunk_frames: int 
         )
 
 
+def capacity_frames(wanted: int, held: int, window_frames: int | None, num_frames: int | None) -> int:
+    """Latent frames that the buffers are made for when ``wanted`` do not fit into the ``held`` ones."""
+    limits = [limit for limit in (window_frames, num_frames) if limit is not None]
+    if limits and min(limits) >= wanted:
+        return min(limits)
+    if window_frames is not None:
+        return window_frames
+    # Doubling keeps the copies of an unlimited rollout linear in its length.
+    return max(wanted, 2 * held)
+
+
 class KVCache:
     """History of one rollout of one batch, layer by layer.
 
@@ -46,6 +57,8 @@ class KVCache:
         rope: "absolute" stores keys already rotated by their frame in the video (CausVid, Self-Forcing); "window"
             stores them unrotated and counts positions inside the window, so that a long rollout never leaves the
             positions that the model was trained on.
+        num_frames: latent frames of the whole video, where that is known: no more room than these need is taken.
+            A video may still become longer.
     """
 
     def __init__(
@@ -55,6 +68,7 @@ class KVCache:
         window_frames: int | None = None,
         sink_frames: int = 0,
         rope: RopeMode = "absolute",
+        num_frames: int | None = None,
     ) -> None:
         check_window(window_frames, sink_frames)
         self.num_layers = num_layers
@@ -62,6 +76,7 @@ class KVCache:
         self.window_frames = window_frames
         self.sink_frames = sink_frames
         self.rope = rope
+        self.num_frames = num_frames
         self.reset()
 
     def reset(self) -> None:
@@ -167,11 +182,9 @@ class KVCache:
         batch, _, heads, dim = new.shape
         if buffer is not None and total <= buffer.shape[1]:
             return buffer
-        if self.window_frames is not None:
-            capacity = self.window_frames * self.tokens_per_frame
-        else:
-            # Doubling keeps the copies of an unlimited rollout linear in its length.
-            capacity = max(total, 2 * buffer.shape[1] if buffer is not None else 0)
+        held = 0 if buffer is None else buffer.shape[1] // self.tokens_per_frame
+        frames = capacity_frames(-(-total // self.tokens_per_frame), held, self.window_frames, self.num_frames)
+        capacity = frames * self.tokens_per_frame
         grown = new.new_empty(batch, capacity, heads, dim)
         if buffer is not None:
             grown[:, : buffer.shape[1]] = buffer

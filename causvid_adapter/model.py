@@ -14,6 +14,7 @@ from causvid_adapter.errors import ShapeError
 from causvid_adapter.kv_cache import KVCache, RopeMode
 from causvid_adapter.mask import block_causal_mask
 from causvid_adapter.rope import FrameRope
+from causvid_adapter.static_cache import StaticKVCache
 
 # diffusers' Wan processor takes the last 512 tokens for text and what is in front of them for the image.
 IMAGE_MODEL_TEXT_TOKENS = 512
@@ -40,6 +41,11 @@ class CausalWan(nn.Module):
         for layer, block in enumerate(transformer.blocks):
             block.attn1.set_processor(CausalSelfAttention(layer, attend))
         self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        # Set by compiled.compile_generator.
+        self.static_cache = False
+        self.cuda_graphs = False
+        # Set by parallel.parallelise.
+        self.processes = 1
 
     @property
     def num_layers(self) -> int:
@@ -72,9 +78,12 @@ class CausalWan(nn.Module):
         window_frames: int | None = None,
         sink_frames: int = 0,
         rope: RopeMode = "absolute",
+        num_frames: int | None = None,
     ) -> KVCache:
-        """An empty cache for videos of ``height`` x ``width`` latents."""
-        return KVCache(self.num_layers, self.tokens_per_frame(height, width), window_frames, sink_frames, rope)
+        """An empty cache for videos of ``height`` x ``width`` latents; see :class:`~causvid_adapter.KVCache`."""
+        tokens = self.tokens_per_frame(height, width)
+        kind = StaticKVCache if self.static_cache else KVCache
+        return kind(self.num_layers, tokens, window_frames, sink_frames, rope, num_frames)
 
     def forward(
         self,
@@ -107,14 +116,24 @@ class CausalWan(nn.Module):
             raise ShapeError(f"latents must be (B, T, C, H, W), got {tuple(latents.shape)}")
         frames, _, height, width = latents.shape[1:]
         rows, columns = self._token_grid(height, width)
+        tokens = frames * rows * columns
+        if tokens % self.processes:
+            raise ShapeError(
+                f"{tokens} tokens of {frames} frames of {height} x {width} latents cannot be shared by "
+                f"{self.processes} processes; change the size, or the number of processes"
+            )
         if cache is not None:
             if frames_per_chunk is not None:
                 raise ValueError("give either a cache (chunk by chunk) or frames_per_chunk (one masked pass), not both")
+            if isinstance(cache, StaticKVCache):
+                config = self.transformer.config
+                heads, head_dim = config.num_attention_heads, config.attention_head_dim
+                cache.allocate(latents.shape[0], heads, head_dim, self.dtype, self.device)
             cache.begin(frames)
             positions, key_positions = cache.positions
         else:
             positions = key_positions = torch.arange(frames)
-        mask = None
+        mask = cache.mask if isinstance(cache, StaticKVCache) else None
         if frames_per_chunk is not None:
             mask = block_causal_mask(
                 frames, rows * columns, frames_per_chunk, window_frames, sink_frames, latents.device
@@ -126,6 +145,8 @@ class CausalWan(nn.Module):
             cache=cache,
             key_table=self._table(key_positions, rows, columns) if counts_in_window else None,
         )
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         try:
             flow: Tensor = self.transformer(
                 rearrange(latents, "b t c h w -> b c t h w").to(self.dtype),
@@ -136,7 +157,8 @@ class CausalWan(nn.Module):
             )[0]
         finally:
             self._rope.call = None
-        return rearrange(flow, "b c t h w -> b t c h w")
+        # What a graph returned lies where its next replay writes.
+        return rearrange(flow.clone() if self.cuda_graphs else flow, "b c t h w -> b t c h w")
 
     def _expand_context(self, context: Tensor | None, latents: Tensor) -> Tensor:
         config = self.transformer.config
@@ -164,7 +186,7 @@ class CausalWan(nn.Module):
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device)
         if timestep.ndim == 0 or timestep.shape == (batch,):
             return timestep.expand(batch)
-        if timestep.shape == (batch, frames):
+        if timestep.shape == (batch, frames) and self.processes == 1:
             return timestep.repeat_interleave(tokens_per_frame, dim=1)
         raise ShapeError(f"timestep must be a number, ({batch},) or ({batch}, {frames}), got {tuple(timestep.shape)}")
 

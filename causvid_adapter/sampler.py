@@ -32,7 +32,13 @@ class Denoiser(Protocol):
     """What the sampler needs of a model: CausalWan itself, or something that wraps it, such as two-pass guidance."""
 
     def new_cache(
-        self, height: int, width: int, window_frames: int | None, sink_frames: int, rope: RopeMode
+        self,
+        height: int,
+        width: int,
+        window_frames: int | None,
+        sink_frames: int,
+        rope: RopeMode,
+        num_frames: int | None,
     ) -> ChunkCache: ...
 
     def __call__(self, latents: Tensor, timestep: float, context: Tensor | None, *, cache: ChunkCache) -> Tensor: ...
@@ -128,8 +134,9 @@ class ChunkSampler:
         self._check_whole_chunks("the prefix", offset)
         if source is not None and num_frames is None:
             num_frames = source.shape[1] - offset
-        rollout = _Rollout(self, context, before_call, remember=recompute is not None)
-        total = None if num_frames is None else (offset + num_frames) // size
+        total_frames = None if num_frames is None else offset + num_frames
+        rollout = _Rollout(self, context, before_call, remember=recompute is not None, num_frames=total_frames)
+        total = None if total_frames is None else total_frames // size
         for chunk in count() if total is None else range(total):
             frames = range(chunk * size, (chunk + 1) * size)
             if prefix is not None and frames.start < offset:
@@ -162,8 +169,10 @@ class _Rollout:
         context: Context,
         before_call: Callable[[ModelCall], None] | None,
         remember: bool,
+        num_frames: int | None = None,
     ) -> None:
         self.sampler = sampler
+        self.num_frames = num_frames
         self.context_of = context if callable(context) else lambda chunk: context
         self.announce = before_call or (lambda call: None)
         self.remember = remember
@@ -215,7 +224,7 @@ class _Rollout:
         if self._cache is None:
             s = self.sampler
             height, width = like.shape[-2:]
-            self._cache = s.model.new_cache(height, width, s.window_frames, s.sink_frames, s.rope)
+            self._cache = s.model.new_cache(height, width, s.window_frames, s.sink_frames, s.rope, self.num_frames)
         return self._cache
 
     def _in_window(self, chunk: int, newest: int) -> bool:

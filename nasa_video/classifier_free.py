@@ -60,9 +60,10 @@ class ClassifierFreeDenoiser:
         window_frames: int | None = None,
         sink_frames: int = 0,
         rope: RopeMode = "absolute",
+        num_frames: int | None = None,
     ) -> BranchCaches:
         """Two caches: guidance in output space costs twice the history."""
-        sizes = (height, width, window_frames, sink_frames, rope)
+        sizes = (height, width, window_frames, sink_frames, rope, num_frames)
         return BranchCaches(self.model.new_cache(*sizes), self.model.new_cache(*sizes))
 
     def __call__(self, latents: Tensor, timestep: float, context: Tensor | None, *, cache: BranchCaches) -> Tensor:

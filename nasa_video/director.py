@@ -43,6 +43,8 @@ class Director:
         self.cue_of = cue_of
         self.recompute_window = recompute_window
         self.steering = Steering(attend, model.num_layers)
+        if model.static_cache:
+            self.steering.meter.prepare(model.device)
         first = cue_of(0)
         self.branched: ClassifierFreeDenoiser | None = None
         if isinstance(first.guidance, ClassifierFree):

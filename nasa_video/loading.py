@@ -21,6 +21,11 @@ from nasa_video.text.embedding_cache import CachedEncoder, identity_of
 DecoderKind = Literal["full", "tiny"]
 
 
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Of a model that is run there, where nothing else is asked for."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def choose_device(device: str | torch.device | None) -> torch.device:
     """The device by name; None takes CUDA where there is one.
 

@@ -1,4 +1,7 @@
-"""How much memory a run takes, from sizes alone, and what would fit where it does not."""
+"""How much memory a run takes, from sizes alone, and what would fit where it does not.
+
+Measured against real runs by ``scripts/measure_memory.py``; see docs/memory.md.
+"""
 
 # B batch, L layers; sizes of pictures in pixels, of time in latent frames where the name says latent
 
@@ -16,39 +19,77 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
+from causvid_adapter.kv_cache import capacity_frames
 from nasa_video.bench.flops import WanSizes
 from nasa_video.errors import InputError
 from nasa_video.models import SamplerSettings
+from nasa_video.placement import LADDER, RESIDENT, Placement, is_quantised
 
 # Tensors of full size and base width that the decoder holds at once in its last stage; measured: 11.0 kB a pixel of
 # Wan 2.1's VAE in float32, which is 7.2 tensors of 96 channels and 4 pictures.
 DECODER_TENSORS = 7.2
+# The same of the tiny decoder, which decodes a latent frame at a time as well: 64 channels and 4 pictures.
+TINY_DECODER_TENSORS = 2.2
+TINY_DECODER_WIDTH = 64
+# Copies of a chunk's pictures: the decoder's pieces, put together, clamped, compared.
+PICTURE_COPIES = 4
+# What a CPU's kernels keep of the weights they last packed, and the C library of freed memory: a share of the weights,
+# measured at CausVid's size (docs/memory.md).
+CPU_WORKSPACE = 0.05
 # Of a transformer block, in multiples of one activation of the feed-forward's width: its input, GELU and output.
 BLOCK_TENSORS = 3
+# Blocks on the device at once when they are offloaded: the one that computes, and the next on its way.
+RESIDENT_BLOCKS = 2
+# Of a card's memory, what a run cannot have: the CUDA context, the libraries' workspaces, the desktop, fragments.
+RESERVED = 1_000_000_000
+GIB = 1 << 30
+# The cards that the messages name.
+COMMON_CARDS = (24, 16, 12)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of a run.
+    """Bytes of a run on its device; what takes turns (prompts, a pass, decoding) is not added up.
 
     Attributes:
-        weights: of the transformer and the VAE.
+        weights: of the transformer and the VAE, as far as they stay on the device.
+        text_encoder: its weights while prompts are encoded, before anything is generated; 0 where it is elsewhere.
         history: keys and values of self-attention, as the cache allocates them; twice for classifier-free guidance.
         text_keys: keys and values of the prompts.
-        decoder: features that streaming decode keeps between chunks, and its working memory.
+        features: what streaming decode keeps between chunks.
+        decoder: working memory of decoding.
         denoiser: working memory of one pass.
+        workspace: what kernels and allocator keep on a CPU; on GPUs the reserve stands for it.
+        overlapped: decoding and passes happen at once.
+        host: bytes in the host's memory beside the device: offloaded blocks and the text encoder.
     """
 
     weights: int
+    text_encoder: int
     history: int
     text_keys: int
+    features: int
     decoder: int
     denoiser: int
+    workspace: int = 0
+    overlapped: bool = False
+    host: int = 0
 
     @property
-    def total(self) -> int:
-        """Everything."""
-        return self.weights + self.history + self.text_keys + self.decoder + self.denoiser
+    def phases(self) -> dict[str, int]:
+        """Bytes on the device in each phase of a run."""
+        generating = self.weights + self.history + self.text_keys + self.features + self.workspace
+        both = self.denoiser + self.decoder
+        return {
+            "reading the prompts": self.weights + self.text_encoder,
+            "a pass of the model": generating + (both if self.overlapped else self.denoiser),
+            "decoding": generating + (both if self.overlapped else self.decoder),
+        }
+
+    @property
+    def peak(self) -> int:
+        """The most that is taken at once."""
+        return max(self.phases.values())
 
 
 @dataclass(frozen=True)
@@ -64,10 +105,17 @@ class Run:
         dtype: of the transformer, its keys and values.
         vae_dtype: of the VAE.
         caches: histories, 2 for classifier-free guidance.
+        decoders: videos that are decoded side by side.
+        processes: devices that share one video's passes, tokens and heads.
         text_tokens: keys of all prompts together.
         batch: videos made at once.
         num_layers: where layers were cut.
         decoded: the latents become pictures.
+        tiny_decoder: by the tiny decoder.
+        placement: how the parts are stored and where they live.
+        text_encoder: bytes of the text encoder's weights; 0 where every prompt is known already.
+        overlapped: a chunk is decoded while the next is made.
+        shared: the device is the host: what is offloaded stays.
     """
 
     transformer: Mapping[str, Any]
@@ -79,10 +127,17 @@ class Run:
     dtype: torch.dtype = torch.bfloat16
     vae_dtype: torch.dtype = torch.float32
     caches: int = 1
+    decoders: int = 1
+    processes: int = 1
     text_tokens: int = 513
     batch: int = 1
     num_layers: int | None = None
     decoded: bool = True
+    tiny_decoder: bool = False
+    placement: Placement = RESIDENT
+    text_encoder: int = 0
+    overlapped: bool = False
+    shared: bool = False
 
     @property
     def sizes(self) -> WanSizes:
@@ -101,50 +156,84 @@ def estimate(run: Run, *, loaded: bool = False) -> Estimate:
     sizes, size = run.sizes, run.dtype.itemsize
     stride = int(run.vae["scale_factor_spatial"])
     tokens_per_frame = sizes.tokens_per_frame(run.height // stride, run.width // stride)
-    tokens = run.batch * tokens_per_frame * run.sampler.frames_per_chunk
+    tokens = run.batch * tokens_per_frame * run.sampler.frames_per_chunk // run.processes
     per_token = 2 * sizes.num_layers * sizes.dim * size
     frames = cache_frames(run.latent_frames, run.sampler.frames_per_chunk, run.sampler.window_frames)
+    keys = run.batch * frames * tokens_per_frame
     pixels = run.batch * run.width * run.height if run.decoded else 0
-    weights = 0 if loaded else transformer_parameters(run.transformer, sizes.num_layers) * size
-    if run.decoded and not loaded:
-        weights += _vae_sizes(run.vae).parameters * run.vae_dtype.itemsize
+    vae_size = torch.bfloat16.itemsize if run.placement.half_decoder else run.vae_dtype.itemsize
+    weights, waiting = _transformer_bytes(run)
+    if run.decoded:
+        weights += _vae_sizes(run.vae).parameters * vae_size
+    text_on_host = run.placement.text_on_cpu and not run.shared
+    # Positions inside the window: every pass rotates the window's keys anew, in float32, a layer at a time.
+    rotated = keys * sizes.dim * (size + 2 * 4) if run.sampler.rope == "window" else 0
+    working = decoder_numbers_per_pixel(run.vae, run.tiny_decoder)
+    shown = PICTURE_COPIES * 3 * int(run.vae["scale_factor_temporal"]) * run.sampler.frames_per_chunk
+    kept = 0.0 if run.tiny_decoder else _vae_sizes(run.vae).features_per_pixel
     return Estimate(
-        weights=weights,
-        history=run.caches * run.batch * frames * tokens_per_frame * per_token,
+        weights=0 if loaded else weights,
+        text_encoder=0 if text_on_host else run.text_encoder,
+        history=run.caches * keys * per_token // run.processes,
         text_keys=run.batch * run.text_tokens * per_token,
-        decoder=round(pixels * decoder_numbers_per_pixel(run.vae)) * run.vae_dtype.itemsize,
-        denoiser=tokens * (BLOCK_TENSORS * sizes.ffn_dim * size + 6 * sizes.dim * 4),
+        features=round(pixels * kept) * vae_size * run.decoders,
+        decoder=round(pixels * (working + shown)) * vae_size,
+        denoiser=tokens * (BLOCK_TENSORS * sizes.ffn_dim * size + 6 * sizes.dim * 4) + rotated,
+        workspace=round(weights * CPU_WORKSPACE) if run.shared else 0,
+        overlapped=run.overlapped,
+        host=(0 if loaded else waiting) + (run.text_encoder if text_on_host else 0),
     )
 
 
+def frames_of_rollout(latent_frames: int | None, rollout_frames: int | None) -> int | None:
+    """Latent frames that history may have to hold: of a rollout, where the video is made of several."""
+    lengths = [frames for frames in (latent_frames, rollout_frames) if frames is not None]
+    return min(lengths, default=None)
+
+
 def cache_frames(latent_frames: int | None, frames_per_chunk: int, window_frames: int | None) -> int:
-    """Latent frames that the KV cache allocates; it doubles its room where there is no window."""
-    if window_frames is not None:
-        # The first chunk already allocates the whole window.
-        return window_frames
+    """Latent frames that the KV cache allocates; a video without end and window is counted by its first chunk."""
     wanted = frames_per_chunk if latent_frames is None else max(latent_frames, frames_per_chunk)
-    capacity = held = frames_per_chunk
-    while held < wanted:
-        held += frames_per_chunk
-        if held > capacity:
-            capacity = max(held, 2 * capacity)
-    return capacity
+    return capacity_frames(frames_per_chunk, 0, window_frames, None if latent_frames is None else wanted)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Parameters of a transformer: outside its blocks, of a block, and of a block's matrices (with their rows)."""
+
+    outside: int
+    block: int
+    matrices: int
+    rows: int
 
 
 def transformer_parameters(config: Mapping[str, Any], num_layers: int) -> int:
     """Parameters of a Wan transformer."""
-    return _transformer_parameters(_as_key(config), num_layers)
+    weights = _transformer_weights(_as_key(config))
+    return weights.outside + num_layers * weights.block
+
+
+def _transformer_bytes(run: Run) -> tuple[int, int]:
+    """Bytes of the transformer's weights on the device, and waiting in the host's memory."""
+    size, layers = run.dtype.itemsize, run.sizes.num_layers
+    weights = _transformer_weights(_as_key(run.transformer))
+    block = weights.block * size
+    if run.placement.weights != "plain":
+        # A byte a weight; a scale a row.
+        block += weights.matrices * (1 - size) + weights.rows * size
+    if not run.placement.offload or run.shared:
+        return weights.outside * size + layers * block, 0
+    return weights.outside * size + min(RESIDENT_BLOCKS, layers) * block, weights.outside * size + layers * block
 
 
 @lru_cache(maxsize=8)
-def _transformer_parameters(config: str, num_layers: int) -> int:
-    # Layers are alike: one and two of them say what each takes.
-    counts: list[int] = []
-    for layers in (1, 2):
-        with torch.device("meta"):
-            model = WanTransformer3DModel(**{**json.loads(config), "num_layers": layers})
-        counts.append(sum(p.numel() for p in model.parameters()))
-    return counts[0] + (num_layers - 1) * (counts[1] - counts[0])
+def _transformer_weights(config: str) -> _Weights:
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**{**json.loads(config), "num_layers": 1})
+    total = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.blocks.parameters())
+    matrices = [module.weight for name, module in model.named_modules() if is_quantised(name, module)]
+    return _Weights(total - block, block, sum(w.numel() for w in matrices), sum(w.shape[0] for w in matrices))
 
 
 @dataclass(frozen=True)
@@ -170,11 +259,13 @@ def _measure_vae(config: str) -> _VaeSizes:
     return _VaeSizes(sum(p.numel() for p in vae.parameters()), kept / pixels)
 
 
-def decoder_numbers_per_pixel(config: Mapping[str, Any]) -> float:
-    """Numbers that streaming decode holds for every pixel of a picture: kept features and working memory."""
-    width = int(config.get("decoder_base_dim") or config["base_dim"])
+def decoder_numbers_per_pixel(config: Mapping[str, Any], tiny: bool = False) -> float:
+    """Numbers that a decoder works with for every pixel of a picture, beside the features that it keeps."""
     pictures = int(config["scale_factor_temporal"])
-    return _vae_sizes(config).features_per_pixel + DECODER_TENSORS * width * pictures
+    if tiny:
+        return TINY_DECODER_TENSORS * TINY_DECODER_WIDTH * pictures
+    width = int(config.get("decoder_base_dim") or config["base_dim"])
+    return DECODER_TENSORS * width * pictures / (config.get("patch_size") or 1) ** 2
 
 
 def _as_key(config: Mapping[str, Any]) -> str:
@@ -236,7 +327,7 @@ def fitting_sizes(run: Run, free: int, *, loaded: bool = True) -> Fit:
     """The largest picture of about the same shape, and the longest video of the same size, that ``free`` bytes hold."""
 
     def fits(candidate: Run) -> bool:
-        return estimate(candidate, loaded=loaded).total <= free
+        return estimate(candidate, loaded=loaded).peak <= free
 
     unit_width, unit_height = run.units
     size = None
@@ -253,42 +344,84 @@ def fitting_sizes(run: Run, free: int, *, loaded: bool = True) -> Fit:
     return Fit(size, frames)
 
 
-def require(run: Run, free: int | None, where: str, *, loaded: bool = True) -> None:
+def budget_of(gigabytes: float) -> int:
+    """Bytes that a run can have of a card of that many gigabytes."""
+    return round(gigabytes * GIB) - RESERVED
+
+
+def fitting_placement(run: Run, budget: int | None, host: int | None = None) -> Placement | None:
+    """The first placement of the ladder that the budgets of device and host hold; None where none does."""
+    for placement in LADDER:
+        if run.shared and (placement.offload or placement.text_on_cpu):
+            # On the host itself only what makes things smaller helps.
+            placement = replace(placement, offload=False, text_on_cpu=False)
+        if run.vae_dtype.itemsize <= torch.bfloat16.itemsize or run.dtype != torch.bfloat16:
+            placement = replace(placement, half_decoder=False)
+        needs = estimate(replace(run, placement=placement))
+        if (budget is None or needs.peak <= budget) and (host is None or needs.host <= host):
+            return placement
+    return None
+
+
+def fitting_card(run: Run, free: int, host: int | None = None) -> int | None:
+    """Gigabytes to ask for with ``--memory`` so that the run fits into ``free`` bytes; None where nothing does."""
+    largest = int((free + RESERVED) // GIB)
+    cards: list[int] = [*(card for card in COMMON_CARDS if card <= largest + 1), *range(largest, 0, -1)]
+    for card in cards:
+        placement = fitting_placement(run, budget_of(card), host)
+        if placement is not None and estimate(replace(run, placement=placement)).peak <= free:
+            return card
+    return None
+
+
+def require(run: Run, free: int | None, where: str, *, loaded: bool = True, host: int | None = None) -> None:
     """Refuse a run that cannot fit, before anything of it is made.
 
     Args:
         free: bytes on the device; None does not check.
         where: the device, for the message.
         loaded: the weights are there already.
+        host: bytes of the host's memory, for what waits there; None does not check.
 
     Raises:
         InputError: it needs more; the message says what for, and what would fit.
     """
-    if free is None:
-        return
     needs = estimate(run, loaded=loaded)
-    wanted = needs.total
-    if wanted <= free:
+    if host is not None and needs.host > host and (free is None or needs.peak <= free):
+        raise InputError(
+            f"not enough memory on this machine: {_gigabytes(needs.host)} are needed beside {where} "
+            f"({run.placement.description}), {_gigabytes(host)} are free; close other programs, or take a larger card"
+        )
+    if free is None or needs.peak <= free:
         return
+    wanted = needs.peak
     fit = fitting_sizes(run, free, loaded=loaded)
-    ways = []
+    card = None if loaded else fitting_card(run, free, host)
+    ways = [] if card is None else [f"--memory {card}"]
     if fit.size is not None:
         ways.append(f"--width {fit.size[0]} --height {fit.size[1]}")
     if fit.latent_frames is not None:
         ways.append(f"--frames {(fit.latent_frames - 1) * int(run.vae['scale_factor_temporal']) + 1}")
-    parts = {
-        "weights": needs.weights,
-        "keys and values of earlier frames": needs.history,
-        "keys and values of the prompts": needs.text_keys,
-        "decoding": needs.decoder,
-        "a pass of the model": needs.denoiser,
-    }
-    listed = ", ".join(f"{_gigabytes(size)} for {what}" for what, size in parts.items() if size >= wanted / 50)
+    listed = ", ".join(f"{_gigabytes(size)} for {what}" for what, size in _parts(needs).items() if size >= wanted / 50)
     raise InputError(
         f"not enough memory on {where}: {run.width} x {run.height} needs {_gigabytes(wanted)}"
         f"{' beside the weights' if loaded else ''} ({listed}), {_gigabytes(free)} are free; "
         f"what fits: {' or '.join(ways) or 'no size of this model'}"
     )
+
+
+def _parts(needs: Estimate) -> dict[str, int]:
+    """What is on the device at the peak."""
+    if needs.phases["reading the prompts"] == needs.peak:
+        return {"weights": needs.weights, "the text encoder": needs.text_encoder}
+    decoding = needs.decoder if needs.overlapped or needs.decoder >= needs.denoiser else 0
+    return {
+        "weights": needs.weights + needs.workspace,
+        "keys and values of earlier frames": needs.history,
+        "keys and values of the prompts": needs.text_keys,
+        "decoding": needs.features + decoding,
+        "a pass of the model": needs.denoiser if needs.overlapped or not decoding else 0,
+    }
 
 
 def _gigabytes(size: int) -> str:

@@ -157,7 +157,10 @@ class Components(Strict):
 
 
 class SamplerSettings(Strict):
-    """The chunk loop; see causvid_adapter.ChunkSampler and FlowMatchSchedule."""
+    """The chunk loop; see causvid_adapter.ChunkSampler, FlowMatchSchedule and rollouts.
+
+    ``rollout_frames`` are latent frames: a longer video is made in rollouts of that length, which overlap by a chunk.
+    """
 
     shift: float = Field(gt=0)
     warp: bool = False
@@ -166,10 +169,14 @@ class SamplerSettings(Strict):
     frames_per_chunk: int = Field(gt=0)
     window_frames: int | None = None
     sink_frames: int = 0
+    rollout_frames: int | None = Field(default=None, gt=0)
     rope: Literal["absolute", "window"] = "absolute"
 
     @model_validator(mode="after")
     def _steps_fit(self) -> SamplerSettings:
+        rollout, chunk = self.rollout_frames, self.frames_per_chunk
+        if rollout is not None and (rollout <= chunk or rollout % chunk):
+            raise ValueError(f"rollout_frames must be a multiple of {chunk} and more than one chunk, got {rollout}")
         if self.steps != "any":
             if self.default_steps not in self.steps:
                 raise ValueError(f"default_steps {self.default_steps} is not among steps {sorted(self.steps)}")
@@ -279,7 +286,7 @@ def video_presets() -> dict[str, VideoPreset]:
 
 
 def find_preset(model: str | os.PathLike[str]) -> VideoPreset:
-    """The preset of a name, a preset file, a folder in diffusers' layout, or a hub id of such a folder.
+    """The preset of a name, a preset file, a checkpoint of any causal Wan, a folder in diffusers' layout, or a hub id.
 
     Raises:
         InputError: it is none of them; the message lists what there is.
@@ -292,7 +299,13 @@ def find_preset(model: str | os.PathLike[str]) -> VideoPreset:
         return parse_preset(path)
     if path.is_dir():
         return preset_of_folder(path)
-    if str(model).count("/") == 1 and not str(model).startswith((".", "/", "~")):
+    if path.suffix in CHECKPOINT_SUFFIXES and path.is_file():
+        return preset_of_checkpoint(path)
+    if (
+        str(model).count("/") == 1
+        and path.suffix not in CHECKPOINT_SUFFIXES
+        and not str(model).startswith((".", "/", "~"))
+    ):
         try:
             return preset_of_folder(Path(snapshot_download(str(model))))
         except NasaVideoError:
@@ -303,8 +316,55 @@ def find_preset(model: str | os.PathLike[str]) -> VideoPreset:
                 f"Presets: {', '.join(presets)}"
             ) from error
     raise InputError(
-        f"unknown model {str(model)!r}; use a preset ({', '.join(presets)}), a folder, or a hub id owner/name"
+        f"unknown model {str(model)!r}; use a preset ({', '.join(presets)}), a checkpoint file, a folder, or a hub id "
+        "owner/name"
     )
+
+
+CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+# Where the parts that a bare generator needs are published, by its latent channels: Wan 2.1 (and 2.2's 14B), Wan 2.2's
+# 5B with its own VAE. All read prompts with the same encoder.
+_VAE_REPOSITORIES = {16: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 48: "Wan-AI/Wan2.2-TI2V-5B-Diffusers"}
+
+
+def preset_of_checkpoint(path: Path) -> VideoPreset:
+    """Any causal Wan 2.1 or 2.2 generator in one file; its sizes are read off its tensors.
+
+    It runs Self-Forcing's loop, the most common one, at its size; a preset file of its own says otherwise (see
+    configs/video, ``transformer: {path: FILE}``). VAE and text encoder are the published ones of its family.
+
+    Raises:
+        InputError: it takes more than noise and text (image-to-video), or is of a family without a published VAE.
+        CheckpointError: it is broken, or no Wan generator.
+    """
+    from causvid_adapter.checkpoint import infer_config, read_shapes, to_diffusers, unwrap
+
+    config = infer_config(to_diffusers(unwrap(read_shapes(path)), source=str(path)))
+    channels = config["in_channels"]
+    if channels != config["out_channels"]:
+        raise InputError(
+            f"{path} takes {channels} channels and makes {config['out_channels']}: it is an image-to-video generator, "
+            "which wants a picture beside the noise; use a text-to-video one, which --image gives a first picture"
+        )
+    if channels not in _VAE_REPOSITORIES:
+        known = " or ".join(str(number) for number in _VAE_REPOSITORIES)
+        raise InputError(
+            f"{path} works on {channels} latent channels, the published VAEs on {known}; name its VAE in a preset file"
+        )
+    base = video_presets()["self-forcing"]
+    vae = Source(repo=_VAE_REPOSITORIES[channels], folder="vae")
+    components = base.components.model_copy(
+        update={
+            "transformer": Source(path=path.absolute()),
+            "vae": vae if channels != 16 else base.components.vae,
+            "tiny_decoder": base.components.tiny_decoder if channels == 16 else None,
+            "config": config,
+        }
+    )
+    update: dict[str, Any] = {"name": path.stem, "title": str(path), "licence": "see where the file is from"}
+    if channels == 48:
+        update["video"] = VideoSettings(width=1280, height=704, fps=24, frames=81)
+    return base.model_copy(update={**update, "components": components})
 
 
 def preset_of_folder(folder: Path) -> VideoPreset:

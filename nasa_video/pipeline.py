@@ -8,9 +8,8 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,15 +22,17 @@ from causvid_adapter import (
     FlowMatchSchedule,
     SeededNoise,
     StreamingEncoder,
+    compile_generator,
     load_generator,
     normalize,
 )
 from causvid_adapter.lora import merge_lora
+from causvid_adapter.rollouts import overlap_latents, overlap_pictures
 from causvid_adapter.vae_checkpoint import load_vae
 from nasa_video import memory
 from nasa_video.attention import Backend, make_attend
-from nasa_video.backbones import wan
-from nasa_video.director import Director, require_effect
+from nasa_video.decoding import DecodeQueue, Made
+from nasa_video.director import Director
 from nasa_video.errors import InputError
 from nasa_video.guidance import GUIDANCE, ClassifierFree, Guidance
 from nasa_video.loading import (
@@ -39,15 +40,19 @@ from nasa_video.loading import (
     DecoderKind,
     FullDecoder,
     choose_device,
+    default_dtype,
     load_decoder,
     load_text_encoder,
 )
+from nasa_video.long_video import Beginning, LongVideo
 from nasa_video.models import VideoPreset, find_preset
+from nasa_video.placement import RESIDENT, Placement, place
 from nasa_video.steering import Effect
 from nasa_video.text import TextEncoder
 from nasa_video.timeline import Cue, CueOf, Negatives, as_negatives
 from nasa_video.video.frames import frames_from_tensor, tensor_from_frames
 
+CompileKind = Literal["off", "on", "graphs"]
 # Decoders overshoot a little on any clean picture; only more than this counts as out of range.
 RANGE_MARGIN = 0.05
 
@@ -87,6 +92,7 @@ class VideoPipeline:
         fold_padding: compute text attention over the real tokens and one padding token (exact, faster); False
             computes all of them, as the public code does.
         new_decoder: makes the decoder of one video.
+        decode_ahead: chunks that are decoded in a thread while the model goes on; 0 decodes each before the next.
     """
 
     def __init__(
@@ -98,6 +104,7 @@ class VideoPipeline:
         attention: Backend = "sdpa",
         fold_padding: bool = True,
         new_decoder: Callable[[AutoencoderKLWan], Decoder] = FullDecoder,
+        decode_ahead: int = 0,
     ) -> None:
         self.model = model
         self.vae = vae
@@ -106,6 +113,7 @@ class VideoPipeline:
         self.fold_padding = fold_padding
         self.attend = make_attend(attention)
         self._new_decoder = new_decoder
+        self.decode_ahead = decode_ahead
 
     @classmethod
     def from_pretrained(
@@ -117,6 +125,9 @@ class VideoPipeline:
         fold_padding: bool = True,
         loras: Sequence[tuple[Path, float]] = (),
         decoder: DecoderKind = "full",
+        placement: Placement = RESIDENT,
+        decode_ahead: int = 0,
+        compiled: CompileKind = "off",
     ) -> VideoPipeline:
         """Load a preset, a preset file, a folder or a hub id.
 
@@ -125,6 +136,9 @@ class VideoPipeline:
             dtype: None takes bfloat16 on CUDA and float32 elsewhere.
             loras: LoRA files and their scales, merged in this order.
             decoder: "tiny" takes the preset's tiny decoder, for previews and small cards.
+            placement: how the parts are stored and where they live (see planning.make_plan, which finds one).
+            decode_ahead: as for the class.
+            compiled: "on" passes the model through torch.compile, "graphs" through CUDA graphs as well.
 
         Raises:
             InputError: no such model, or a part of it is missing and cannot be had.
@@ -132,15 +146,21 @@ class VideoPipeline:
         """
         preset = find_preset(model)
         device = choose_device(device)
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = dtype or default_dtype(device)
         parts = preset.components
         new_decoder = load_decoder(parts, decoder, device)
-        generator = load_generator(parts.transformer.fetch(), parts.config, dtype=dtype, device=device)
+        # What is made smaller, or stays elsewhere, must never be on the device as a whole.
+        first = device if placement.weights == "plain" and not placement.offload else torch.device("cpu")
+        generator = load_generator(parts.transformer.fetch(), parts.config, dtype=dtype, device=first)
         for path, scale in (*((lora.fetch(), lora.scale) for lora in parts.loras), *loras):
             merge_lora(generator, path, scale)
-        vae = load_vae(parts.vae.fetch())
-        encoder = load_text_encoder(parts.text_encoder, device, dtype)
-        return cls(generator, vae.to(device), encoder, preset, attention, fold_padding, new_decoder)
+        generator = place(generator, placement, device)
+        if compiled != "off":
+            compile_generator(generator, cuda_graphs=compiled == "graphs")
+        vae = load_vae(parts.vae.fetch()).to(torch.bfloat16 if placement.half_decoder else torch.float32)
+        text_device = torch.device("cpu") if placement.text_on_cpu else device
+        encoder = load_text_encoder(parts.text_encoder, text_device, dtype)
+        return cls(generator, vae.to(device), encoder, preset, attention, fold_padding, new_decoder, decode_ahead)
 
     def stream(
         self,
@@ -160,6 +180,7 @@ class VideoPipeline:
         source: Tensor | None = None,
         strength: float = 1.0,
         shown_prefix: int = 0,
+        rollout: int | None = None,
     ) -> Iterator[Chunk]:
         """Make one video, yielding frames as they are made.
 
@@ -179,6 +200,8 @@ class VideoPipeline:
             source: latents (1, T, C, h, w) of a video to redraw, one for every frame.
             strength: how much of it is redrawn, above 0 to 1: that share of the steps is run.
             shown_prefix: latent frames at the end of the prefix that are decoded and yielded again, in whole chunks.
+            rollout: pictures after which a long video starts anew from its last chunk (see
+                causvid_adapter.rollouts); None takes the preset's, 0 makes one rollout of all.
 
         Raises:
             InputError: anything above that cannot be used; before the first chunk is made.
@@ -186,7 +209,7 @@ class VideoPipeline:
         cue = Cue.of(prompt, negative, guidance or (self.guidance() if as_negatives(negative) else None))
         chunks = self._plan(
             cues or (lambda index: cue), [seed], frames, endless, steps, width, height, recompute_window,
-            start=_Start(prefix, source, strength, shown_prefix),
+            start=Beginning(prefix, source, strength, shown_prefix), rollout=rollout,
         )  # fmt: skip
         return (dataclasses.replace(chunk, frames=chunk.frames[0]) for chunk in chunks)
 
@@ -250,6 +273,24 @@ class VideoPipeline:
             raise InputError(f"frames must be {first} + {chunk}k for this model, got {frames}; use {near}")
         return (frames - 1) // stride + 1
 
+    def check_rollout(self, pictures: int | None) -> int | None:
+        """Latent frames of a rollout of that many pictures; None where the video is one rollout.
+
+        Raises:
+            InputError: the chunking does not allow it, or it leaves nothing behind its overlap.
+        """
+        settings = self.preset.sampler
+        if pictures is None:
+            return settings.rollout_frames
+        if pictures == 0:
+            return None
+        frames = self.check_frames(pictures)
+        if frames <= settings.frames_per_chunk:
+            raise InputError(
+                f"a rollout must have more than one chunk, got {pictures} frames; use {self.frames_until(2)}"
+            )
+        return frames
+
     def check_size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """Latent width and height of a picture.
 
@@ -302,7 +343,8 @@ class VideoPipeline:
         width: int | None,
         height: int | None,
         recompute_window: bool,
-        start: _Start | None = None,
+        start: Beginning | None = None,
+        rollout: int | None = None,
     ) -> Iterator[Chunk]:
         """Check everything and encode the first cue now; the returned iterator only generates."""
         latent_frames = None if endless else self.check_frames(frames)
@@ -310,11 +352,11 @@ class VideoPipeline:
         settings = self.preset.sampler
         num_steps = settings.default_steps if steps is None else steps
         channels = self.model.transformer.config.in_channels
-        start = start or _Start()
-        offset = 0 if start.prefix is None else start.prefix.shape[1]
+        start = start or Beginning()
         first_step = start.first_step(num_steps)
-        start.check(offset, latent_frames, settings.frames_per_chunk, (channels, latent_height, latent_width))
-        self._check_memory(cue_of(0), len(seeds), latent_frames, latent_width, latent_height)
+        start.check(latent_frames, settings.frames_per_chunk, (channels, latent_height, latent_width))
+        rollout_frames = self.check_rollout(rollout)
+        self._check_memory(cue_of(0), len(seeds), latent_frames, latent_width, latent_height, rollout_frames)
         director = Director(self.model, self.text_encoder, self.attend, self.fold_padding, cue_of, recompute_window)
         sampler = ChunkSampler(
             director.denoiser,
@@ -324,19 +366,18 @@ class VideoPipeline:
             settings.sink_frames,
             settings.rope,
         )
-        latents = sampler.stream(
-            None,
-            SeededNoise(seeds, (channels, latent_height, latent_width), self.model.device),
-            num_frames=None if latent_frames is None else latent_frames - offset,
-            prefix=start.prefix,
-            source=start.source,
-            first_step=first_step,
-            before_call=director.before_call,
-            recompute=director.recompute,
-        )
-        return self._generate(latents, director, start)
+        noise = SeededNoise(seeds, (channels, latent_height, latent_width), self.model.device)
+        queue = DecodeQueue(self._new_decode(), self.decode_ahead, self.model.device)
 
-    def _check_memory(self, cue: Cue, batch: int, latent_frames: int | None, width: int, height: int) -> None:
+        def overlap_of(tail: Tensor) -> Tensor:
+            return overlap_latents(self.vae, tail, queue.latest().tail)
+
+        video = LongVideo(sampler, director, noise, start, latent_frames, rollout_frames, first_step, overlap_of)
+        return self._decoded(video, queue)
+
+    def _check_memory(
+        self, cue: Cue, batch: int, latent_frames: int | None, width: int, height: int, rollout_frames: int | None
+    ) -> None:
         """Refuse what cannot fit on the device (latent width and height)."""
         prompts = 1 + max(len(negatives) for negatives in cue.negatives)
         stride = self.vae.config.scale_factor_spatial
@@ -346,75 +387,55 @@ class VideoPipeline:
             self.preset.sampler,
             width * stride,
             height * stride,
-            latent_frames,
+            memory.frames_of_rollout(latent_frames, rollout_frames),
+            overlapped=self.decode_ahead > 0,
             dtype=self.model.dtype,
             vae_dtype=self.vae.dtype,
             caches=2 if isinstance(cue.guidance, ClassifierFree) else 1,
             text_tokens=prompts * (self.text_encoder.max_tokens + 1),
             batch=batch,
             num_layers=self.model.num_layers,
+            tiny_decoder=self._new_decoder is not FullDecoder,
+            processes=self.model.processes,
         )
         memory.require(run, memory.available(self.model.device), str(self.model.device), loaded=True)
 
-    def _generate(self, latents: Iterator[Tensor], director: Director, start: _Start) -> Iterator[Chunk]:
-        decoder = self._new_decoder(self.vae)
-        size = self.preset.sampler.frames_per_chunk
-        given = () if start.prefix is None else start.prefix.split(size, dim=1)
-        shown = start.shown_prefix // size
-        for index, x in enumerate(given):
-            # The decoder must have seen the given frames: its convolutions look back on them.
-            chunk = self._decode(decoder, x, index, director, None)
-            if index >= len(given) - shown:
-                yield chunk
-        for index in count(len(given)):
-            # Installed around the model's calls and not around the yield: between two chunks, and when a caller
-            # drops the stream, the model is as it was found.
-            with wan.install(self.model.transformer, director.steering):
-                made = next(latents, None)
-            if made is None:
-                return
-            effect = director.steering.meter.effect
-            if director.cue_of(index).guided:
-                require_effect(effect, director.cue_of(index))
-            yield self._decode(decoder, made, index, director, effect)
+    def _decoded(self, video: LongVideo, queue: DecodeQueue[_Decoded]) -> Iterator[Chunk]:
+        with queue:
+            for made in video.chunks():
+                for done in queue.put(made):
+                    if done.shown:
+                        yield done.chunk
+            for done in queue.rest():
+                if done.shown:
+                    yield done.chunk
 
-    def _decode(
-        self, decoder: Decoder, latents: Tensor, index: int, director: Director, effect: Effect | None
-    ) -> Chunk:
-        pictures = decoder.decode(latents, clamp=False)
-        out_of_range = (pictures.abs() > 1 + RANGE_MARGIN).float().mean(dim=(1, 2, 3, 4))
-        frames = np.stack([frames_from_tensor(sample) for sample in pictures])
-        own = director.steering.meter.lap()
-        return Chunk(index, frames, latents, director.cue_of(index), effect, out_of_range.tolist(), own)
+    def _new_decode(self) -> Callable[[Made], _Decoded]:
+        """Decodes the chunks of one video, in order."""
+        size, stride = self.preset.sampler.frames_per_chunk, self.vae.config.scale_factor_temporal
+        decoder = self._new_decoder(self.vae)
+
+        def decode(made: Made) -> _Decoded:
+            nonlocal decoder
+            if made.restart is not None:
+                decoder = self._new_decoder(self.vae)
+                decoder.decode(made.restart)
+            pictures = decoder.decode(made.latents, clamp=False)
+            out_of_range = (pictures.abs() > 1 + RANGE_MARGIN).float().mean(dim=(1, 2, 3, 4))
+            frames = np.stack([frames_from_tensor(sample) for sample in pictures])
+            tail = pictures[:, -overlap_pictures(size, stride)].clamp(-1, 1).clone()
+            chunk = Chunk(
+                made.index, frames, made.latents, made.cue, made.effect, out_of_range.tolist(), made.own_effect
+            )
+            return _Decoded(chunk, made.shown, tail)
+
+        return decode
 
 
 @dataclass(frozen=True)
-class _Start:
-    """What a video starts from, beside noise."""
+class _Decoded:
+    """A chunk; ``tail`` is the picture (B, 3, H, W) with which another rollout would begin."""
 
-    prefix: Tensor | None = None
-    source: Tensor | None = None
-    strength: float = 1.0
-    shown_prefix: int = 0
-
-    def first_step(self, num_steps: int) -> int:
-        """The step at which a redrawn video enters the loop."""
-        if not 0 < self.strength <= 1:
-            raise InputError(f"strength must be above 0 and at most 1, got {self.strength}")
-        if self.source is None:
-            return 0
-        return num_steps - max(1, round(self.strength * num_steps))
-
-    def check(self, offset: int, latent_frames: int | None, per_chunk: int, shape: tuple[int, int, int]) -> None:
-        """Raise InputError where the given latents do not fit the video."""
-        for name, given in (("prefix", self.prefix), ("source", self.source)):
-            if given is not None and tuple(given.shape[2:]) != shape:
-                raise InputError(f"the {name} must have latents of {shape}, got {tuple(given.shape[2:])}")
-        if offset % per_chunk or self.shown_prefix % per_chunk or self.shown_prefix > offset:
-            raise InputError(f"the prefix must be whole chunks of {per_chunk} latent frames, got {offset}")
-        if latent_frames is not None and latent_frames - offset < (0 if self.shown_prefix else 1):
-            raise InputError(
-                f"a video of {latent_frames} latent frames leaves nothing to make behind {offset} given ones"
-            )
-        if self.source is not None and (latent_frames is None or self.source.shape[1] < latent_frames):
-            raise InputError("the source must have latents for every frame of the video")
+    chunk: Chunk
+    shown: bool
+    tail: Tensor

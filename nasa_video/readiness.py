@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 
-from nasa_video.errors import InputError
-from nasa_video.memory import Estimate, Run, available, estimate, fitting_sizes
+from nasa_video.memory import COMMON_CARDS, Estimate, Run, budget_of, estimate, fitting_placement, fitting_sizes
 from nasa_video.models import VideoPreset
+from nasa_video.placement import Placement
+from nasa_video.planning import Plan, PlanRequest, gigabytes, make_plan
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a run takes on a GPU of that many gigabytes; ``memory`` is None where it does not fit in any way."""
+
+    gigabytes: int
+    placement: Placement | None
+    memory: Estimate | None
+
+    def line(self) -> str:
+        """For people."""
+        if self.memory is None or self.placement is None:
+            return f"--memory {self.gigabytes}: does not fit"
+        host = f" and {gigabytes(self.memory.host)} on the host" if self.memory.host else ""
+        return f"--memory {self.gigabytes}: {gigabytes(self.memory.peak)}{host}; {self.placement.description}"
 
 
 @dataclass(frozen=True)
@@ -23,9 +37,9 @@ class Readiness:
     Attributes:
         missing: parts that are not on the machine; ``remedies`` says how to bring them.
         device: where it would run.
-        memory: what it takes there; None where the model's sizes are not known before it is downloaded.
-        free: free bytes of the device, None where unknown.
+        plan: what it takes there; None where the model's sizes are not known before it is downloaded.
         fits: width and height that fit when the wanted ones do not.
+        cards: what it takes on common GPUs, in bfloat16.
     """
 
     preset: VideoPreset
@@ -36,16 +50,14 @@ class Readiness:
     width: int
     height: int
     frames: int
-    memory: Estimate | None
-    free: int | None
+    plan: Plan | None
     fits: tuple[int, int] | None
+    cards: tuple[Card, ...]
 
     @property
     def enough(self) -> bool | None:
         """Whether the run fits; None where that is not known."""
-        if self.memory is None or self.free is None:
-            return None
-        return self.memory.total <= self.free
+        return None if self.plan is None else self.plan.enough
 
     def lines(self) -> list[str]:
         """For people."""
@@ -53,38 +65,50 @@ class Readiness:
         rows += [f"missing: {part}" for part in self.missing] or ["all files are here"]
         rows += [f"{remedy}" for remedy in self.remedies]
         what = f"{self.width} x {self.height}, {self.frames} frames, {self.dtype} on {self.device}"
-        if self.memory is None:
+        if self.plan is None:
             return [*rows, f"{what}: memory is not known before the weights are here"]
-        parts = {field.name: getattr(self.memory, field.name) for field in dataclasses.fields(self.memory)}
-        rows.append(f"{what}: {_gb(self.memory.total)} (" + ", ".join(f"{n} {_gb(b)}" for n, b in parts.items()) + ")")
-        if self.free is not None:
-            rows.append(f"free: {_gb(self.free)}, " + ("enough" if self.enough else "NOT enough"))
+        rows += [what, self.plan.line()]
+        if self.enough is not None:
+            rows.append("enough" if self.enough else "NOT enough")
         if self.enough is False:
             way = f"--width {self.fits[0]} --height {self.fits[1]}" if self.fits else "no size of this model"
             rows.append(f"what fits: {way}")
-        return rows
+        return [*rows, *(f"on a GPU of {card.gigabytes} GB, {card.line()}" for card in self.cards)]
 
     def to_json(self) -> dict[str, Any]:
         """For machines; sizes in bytes."""
+        plan = self.plan
         return {
             "name": self.preset.name,
             "missing": list(self.missing),
             "device": self.device,
-            "memory": dataclasses.asdict(self.memory) | {"total": self.memory.total} if self.memory else None,
-            "free": self.free,
+            "memory": None if plan is None else dataclasses.asdict(plan.needs) | {"peak": plan.needs.peak},
+            "placement": None if plan is None else dataclasses.asdict(plan.placement),
+            "free": None if plan is None else plan.free,
             "enough": self.enough,
             "fits": self.fits,
+            "cards": {
+                card.gigabytes: None
+                if card.memory is None or card.placement is None
+                else {"peak": card.memory.peak, "host": card.memory.host, **dataclasses.asdict(card.placement)}
+                for card in self.cards
+            },
         }
 
 
 def readiness(
-    preset: VideoPreset, width: int | None, height: int | None, frames: int | None, device: str | None
+    preset: VideoPreset,
+    width: int | None,
+    height: int | None,
+    frames: int | None,
+    device: str | None,
+    memory: str | None = None,
 ) -> Readiness:
     """Look at the files and at the device; nothing is loaded or downloaded."""
-    from nasa_video.loading import choose_device
+    from nasa_video.loading import choose_device, default_dtype
 
     place = choose_device(device)
-    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    dtype = default_dtype(place)
     video = preset.video
     width, height, frames = width or video.width, height or video.height, frames or video.frames
     absent = [source for source in preset.components.sources if source.find() is None]
@@ -93,47 +117,25 @@ def readiness(
         remedies.append(f"bring them with: nasa-video models pull {preset.name}")
     if any(source.package for source in absent):
         remedies.append("train them with: python scripts/train_sprites.py")
-    transformer, vae = _transformer_config(preset), _vae_config(preset)
-    memory, fits, free = None, None, available(place)
-    if transformer is not None:
-        latent_frames = (frames - 1) // int(vae["scale_factor_temporal"]) + 1
-        run = Run(transformer, vae, preset.sampler, width, height, latent_frames, dtype)
-        unit_width, unit_height = run.units
-        if width % unit_width or height % unit_height:
-            raise InputError(
-                f"sizes of {preset.name} are multiples of {unit_width} x {unit_height}, got {width} x {height}"
-            )
-        memory = estimate(run)
-        if free is not None and memory.total > free:
-            fits = fitting_sizes(run, free, loaded=False).size
+    plan = make_plan(preset, place, dtype, PlanRequest(width, height, frames, memory=memory))
+    fits = None
+    if plan is not None and plan.free is not None and not plan.enough:
+        fits = fitting_sizes(plan.run, plan.free, loaded=False).size
     name = str(dtype).removeprefix("torch.")
     missing = tuple(source.description for source in absent)
-    return Readiness(preset, missing, tuple(remedies), str(place), name, width, height, frames, memory, free, fits)
+    shown = () if plan is None else cards_of(plan.run)
+    return Readiness(preset, missing, tuple(remedies), str(place), name, width, height, frames, plan, fits, shown)
 
 
-def _transformer_config(preset: VideoPreset) -> dict[str, Any] | None:
-    if preset.components.config is not None:
-        return preset.components.config
-    return _read_config(preset.components.transformer.find())
-
-
-def _vae_config(preset: VideoPreset) -> dict[str, Any]:
-    found = _read_config(preset.components.vae.find())
-    if found is not None:
-        return found
-    with torch.device("meta"):
-        return dict(AutoencoderKLWan().config)  # the published one
-
-
-def _read_config(folder: Path | None) -> dict[str, Any] | None:
-    if folder is None or not (folder / "config.json").is_file():
-        return None
-    try:
-        loaded: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}/config.json is damaged ({error}); remove it and bring it again") from error
-    return loaded
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+def cards_of(run: Run) -> tuple[Card, ...]:
+    """What a run takes on common GPUs; nothing is said of a model so small that it runs anywhere."""
+    scale = torch.bfloat16.itemsize / run.dtype.itemsize
+    on_gpu = replace(run, dtype=torch.bfloat16, shared=False, text_encoder=round(run.text_encoder * scale))
+    if estimate(on_gpu).peak < budget_of(min(COMMON_CARDS)) / 4:
+        return ()
+    rows = []
+    for card in COMMON_CARDS:
+        placement = fitting_placement(on_gpu, budget_of(card))
+        needs = None if placement is None else estimate(replace(on_gpu, placement=placement))
+        rows.append(Card(card, placement, needs))
+    return tuple(rows)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from nasa_video.errors import InputError
 from nasa_video.guidance import GUIDANCE, Guidance, Negative, ScaleSchedule
 from nasa_video.models import Strict
+from nasa_video.placement import Placement
 from nasa_video.start import StoredStart
 from nasa_video.timeline import Timeline
 
@@ -54,8 +55,10 @@ class Recipe(Strict):
     recompute_window: bool = False
     fold_padding: bool = True
     compare: bool = False
+    rollout: int | None = None
     start: StoredStart | None = None
     loras: tuple[StoredLora, ...] = ()
+    placement: Placement = Placement()
     version: str = ""
 
     @classmethod

@@ -55,6 +55,11 @@ class EffectMeter:
         self._sum: Tensor | None = None
         self._lap: Tensor | None = None
 
+    def prepare(self, device: torch.device) -> None:
+        """Count in one tensor that keeps its place: a compiled model must not find another one at every call."""
+        self._sum = torch.zeros(3, device=device)
+        torch._dynamo.mark_static_address(self._sum, guard=False)  # type: ignore[no-untyped-call]
+
     @torch.no_grad()
     def add(self, guided: GuidedAttention) -> None:
         """Count one layer's output."""
@@ -67,7 +72,10 @@ class EffectMeter:
         """Count two scalars."""
         change = relative_change.float()
         values = torch.stack([change, negative_share.float(), torch.ones_like(change)])
-        self._sum = values if self._sum is None else self._sum + values
+        if self._sum is None:
+            self._sum = values
+        else:
+            self._sum.add_(values)
 
     @property
     def effect(self) -> Effect | None:
@@ -77,8 +85,9 @@ class EffectMeter:
     def lap(self) -> Effect | None:
         """The means since the last call; None when nothing was guided since."""
         sums = self._sum if self._sum is None or self._lap is None else self._sum - self._lap
-        self._lap = self._sum
-        return _mean(sums)
+        lap = _mean(sums)
+        self._lap = None if self._sum is None else self._sum.clone()
+        return lap
 
 
 def _mean(sums: Tensor | None) -> Effect | None:

@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor
 
 from causvid_adapter.model import IMAGE_MODEL_TEXT_TOKENS
+from causvid_adapter.offload import resident
 from nasa_video.attention import TextKeys, folded_embeds, key_bias
 from nasa_video.steering import PromptKeys, Steering
 from nasa_video.text import TextContext
@@ -83,10 +84,15 @@ def prompt_keys(
     bias = key_bias(context.lengths, context.embeds.shape[1], fold=fold, padding=padding)
     embeds = folded_embeds(context.embeds, context.lengths) if fold else context.embeds
     device, dtype = transformer.device, transformer.dtype
+    bias = None if bias is None else bias.to(device)
+    layers = []
     with torch.no_grad():
-        text = transformer.condition_embedder.text_embedder(embeds.to(device, dtype))
-        bias = None if bias is None else bias.to(device)
-        return PromptKeys(tuple(project_text(block.attn2, text, bias) for block in guided_blocks(transformer)))
+        with resident(transformer):
+            text = transformer.condition_embedder.text_embedder(embeds.to(device, dtype))
+        for block in guided_blocks(transformer):
+            with resident(block):
+                layers.append(project_text(block.attn2, text, bias))
+    return PromptKeys(tuple(layers))
 
 
 def guided_blocks(transformer: WanTransformer3DModel) -> list[Any]:

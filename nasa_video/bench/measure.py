@@ -214,7 +214,7 @@ def _check_memory(case: Case) -> bool:
         return False
     needs = memory.estimate(run)
     histories = (len(case.methods) + 1) * memory.estimate(case.run()).history
-    return free is None or needs.total - needs.history + histories < 0.8 * free
+    return free is None or needs.peak - needs.history + histories < 0.8 * free
 
 
 def _time_prompts(subject: Subject, method: Method, device: torch.device, report: Report) -> float:

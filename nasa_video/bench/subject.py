@@ -207,9 +207,15 @@ class _CacheHolder:
         self.cache: KVCache | BranchCaches | None = None
 
     def new_cache(
-        self, height: int, width: int, window_frames: int | None, sink_frames: int, rope: RopeMode
+        self,
+        height: int,
+        width: int,
+        window_frames: int | None,
+        sink_frames: int,
+        rope: RopeMode,
+        num_frames: int | None = None,
     ) -> KVCache | BranchCaches:
-        self.cache = self.model.new_cache(height, width, window_frames, sink_frames, rope)
+        self.cache = self.model.new_cache(height, width, window_frames, sink_frames, rope, num_frames)
         return self.cache
 
     def __call__(self, latents: Tensor, timestep: float, context: Tensor | None, *, cache: Any) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 
 def main() -> None:
     """Run the command line; errors that a person can mend are one message and exit status 1."""
+    _quiet_libraries()
     from nasa_video.cli.app import app
     from nasa_video.cli.console import fail, is_user_error
 
@@ -17,3 +19,9 @@ def main() -> None:
             raise
         fail(str(error))
         sys.exit(1)
+
+
+def _quiet_libraries() -> None:
+    """What torchao, where it is installed, tells developers each time that diffusers imports it."""
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from nasa_video import __version__
+from nasa_video.cli.batch import batch
 from nasa_video.cli.bench import bench
 from nasa_video.cli.evaluate import evaluate
 from nasa_video.cli.extend import extend
@@ -15,6 +16,7 @@ from nasa_video.cli.image import image
 from nasa_video.cli.models import models
 from nasa_video.cli.serve import serve
 from nasa_video.cli.stream import stream
+from nasa_video.cli.train import train
 
 app = typer.Typer(
     name="nasa-video",
@@ -45,6 +47,8 @@ app.command()(serve)
 app.command()(stream)
 app.command()(bench)
 app.command()(extend)
+app.command()(batch)
 app.command()(image)
 app.add_typer(models)
 app.add_typer(evaluate)
+app.add_typer(train)

@@ -14,12 +14,15 @@ from nasa_video.cli.options import (
     DeviceOption,
     FpsOption,
     GuidanceOption,
+    MemoryOption,
     ModelOption,
     NegOption,
+    OffloadOption,
     OutputOption,
     ScaleOption,
     SeedOption,
     StepsOption,
+    WeightsOption,
 )
 
 
@@ -36,6 +39,9 @@ def extend(
     steps: StepsOption = None,
     fps: FpsOption = None,
     device: DeviceOption = None,
+    memory: MemoryOption = None,
+    weights: WeightsOption = None,
+    offload: OffloadOption = None,
     as_json: AsJsonOption = False,
 ) -> None:
     """Continue CLIP: its frames fill the model's memory, and what comes after them is written behind them."""
@@ -53,6 +59,9 @@ def extend(
             steps=steps,
             fps=fps,
             device=device,
+            memory=memory,
+            weights=weights,
+            offload=offload,
             start=StoredStart.of_file("extend", clip, new_frames=frames),
         )
         result = run(request, output or default_output(prompt, None), chunk_progress, say)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,12 +16,15 @@ from nasa_video.cli.options import (
     DeviceOption,
     FpsOption,
     GuidanceOption,
+    MemoryOption,
     ModelOption,
     NegOption,
+    OffloadOption,
     OutputOption,
     ScaleOption,
     SeedOption,
     StepsOption,
+    WeightsOption,
 )
 
 
@@ -70,6 +74,25 @@ def generate(
     fold: Annotated[bool, typer.Option(help="Compute equal padding keys once (exact).")] = True,
     decoder: Annotated[str, typer.Option(help="full, or tiny: a fast decoder for previews.")] = "full",
     attention: Annotated[str, typer.Option(help="sdpa or xformers.")] = "sdpa",
+    memory: MemoryOption = None,
+    weights: WeightsOption = None,
+    offload: OffloadOption = None,
+    decode_ahead: Annotated[
+        int, typer.Option(min=0, max=4, help="Chunks decoded in a thread while the model goes on.")
+    ] = 0,
+    compiled: Annotated[
+        str, typer.Option("--compile", help="off, on (torch.compile) or graphs (and CUDA graphs).")
+    ] = "off",
+    rollout: Annotated[
+        int | None,
+        typer.Option(
+            help="Frames after which a long video starts anew from its last chunk; 0: never.",
+            show_default="the model's",
+        ),
+    ] = None,
+    split: Annotated[
+        bool, typer.Option("--split", help="One video on all processes of a torchrun, each with its GPU.")
+    ] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Watch it in a browser while it is made.")] = False,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -110,16 +133,28 @@ def generate(
         fold=fold,
         attention=attention,
         decoder=decoder,
+        memory=memory,
+        weights=weights,
+        offload=offload,
+        decode_ahead=decode_ahead,
+        compiled=compiled,
+        rollout=rollout,
+        split=split,
         resume=resume,
     )
     with shown_warnings(), ExitStack() as stack:
         watch = None
-        if preview:
+        if split:
+            from nasa_video.distributed import process_group
+
+            own = stack.enter_context(process_group(device))
+            request = dataclasses.replace(request, device=own.device(device), rank=own.rank)
+        if preview and request.rank == 0:
             from nasa_video.serve.preview import Preview
 
             watch = stack.enter_context(Preview(say)).watch
         result = run(request, output or default_output(prompt, source), chunk_progress, say, watch)
-    if as_json:
+    if as_json and request.rank == 0:
         emit_json(result)
 
 

@@ -15,14 +15,18 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from causvid_adapter.parallel import parallelise
 from nasa_video import __version__
 from nasa_video.attention import AttentionError, Backend
 from nasa_video.director import PromptWarning
+from nasa_video.distributed import Processes
 from nasa_video.errors import InputError, NasaVideoError
 from nasa_video.guidance import Guidance, ScaleSchedule
-from nasa_video.loading import DecoderKind
-from nasa_video.models import DEFAULT_MODEL
-from nasa_video.pipeline import Chunk, VideoPipeline
+from nasa_video.loading import DecoderKind, choose_device, default_dtype
+from nasa_video.models import DEFAULT_MODEL, find_preset
+from nasa_video.pipeline import Chunk, CompileKind, VideoPipeline
+from nasa_video.placement import Placement, WeightKind
+from nasa_video.planning import PlanRequest, make_plan
 from nasa_video.recipe import (
     Recipe,
     parse_lora,
@@ -71,6 +75,15 @@ class Request:
     attention: str = "sdpa"
     decoder: str = "full"
     resume: bool = False
+    memory: str | None = None
+    weights: str | None = None
+    offload: bool | None = None
+    decode_ahead: int = 0
+    compiled: str = "off"
+    rollout: int | None = None
+    split: bool = False
+    rank: int = 0
+    """Of a split run, whose processes all make the video; the first writes it."""
 
 
 Watch = Callable[
@@ -85,6 +98,7 @@ def run(
     make_progress: Callable[[], Progress],
     say: Callable[[str], None],
     watch: Watch | None = None,
+    load: Callable[..., VideoPipeline] = VideoPipeline.from_pretrained,
 ) -> dict[str, Any]:
     """Generate and write; returns what ``--json`` prints.
 
@@ -99,18 +113,27 @@ def run(
         raise InputError(f"fps must be above 0 and at most 240, got {request.fps}")
     name = request.model or (given and given.model) or (stored.model if stored else DEFAULT_MODEL)
     loras = tuple(parse_lora(text) for text in request.loras) or (stored.loras if stored else ())
+    if request.compiled not in ("off", "on", "graphs"):
+        raise InputError(f"--compile must be off, on or graphs, got {request.compiled!r}")
+    placement = _placement(request, stored, timeline, name, say)
     try:
-        pipeline = VideoPipeline.from_pretrained(
+        pipeline = load(
             name,
             request.device,
             attention=cast(Backend, request.attention),
             fold_padding=request.fold,
             loras=[(Path(lora.path), lora.scale) for lora in loras],
             decoder=cast(DecoderKind, request.decoder),
+            placement=placement,
+            decode_ahead=request.decode_ahead,
+            compiled=cast(CompileKind, request.compiled),
         )
     except (AttentionError, ValueError) as error:
         raise InputError(str(error)) from error
-    recipe = _resolve(request, stored, timeline, name, pipeline).model_copy(update={"loras": loras})
+    if request.split:
+        parallelise(pipeline.model)
+    recipe = _resolve(request, stored, timeline, name, pipeline)
+    recipe = recipe.model_copy(update={"loras": loras, "placement": placement})
     start = None
     if recipe.start is not None:
         start = read_start(recipe.start, pipeline, recipe.width, recipe.height)
@@ -126,6 +149,8 @@ def run(
         unguided = _stream(pipeline, recipe, lambda chunk: cues(chunk).unguided, start)
     if watch is not None:
         chunks, unguided = watch(pipeline, recipe, chunks, unguided)
+    if request.rank > 0:
+        return _take_part(chunks, unguided, recipe)
     written = _write(chunks, unguided, recipe, pipeline, output, make_progress, start, log)
     if log is not None:
         log.close()
@@ -141,6 +166,60 @@ def run(
         "effect": dataclasses.asdict(written.effect) if written.effect else None,
         "contact_sheet": written.contact_sheet,
     }
+
+
+# A plan of less than this is not worth a line.
+_SMALL = 500_000_000
+
+
+def _placement(
+    request: Request, stored: Recipe | None, timeline: Timeline | None, name: str, say: Callable[[str], None]
+) -> Placement:
+    """How the model is placed, planned before anything of it is downloaded; says what it takes.
+
+    Raises:
+        InputError: the run does not fit.
+    """
+    preset, device = find_preset(name), choose_device(request.device)
+    guidance = request.guidance or (stored.guidance.method if stored and stored.guidance else None)
+    compare = request.compare or bool(stored and stored.compare)
+    plan = make_plan(
+        preset, device, default_dtype(device),
+        PlanRequest(
+            width=stored.width if request.width is None and stored else request.width,
+            height=stored.height if request.height is None and stored else request.height,
+            frames=request.frames or (timeline.frames if timeline else None) or (stored.frames if stored else None),
+            memory=request.memory,
+            weights=cast(WeightKind | None, request.weights),
+            offload=request.offload,
+            tiny_decoder=request.decoder == "tiny",
+            processes=Processes.of_environment().world if request.split else 1,
+            prompts=_texts(request, stored, timeline),
+            overlapped=request.decode_ahead > 0,
+            rollout=request.rollout if request.rollout is not None or stored is None else stored.rollout,
+            branches=(2 if guidance == "cfg" else 1) + compare,
+            videos=2 if compare else 1,
+        ),
+        stored.placement if stored and request.memory is None else None,
+    )  # fmt: skip
+    if plan is None:
+        return Placement(cast(WeightKind, request.weights or "plain"), offload=bool(request.offload))
+    if request.rank == 0 and (request.memory is not None or plan.needs.peak >= _SMALL):
+        say(plan.line())
+    plan.require()
+    return plan.placement
+
+
+def _texts(request: Request, stored: Recipe | None, timeline: Timeline | None) -> list[str]:
+    """Every prompt and negative that the run will encode."""
+    texts = [text for text in (request.prompt or (stored.prompt if stored else None),) if text is not None]
+    texts += [parse_negative(text).text for text in request.negatives]
+    if stored and not request.negatives:
+        texts += [negative.text for negative in stored.negatives]
+    for entry in timeline.timeline if timeline else ():
+        texts += [entry.prompt] if entry.prompt is not None else []
+        texts += [parse_negative(text).text for text in entry.negatives or ()]
+    return list(dict.fromkeys(texts)) or [""]
 
 
 def _resolve(
@@ -170,6 +249,7 @@ def _resolve(
         recompute_window=request.recompute or bool(stored and stored.recompute_window),
         fold_padding=request.fold,
         compare=request.compare or bool(stored and stored.compare),
+        rollout=request.rollout if request.rollout is not None or stored is None else stored.rollout,
         start=request.start or (stored.start if stored else None),
         version=__version__,
     )
@@ -252,7 +332,16 @@ def _stream(pipeline: VideoPipeline, recipe: Recipe, cues: CueOf, start: Start |
         source=start.source if start else None,
         strength=start.strength if start else 1.0,
         shown_prefix=start.shown_prefix if start else 0,
+        rollout=recipe.rollout,
     )
+
+
+def _take_part(chunks: Iterator[Chunk], unguided: Iterator[Chunk] | None, recipe: Recipe) -> dict[str, Any]:
+    """Make the same calls as the process that writes, in the same order."""
+    for _ in _guarded(chunks, recipe):
+        if unguided is not None:
+            next(unguided)
+    return {}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nasa_video.cli.console import console, emit_json, say
-from nasa_video.cli.options import AsJsonOption
+from nasa_video.cli.options import AsJsonOption, MemoryOption
 
 models = typer.Typer(name="models", help="List the presets; bring one's weights; check what it needs.")
 
@@ -90,13 +90,14 @@ def check(
     height: Annotated[int | None, typer.Option(help="In pixels.", show_default="the model's")] = None,
     frames: Annotated[int | None, typer.Option(help="Length.", show_default="the model's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...", show_default="cuda if there is one")] = None,
+    memory: MemoryOption = None,
     as_json: AsJsonOption = False,
 ) -> None:
     """Say what is missing, and whether this machine can run it. Exit status 1 when something is missing."""
     from nasa_video.models import find_preset
     from nasa_video.readiness import readiness
 
-    report = readiness(find_preset(name), width, height, frames, device)
+    report = readiness(find_preset(name), width, height, frames, device, memory)
     if as_json:
         emit_json(report.to_json())
     else:

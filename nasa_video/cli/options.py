@@ -22,3 +22,16 @@ StepsOption = Annotated[int | None, typer.Option(help="Denoising steps a chunk."
 FpsOption = Annotated[float | None, typer.Option(help="Frames a second of the file.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one")]
 AsJsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(help="full, auto, or the gigabytes of the card: 24, 16, 12 ...", show_default="full"),
+]
+WeightsOption = Annotated[
+    str | None, typer.Option(help="plain, int8 or fp8 weights; what --memory chooses by default.", show_default=False)
+]
+OffloadOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--offload/--no-offload", help="Keep the blocks in the host's memory; as --memory chooses.", show_default=False
+    ),
+]

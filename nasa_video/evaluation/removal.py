@@ -45,7 +45,15 @@ class Method:
         return self.guidance.scale if self.guidance else None
 
 
-def parse_methods(text: str, pipeline: VideoPipeline) -> list[Method]:
+class Guides(Protocol):
+    """What makes a method with a model's settings: a pipeline, or a preset that is not loaded."""
+
+    def guidance(self, method: str = "nasa", scale: float | None = None) -> Guidance:
+        """The method; InputError for one that there is not, or a scale that it cannot take."""
+        ...
+
+
+def parse_methods(text: str, pipeline: Guides) -> list[Method]:
     """``none,cfg:2,nasa,nasa:0.8,nasa+nopad:0.1`` as methods with the model's settings.
 
     ``+nopad`` takes padding out of the negative branch, ``+pad`` takes it in.
@@ -97,6 +105,16 @@ class SpritesJudge:
 
         labels = self._detector.detect(torch.stack([tensor_from_frames(video) for video in videos]))
         return [{name: column[i] for name, column in labels.items()} for i in range(len(videos))]
+
+
+def detector_hash() -> str:
+    """SHA-256 of the shipped detectors' weights."""
+    from importlib.resources import as_file, files
+
+    from nasa_video.evaluation.jobs import file_sha256
+
+    with as_file(files("nasa_video.sprites") / "weights" / "detector.safetensors") as path:
+        return file_sha256(path)
 
 
 @dataclass(frozen=True)
@@ -154,8 +172,19 @@ def cells(
                         yield Cell(method, count, attribute, kind)
 
 
+Look = Callable[[Case, Frames, Verdict], None]
+"""Called with every judged video (F, H, W, 3)."""
+
+
 def run_cases(
-    pipeline: VideoPipeline, method: Method, steps: int, cases: Sequence[Case], judge: Judge, frames: int, batch: int
+    pipeline: VideoPipeline,
+    method: Method,
+    steps: int,
+    cases: Sequence[Case],
+    judge: Judge,
+    frames: int,
+    batch: int,
+    look: Look | None = None,
 ) -> list[Verdict]:
     """Make and judge the cases' videos, ``batch`` at a time."""
     verdicts = []
@@ -175,6 +204,8 @@ def run_cases(
         shares = [[chunk.out_of_range[i] for chunk in chunks] for i in range(len(part))]
         for case, labels, video, share in zip(part, judge(list(videos)), videos, shares, strict=True):
             verdicts.append(verdict(case, labels, float(np.mean(share)), quality(video)))
+            if look is not None:
+                look(case, video, verdicts[-1])
     return verdicts
 
 

@@ -74,6 +74,10 @@ class CachedEncoder:
             row[: len(real)] = real
         return TextContext(embeds, torch.tensor([len(real) for real in tokens]), tuple(cut for _, cut in entries))
 
+    def holds(self, prompts: Sequence[str]) -> bool:
+        """Whether every prompt is on disk, so that the encoder will not be loaded."""
+        return all(self._read(prompt) is not None for prompt in prompts)
+
     def _path(self, prompt: str) -> Path:
         digest = hashlib.sha256(f"{self._identity}\0{self.max_tokens}\0{prompt}".encode()).hexdigest()
         return self._folder / f"{digest}.safetensors"

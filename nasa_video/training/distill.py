@@ -128,7 +128,8 @@ def matching_direction(
 
 def _size(x: Tensor) -> Tensor:
     """Norm of each clip, (B, 1, 1, 1, 1)."""
-    return x.flatten(1).norm(dim=1)[:, None, None, None, None]
+    norms: Tensor = x.flatten(1).norm(dim=1)
+    return norms[:, None, None, None, None]
 
 
 def _at_most(x: Tensor, limit: Tensor) -> Tensor:

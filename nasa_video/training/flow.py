@@ -156,7 +156,8 @@ def train_flow(
         context = encoder(batch.captions).embeds.to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device)
         bidirectional = kinds[1] < settings.bidirectional_share
-        levels = draw_noise_levels(settings, *batch.latents.shape[:2], bidirectional, generator)
+        size, frames = batch.latents.shape[:2]
+        levels = draw_noise_levels(settings, size, frames, bidirectional, generator)
         loss = flow_loss(model, batch, context, noise, levels, settings)
         loss.backward()  # type: ignore[no-untyped-call]
         team.average_gradients(model)

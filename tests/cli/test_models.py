@@ -194,7 +194,7 @@ def test_a_full_disk_is_noticed_before_the_download(nasa_video: Run, hub: Hub, m
 
 
 def test_check_says_what_is_missing_and_whether_it_fits(nasa_video: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nasa_video.readiness.available", lambda device: 12_000_000_000)
+    monkeypatch.setattr("nasa_video.planning.available", lambda device: 12_000_000_000)
     done = nasa_video("models", "check", "causvid", "--device", "cpu", "--json")
     assert done.status == 1
     report = done.json

@@ -254,3 +254,89 @@ def test_the_tiny_decoder_makes_as_many_frames_from_the_same_latents(
     for option, message in (("tiny", "has no tiny decoder"), ("huge", "must be full or tiny")):
         done = nasa_video("generate", "a fox", "--decoder", option, "--model", without)
         assert message in done.stderr
+
+
+def _any_wan(**widths: int) -> dict[str, Tensor]:
+    """A generator under Wan's own names with heads of 128, as every published one has; random weights."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = {96: 256, 6 * 96: 6 * 256}
+    state = {}
+    for name, value in _wan_generator().items():
+        shape = [sizes.get(size, size) for size in value.shape]
+        if name.startswith("patch_embedding.weight"):
+            shape[1] = widths.get("in_channels", shape[1])
+        if name.startswith("head.head."):
+            shape[0] = 4 * widths.get("out_channels", 16)
+        drawn = torch.randn(shape, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            state[name] = 1 + 0.1 * drawn
+        else:
+            state[name] = drawn / max(1, drawn[0].numel()) ** 0.5 if drawn.ndim > 1 else 0.1 * drawn
+    return state
+
+
+@pytest.fixture
+def wan_folder(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The published VAE, text encoder and tokenizer, where NASA_VIDEO_MODELS says."""
+    folder = tmp_path / "models" / "Wan-AI"
+    folder.mkdir(parents=True)
+    (folder / "Wan2.1-T2V-1.3B-Diffusers").symlink_to(parts)
+    monkeypatch.setenv("NASA_VIDEO_MODELS", str(folder.parent))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["flat.safetensors", "generator.pt"])
+def test_any_causal_wan_runs_from_its_file_alone(nasa_video: Run, wan_folder: Path, tmp_path: Path, form: str) -> None:
+    path = tmp_path / form
+    if path.suffix == ".pt":
+        torch.save({"generator": {f"model.{name}": value for name, value in _any_wan().items()}}, path)
+    else:
+        save_file(_any_wan(), path)
+    check = nasa_video("models", "check", str(path), "--width", "32", "--height", "16", "--json")
+    assert check.status == 0, check.stderr
+    # Two heads of 128 and three layers, read off the tensors.
+    assert check.json["memory"]["history"] == 21 * 2 * 2 * 3 * 256 * 4
+    sizes = ("--width", "32", "--height", "16", "--frames", "9")
+    done = nasa_video("generate", "a fox", "--neg", "blurry", "--model", str(path), *sizes, "-o", "a.mp4", "--json")
+    assert done.status == 0, done.stderr
+    assert done.json["frames"] == 9
+    assert done.json["effect"]["relative_change"] > 0.01
+    assert nasa_video("generate", "--from", "a.mp4", "-o", "b.mp4").status == 0
+    assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+
+
+def test_14b_and_wan_22_are_known_by_their_tensors(tmp_path: Path) -> None:
+    from nasa_video.models import find_preset
+    from nasa_video.planning import vae_config
+
+    save_file(_any_wan(in_channels=48, out_channels=48), tmp_path / "wan22.safetensors")
+    preset = find_preset(tmp_path / "wan22.safetensors")
+    assert preset.components.vae.repo == "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+    assert (preset.video.width, preset.video.height) == (1280, 704)
+    assert vae_config(preset, 48)["scale_factor_spatial"] == 16
+    assert preset.components.tiny_decoder is None
+    krea = find_preset("krea-14b").components.config
+    assert krea is not None
+    assert (krea["num_attention_heads"], krea["num_layers"], krea["ffn_dim"]) == (40, 40, 13824)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ({"in_channels": 36}, "image-to-video generator"),
+        ({"in_channels": 20, "out_channels": 20}, "works on 20 latent channels, the published VAEs on 16 or 48"),
+    ],
+)
+def test_a_generator_that_this_loop_cannot_feed_is_refused(
+    nasa_video: Run, tmp_path: Path, widths: dict[str, int], message: str
+) -> None:
+    save_file(_any_wan(**widths), tmp_path / "other.safetensors")
+    done = nasa_video("generate", "a fox", "--model", str(tmp_path / "other.safetensors"), "-o", "a.mp4")
+    assert done.status == 1
+    assert message in " ".join(done.stderr.split())
+
+
+def test_a_checkpoint_that_is_none_is_named(nasa_video: Run, parts: Path, tmp_path: Path) -> None:
+    done = nasa_video("generate", "a fox", "--model", str(parts / "Wan2.1_VAE.pth"))
+    assert "no Wan generator: it looks like a Wan VAE" in " ".join(done.stderr.split())
+    assert "checkpoint file" in nasa_video("generate", "a fox", "--model", "none.safetensors").stderr

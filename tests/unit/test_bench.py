@@ -189,7 +189,7 @@ def test_videos_that_do_not_fit_side_by_side_are_measured_one_after_another(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case.of(settings_of(folder))
-    needed = measuring.memory.estimate(case.run(caches=2)).total
+    needed = measuring.memory.estimate(case.run(caches=2)).peak
     monkeypatch.setattr(measuring.memory, "available", lambda device: int(1.1 * needed))
     assert bench(settings_of(folder, methods=("cfg",)))["order"] == "video by video"
     monkeypatch.setattr(measuring.memory, "available", lambda device: needed // 2)

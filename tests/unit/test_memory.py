@@ -30,12 +30,19 @@ def causvid(**changes: object) -> Run:
 
 def test_causvid_has_the_history_and_text_keys_that_the_facts_say() -> None:
     needs = estimate(causvid())
-    # 6.04 GB for 21 latent frames; the cache doubles its room, so it holds 24.
-    assert needs.history * 21 / 24 == 2 * 30 * 32_760 * 1536 * 2
+    assert needs.history == 2 * 30 * 32_760 * 1536 * 2  # 6.04 GB
     assert estimate(causvid(caches=2)).history == 2 * needs.history
     assert estimate(causvid(text_tokens=512)).text_keys == 2 * 30 * 512 * 1536 * 2
     assert needs.weights == pytest.approx(2 * 1.42e9 + 4 * 127e6, rel=0.01)
-    assert needs.total == sum((needs.weights, needs.history, needs.text_keys, needs.decoder, needs.denoiser))
+    kept = needs.weights + needs.history + needs.text_keys + needs.features
+    assert needs.phases == {
+        "reading the prompts": needs.weights,
+        "a pass of the model": kept + needs.denoiser,
+        "decoding": kept + needs.decoder,
+    }
+    assert needs.peak == kept + max(needs.denoiser, needs.decoder)
+    assert estimate(causvid(overlapped=True)).peak == kept + needs.denoiser + needs.decoder
+    assert estimate(causvid(text_encoder=90_000_000_000)).peak == needs.weights + 90_000_000_000
 
 
 @pytest.mark.parametrize(
@@ -57,7 +64,7 @@ def test_the_history_is_what_the_cache_allocates(
 
 def test_a_window_makes_any_length_cost_the_same_and_no_window_does_not() -> None:
     windowed = CAUSVID.sampler.model_copy(update={"window_frames": 12, "sink_frames": 3})
-    long, short = (estimate(causvid(sampler=windowed, latent_frames=n)).total for n in (30_000, 21))
+    long, short = (estimate(causvid(sampler=windowed, latent_frames=n)).peak for n in (30_000, 21))
     assert long == short
     assert estimate(causvid(latent_frames=30_000)).history > 1000 * estimate(causvid(latent_frames=21)).history
 
@@ -75,7 +82,7 @@ def test_weights_and_features_are_those_of_the_real_models(
         decoder.decode(torch.zeros(1, 3, 4, 6, 8))
     kept = sum(f.numel() for f in decoder._features if isinstance(f, torch.Tensor))
     assert memory._vae_sizes(run.vae).features_per_pixel * 64 * 48 == kept
-    assert estimate(run).decoder > 4 * kept
+    assert estimate(run).features == 4 * kept
 
 
 def test_what_fits_fits_and_the_next_larger_does_not() -> None:
@@ -86,10 +93,10 @@ def test_what_fits_fits_and_the_next_larger_does_not() -> None:
     assert width % 16 == 0
     assert height % 16 == 0
     assert abs(width / height - 832 / 480) < 0.2
-    assert estimate(replace(run, width=width, height=height), loaded=True).total <= free
-    assert estimate(replace(run, width=width + 16, height=height), loaded=True).total > free
+    assert estimate(replace(run, width=width, height=height), loaded=True).peak <= free
+    assert estimate(replace(run, width=width + 16, height=height), loaded=True).peak > free
     assert fit.latent_frames is None, "decoding alone takes more than what is free"
-    assert fitting_sizes(run, 12_000_000_000, loaded=True).latent_frames == 6
+    assert fitting_sizes(run, 12_000_000_000, loaded=True).latent_frames == 12
     assert fitting_sizes(run, 1000) == memory.Fit(None, None)
 
 
@@ -97,11 +104,11 @@ def test_a_refusal_says_what_for_how_much_is_free_and_what_fits() -> None:
     with pytest.raises(InputError) as caught:
         require(causvid(), 12_000_000_000, "cuda", loaded=True)
     text = str(caught.value)
-    assert "832 x 480 needs 15.6 GB beside the weights" in text
-    assert "6.9 GB for keys and values of earlier frames" in text
+    assert "832 x 480 needs 14.6 GB beside the weights" in text
+    assert "6.0 GB for keys and values of earlier frames" in text
     assert "12.0 GB are free" in text
     assert "--width" in text
-    assert "--frames 21" in text
+    assert "--frames 45" in text
     with pytest.raises(InputError, match="no size of this model"):
         require(causvid(), 1000, "cpu")
     require(causvid(), None, "mps")

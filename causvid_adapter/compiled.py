@@ -1,0 +1,36 @@
+"""The chunk loop through ``torch.compile``: one graph for every chunk of a video, CUDA graphs by choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from causvid_adapter.errors import CausvidAdapterError
+from causvid_adapter.model import CausalWan
+
+
+def compile_generator(
+    model: CausalWan, *, cuda_graphs: bool = False, backend: str | Callable[..., Any] = "inductor"
+) -> None:
+    """Compile a generator in place; the first call of a video's size takes the time of compiling.
+
+    Its caches become :class:`~causvid_adapter.StaticKVCache`, so that no chunk is compiled anew, and attention always
+    runs over the window's (or the video's) full length: early chunks of a long video without a window do more work.
+
+    Args:
+        cuda_graphs: replay each pass as one launch (CUDA only).
+        backend: of torch.compile.
+
+    Raises:
+        CausvidAdapterError: CUDA graphs without CUDA; or the weights are offloaded, which no graph can follow.
+    """
+    if cuda_graphs and model.device.type != "cuda":
+        raise CausvidAdapterError(f"CUDA graphs need CUDA, the model is on {model.device.type}; compile without them")
+    if hasattr(model.transformer.blocks[0], "_diffusers_hook"):
+        raise CausvidAdapterError("offloaded blocks cannot be compiled; leave out one of the two")
+    model.static_cache = True
+    model.cuda_graphs = cuda_graphs
+    mode: dict[str, Any] = {"mode": "reduce-overhead"} if cuda_graphs else {"backend": backend}
+    model.transformer.forward = torch.compile(model.transformer.forward, fullgraph=True, **mode)

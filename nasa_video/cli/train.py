@@ -1,0 +1,177 @@
+"""``nasa-video train``: distillation with the negative prompt inside (NASA-T), and the lists that it reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from nasa_video.cli.console import console, emit_json, say
+from nasa_video.cli.options import AsJsonOption
+
+if TYPE_CHECKING:
+    from nasa_video.training.nasa_t.fleet import Fleet
+    from nasa_video.training.nasa_t.run import Report
+    from nasa_video.training.nasa_t.settings import Settings
+
+
+class _RunByDefault(TyperGroup):
+    """``train CONFIG`` is ``train run CONFIG``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+train = typer.Typer(
+    name="train",
+    cls=_RunByDefault,
+    help="Train with the negative prompt inside (NASA-T): nasa-video train CONFIG.yaml",
+    no_args_is_help=True,
+)
+
+
+@train.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="A YAML file, or a shipped config such as nasa-t-sprites.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder of the run; it goes on there.", show_default="runs/CONFIG"),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line, instead of the config's.")] = None,
+    negatives: Annotated[
+        Path | None, typer.Option(help="Negative prompts, one a line, instead of the config's.")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="Instead of the config's.", min=1)] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU although there is a GPU.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the true sizes and run a step on tiny networks; nothing is loaded.")
+    ] = False,
+    as_json: AsJsonOption = False,
+) -> None:
+    """Train, or go on where the run in the folder stopped.
+
+    Several processes: accelerate launch --num_processes N -m nasa_video train CONFIG
+    """
+    settings = _with_options(_load(config), prompts, negatives, iterations)
+    from nasa_video.training.nasa_t.fleet import Fleet
+
+    fleet = Fleet(settings.run.shard and not dry_run, settings.run.precision, cpu)
+    if dry_run:
+        _dry_run(settings, fleet, as_json)
+        return
+    folder = output or Path("runs") / config.stem
+    model = _train(settings, fleet, folder)
+    if fleet.leads:
+        say(f"{model}: the averaged student; {folder}/curves.png, {folder}/sheets")
+        if as_json:
+            emit_json({"model": str(model), "iterations": settings.run.iterations})
+
+
+@train.command()
+def negatives(
+    output: Annotated[Path, typer.Argument(help="Text file to write, one negative a line.")],
+    count: Annotated[int, typer.Option(min=1, help="How many.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Same seed, same list.")] = 0,
+    groups: Annotated[str | None, typer.Option(help="Comma list of groups of terms.", show_default="all")] = None,
+) -> None:
+    """Write negative prompts made by the grammar of common terms."""
+    from nasa_video.training.nasa_t.lists import write_texts
+    from nasa_video.training.nasa_t.terms import GROUPS, negative_list
+
+    chosen = tuple(word.strip() for word in groups.split(",") if word.strip()) if groups else tuple(GROUPS)
+    write_texts(output, negative_list(count, seed, chosen), f"{count} negatives, seed {seed}: {', '.join(chosen)}")
+    say(f"{output}: {count} negative prompts of {', '.join(chosen)}, seed {seed}")
+
+
+@train.command()
+def prompts(
+    sources: Annotated[list[Path], typer.Argument(help="Text files, one prompt a line.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Text file to write.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    longest: Annotated[int, typer.Option(min=1, help="Words; longer prompts are left out.")] = 80,
+    seed: Annotated[int, typer.Option(help="Of the order.")] = 0,
+) -> None:
+    """Write a prompt list from any text files: cleaned, each prompt once, in a seeded order."""
+    from nasa_video.training.nasa_t.lists import build_prompts, write_texts
+
+    texts = build_prompts(sources, longest, limit, seed)
+    write_texts(output, texts)
+    say(f"{output}: {len(texts)} prompts")
+
+
+def _load(config: Path) -> Settings:
+    from nasa_video.training.nasa_t.settings import load_settings
+
+    return load_settings(config)
+
+
+def _with_options(settings: Settings, prompts: Path | None, negatives: Path | None, iterations: int | None) -> Settings:
+    """The settings with what the command line says instead."""
+    from nasa_video.training.nasa_t.settings import FileList
+
+    update: dict[str, Any] = {}
+    if prompts is not None:
+        update["prompts"] = FileList(kind="file", path=prompts)
+    if negatives is not None:
+        update["negatives"] = settings.negatives.model_copy(update={"texts": FileList(kind="file", path=negatives)})
+    if iterations is not None:
+        update["run"] = settings.run.model_copy(update={"iterations": iterations})
+    return settings.model_copy(update=update)
+
+
+def _train(settings: Settings, fleet: Fleet, folder: Path) -> Path:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from nasa_video.training.nasa_t.run import train as run_game
+    from nasa_video.training.nasa_t.start import start_game
+
+    game = start_game(settings, fleet, folder)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[values]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not fleet.leads) as progress:
+        task = progress.add_task("iterations", total=settings.run.iterations, values="")
+
+        def report(step: int, steps: int, values: dict[str, float]) -> None:
+            text = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+            progress.update(task, completed=step, values=text)
+
+        chosen: Report = report
+        try:
+            return run_game(settings, game, folder, fleet, chosen)
+        except KeyboardInterrupt:
+            say(f"stopped; the same command goes on from the last checkpoint in {folder}")
+            raise
+
+
+def _dry_run(settings: Settings, fleet: Fleet, as_json: bool) -> None:
+    """Sizes of the true networks, and the values of a step of the tiny ones."""
+    from rich.table import Table
+
+    from nasa_video.training.nasa_t.dry_run import dry_run, sizes
+
+    rows = sizes(settings)
+    values = dry_run(settings, fleet)
+    if as_json:
+        emit_json({"networks": rows, "values": values})
+        return
+    table = Table("network", "parameters", "trained", "weights, gradients, optimiser, average", title=settings.title)
+    for row in rows:
+        table.add_row(
+            row["network"], f"{row['parameters'] / 1e6:,.0f} M", f"{row['trained'] / 1e6:,.0f} M",
+            f"{row['bytes'] / 1e9:.1f} GB",
+        )  # fmt: skip
+    console.print(table)
+    say("one step on tiny networks: " + ", ".join(f"{name} {value:.3g}" for name, value in values[-1].items()))

@@ -1,0 +1,74 @@
+"""One process of a fleet: trains a tiny video game, data parallel and sharded, and writes the states it comes to.
+
+python -m torch.distributed.run --nproc-per-node 2 tests/fleet_worker.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from causvid_adapter import CausalWan
+from nasa_video.models import find_preset
+from nasa_video.training.nasa_t.dry_run import NEGATIVES, PROMPTS, HashEncoder
+from nasa_video.training.nasa_t.fleet import Fleet
+from nasa_video.training.nasa_t.run import resume, save
+from nasa_video.training.nasa_t.settings import VideoSettings, parse_settings
+from nasa_video.training.nasa_t.video import VideoGame
+from nasa_video.training.nasa_t.video_parts import VideoParts
+
+STEPS = 3
+SMALL = {
+    "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 10,
+    "freq_dim": 16, "ffn_dim": 40, "num_layers": 2,
+}  # fmt: skip
+
+
+def settings(accumulate: int, shard: bool, lora: bool) -> VideoSettings:
+    adapter = {"rank": 2, "scaling": 2} if lora else None
+    data: dict[str, Any] = {
+        "kind": "video", "title": "tiny", "student": "sprites", "teacher": {"path": "none"},
+        "student_lora": adapter, "fake_lora": adapter, "prompts": {"kind": "file"},
+        "negatives": {"placement": "student+teacher", "texts": {"kind": "file"}},
+        "step_counts": [2], "latent_frames": 6, "fake_updates": 1,
+        "student_optimiser": {"rate": 1e-3}, "fake_optimiser": {"rate": 1e-3},
+        "run": {"iterations": STEPS, "batch_size": 1, "accumulate": accumulate, "precision": "fp32", "shard": shard,
+                "gradient_checkpointing": True, "sheet_samples": 0},
+    }  # fmt: skip
+    parsed = parse_settings(data, "worker")
+    assert isinstance(parsed, VideoSettings)
+    return parsed
+
+
+def new_game(fleet: Fleet, accumulate: int, lora: bool) -> VideoGame:
+    torch.manual_seed(4)
+    student, teacher = (CausalWan(WanTransformer3DModel(**SMALL)) for _ in range(2))
+    parts = VideoParts(find_preset("sprites"), student, teacher, HashEncoder(8, 10), (4, 4, 6))
+    return VideoGame(settings(accumulate, fleet.shard, lora), parts, PROMPTS, NEGATIVES, fleet)
+
+
+def main(folder: Path) -> None:
+    for shard in (False, True):
+        for lora in (False, True):
+            fleet = Fleet(shard, "fp32", cpu=True)
+            game = new_game(fleet, 1, lora)
+            game.iterate(1)
+            checkpoint = folder / f"{shard}-{lora}.checkpoint"
+            save(game.settings, game, checkpoint, 1, fleet)
+            game = new_game(fleet, 1, lora)  # and on from the checkpoint
+            for step in range(resume(game.settings, game, checkpoint) + 1, STEPS + 1):
+                game.iterate(step)
+            state = game.players["student"].state_dict()
+            game.export(folder / f"{shard}-{lora}")
+            if fleet.leads:
+                torch.save({"trained": state["trained"], "shadow": state["shadow"]}, folder / f"{shard}-{lora}.pt")
+            fleet.wait()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

@@ -1,0 +1,61 @@
+"""Two processes on a CPU (gloo), data parallel and sharded (FSDP), come to the weights of one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import fleet_worker as worker
+
+from nasa_video.errors import InputError
+from nasa_video.training.nasa_t.fleet import Fleet
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fleet")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, worker.__file__, str(folder)], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_two_processes_come_to_the_weights_of_one(states: Path, lora: bool) -> None:
+    game = worker.new_game(Fleet(precision="fp32", cpu=True), 2, lora)
+    before = {name: p.detach().clone() for name, p in game.players["student"].trained.items()}
+    for step in range(1, worker.STEPS + 1):
+        game.iterate(step)
+    for shard in (False, True):
+        found = torch.load(states / f"{shard}-{lora}.pt", weights_only=True)
+        for kind, expected in (
+            ("trained", game.players["student"].trained),
+            ("shadow", game.players["student"].shadow),
+        ):
+            assert found[kind].keys() == expected.keys()
+            off = sum(float((found[kind][n] - p.detach()).square().sum()) for n, p in expected.items()) ** 0.5
+            moved = sum(float((p.detach() - before[n]).square().sum()) for n, p in expected.items()) ** 0.5
+            assert off < 0.02 * moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_fleet_writes_a_whole_model(states: Path, shard: bool) -> None:
+    from causvid_adapter import load_generator
+
+    model = load_generator(states / f"{shard}-False" / "transformer")
+    shadow = torch.load(states / f"{shard}-False.pt", weights_only=True)["shadow"]
+    assert all(torch.equal(p, shadow[name]) for name, p in model.named_parameters())
+
+
+def test_sharding_one_process_is_refused() -> None:
+    with pytest.raises(InputError, match="several processes"):
+        Fleet(shard=True, cpu=True)

@@ -1,0 +1,157 @@
+"""NASA-T for images as published: the gates, the placements, the CLIP loss, resuming."""
+
+# B batch, C channels, h w latent height and width
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from nasa_video import Nasa, guided
+from nasa_video.training.nasa_t.clip_loss import clamped_loss, tiny_clip
+from nasa_video.training.nasa_t.draws import Texts, encode_texts, seeded
+from nasa_video.training.nasa_t.dry_run import NEGATIVES, PROMPTS
+from nasa_video.training.nasa_t.fleet import Fleet
+from nasa_video.training.nasa_t.image import ImageGame
+from nasa_video.training.nasa_t.image_parts import tiny_image_parts
+from nasa_video.training.nasa_t.matching import descend, guided_target, score_direction
+from nasa_video.training.nasa_t.run import train
+from nasa_video.training.nasa_t.settings import PLACEMENTS, ImageSettings, parse_settings
+from nasa_video.training.nasa_t.steering import steered
+
+SIZES = {"sd": (77, 24), "pixart": (12, 20)}
+
+
+def new_game(family: str = "sd", twins: bool = False, **changes: Any) -> ImageGame:
+    tokens, dim = SIZES[family]
+    data: dict[str, Any] = {
+        "kind": "image",
+        "title": "tiny",
+        "family": family,
+        "teacher": "none",
+        "max_tokens": tokens,
+        "text_dim": dim,
+        "lora": {"rank": 2, "scaling": 4},
+        "prompts": {"kind": "file"},
+        "negatives": {"placement": "student+teacher", "texts": {"kind": "grammar"}},
+        "student_optimiser": {"rate": 1e-3},
+        "fake_optimiser": {"rate": 1e-2},
+        "run": {"iterations": 2, "batch_size": 2, "precision": "fp32", "sheet_samples": 2},
+    }
+    for name, value in changes.items():
+        data[name] = {**data[name], **value} if isinstance(value, dict) and name in data else value
+    settings = parse_settings(data, "test")
+    assert isinstance(settings, ImageSettings)
+    return ImageGame(settings, tiny_image_parts(settings), PROMPTS, NEGATIVES, Fleet(precision="fp32", cpu=True))
+
+
+def contexts_of(game: ImageGame, alpha: float = 0.6, kappa: float = 3.0) -> Any:
+    texts = Texts(PROMPTS[:2], NEGATIVES[:2], torch.full((2,), alpha), torch.full((2,), kappa))
+    return encode_texts(texts, game.parts.encoder, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("family", SIZES)
+def test_an_unguided_start_has_no_direction(family, prediction) -> None:
+    game = new_game(family, negatives={"placement": "nowhere"}, prediction=prediction)
+    latents = torch.randn(2, 4, 8, 8)
+    assert game.direction(latents, contexts_of(game, kappa=1.0), seeded(1)).abs().max() == 0
+    assert game.direction(latents, contexts_of(game, kappa=3.0), seeded(1)).abs().max() > 0
+
+
+@pytest.mark.parametrize("family", SIZES)
+@torch.no_grad()
+def test_the_trained_students_nasa_is_the_one_that_is_shipped(family) -> None:
+    game = new_game(family)
+    contexts, noise = contexts_of(game), torch.randn(2, 4, 8, 8)
+    with steered(game.steering, contexts.alpha_B):
+        actual = game.generate(noise, contexts)
+    plain = new_game(family, negatives={"placement": "teacher"})
+    unguided = plain.generate(noise, contexts)
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    for module in plain.student.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(AttnProcessor2_0())
+    mask = None
+    if family == "pixart":
+        mask = torch.arange(12)[None] < contexts.negative.lengths[:, None]
+    from nasa_video.backbones.scope import NegativeContext
+
+    with guided(plain.student, [NegativeContext(contexts.negative.embeds, mask)], Nasa(0.6)):
+        expected = plain.generate(noise, contexts)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert (unguided - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_placement_trains(placement) -> None:
+    game = new_game(negatives={"placement": placement})
+    frozen = {name: p.clone() for name, p in game.teacher.named_parameters() if not p.requires_grad}
+    game.iterate(1)
+    values = game.iterate(2)
+    assert values["direction"] > 0
+    assert values["student gradient"] > 0
+    assert (values["effect"] > 0) == ("student" in PLACEMENTS[placement])
+    assert all(torch.equal(p, frozen[name]) for name, p in game.teacher.named_parameters() if name in frozen)
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_checkpointing_changes_no_gradient(family) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        game = new_game(family, run={"gradient_checkpointing": checkpointing})
+        game._lesson(seeded(5), 0.5)
+        gradients.append(torch.cat([p.grad.flatten() for p in game.student.parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_resumed_run_with_the_clip_loss_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    changes = {"clip": {"margin": 0.9}, "run": {"iterations": 3, "checkpoint_every": 1, "sheet_every": 3}}
+    whole, stopped, gone_on = (new_game(**changes) for _ in range(3))
+    model = train(whole.settings, whole, tmp_path / "whole", whole.fleet)
+
+    def stop(step: int, *_: Any) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped.settings, stopped, tmp_path / "parts", stopped.fleet, stop)
+    train(gone_on.settings, gone_on, tmp_path / "parts", gone_on.fleet)
+    for name in ("student", "fake"):
+        one, two = whole.players[name], gone_on.players[name]
+        assert all(torch.equal(one.trained[n], two.trained[n]) for n in one.trained)
+    assert (tmp_path / "whole" / "sheets" / "000003.png").exists()
+    from diffusers import UNet2DConditionModel
+
+    loaded = UNet2DConditionModel.from_pretrained(model / "unet")
+    shadow = whole.players["student"].shadow
+    assert all(torch.equal(value, shadow[name]) for name, value in loaded.named_parameters())
+
+
+def test_the_clip_loss_stops_at_its_margin_and_reaches_the_pictures() -> None:
+    assert clamped_loss(torch.tensor([0.5, 0.37]), 0.37) == 0
+    assert float(clamped_loss(torch.tensor([0.17]), 0.37)) == pytest.approx(0.2)
+    pictures = torch.randn(2, 3, 32, 32, requires_grad=True)
+    clamped_loss(tiny_clip().similarity(pictures, PROMPTS[:2]), 1.0).backward()
+    assert pictures.grad is not None
+    assert pictures.grad.abs().max() > 0
+
+
+def test_the_formulas() -> None:
+    x, y, z = torch.randn(3, 2, 4, 3, 3)
+    kappa = torch.tensor([0.0, 2.5])
+    target = guided_target(x, y, kappa)
+    torch.testing.assert_close(target[0], y[0])
+    torch.testing.assert_close(target[1], y[1] + 2.5 * (x[1] - y[1]))
+    weight = torch.tensor([0.5, 2.0])
+    torch.testing.assert_close(score_direction(x, y, weight)[1], 2 * (x[1] - y[1]))
+    sample = z.clone().requires_grad_(True)
+    descend(sample, x).backward()
+    torch.testing.assert_close(sample.grad, x / x.numel())
