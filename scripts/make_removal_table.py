@@ -43,6 +43,9 @@ def main(
     ),
     attributes: Annotated[str, typer.Option(help="Attributes that are reported; empty: all.")] = "",
     steps: Annotated[str, typer.Option(help="Step counts that are reported.")] = "4,2,1",
+    also: Annotated[str, typer.Option(help="Reported beside the best of every method; every CFG by default.")] = (
+        ",".join(CANDIDATES["cfg"])
+    ),
     processes: Annotated[int, typer.Option(help="Processes side by side.")] = os.cpu_count() or 1,
     folder: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = ROOT / "runs" / "removal",
     docs: Annotated[Path, typer.Option(help="Where the report is written.")] = ROOT / "docs",
@@ -54,7 +57,7 @@ def main(
     chosen_on = _table(folder / "choose", every, [4], choose_attributes.split(","), "choose", choose_n, processes)
     best = {family: _best(chosen_on, labels) for family, labels in CANDIDATES.items()}
     # every scale of classifier-free guidance: the table must show that no other would have done better
-    reported = [*CANDIDATES["cfg"], *(label for family, label in best.items() if family != "cfg")]
+    reported = list(dict.fromkeys([*best.values(), *(label for label in also.split(",") if label)]))
     rows = _table(
         folder / "report",
         reported,
