@@ -8,20 +8,21 @@ Layout everywhere: (B, tokens, H, D), as xformers has it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nasa_video.errors import InputError
+from nasa_video.errors import InputError, NasaVideoError
 from nasa_video.fused_lse import fused_with_lse
 
 Backend = Literal["sdpa", "xformers"]
 
 
-class AttentionError(RuntimeError):
+class AttentionError(NasaVideoError, RuntimeError):
     """The chosen kernel cannot do what is asked; the message names one that can."""
 
 
@@ -33,11 +34,31 @@ class TextKeys:
         k, v: (B, N, H, D), after the layer's own projections and key norm.
         bias: (B, 1, 1, N) float32 added to the scores, or None. A key that stands for m equal ones carries log m;
             a key that is not there carries -inf.
+        rounded: the same in the model's half precision, see :func:`shifted_bias`; None rounds ``bias`` as it is.
     """
 
     k: Tensor
     v: Tensor
     bias: Tensor | None = None
+    rounded: Tensor | None = None
+
+    def bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias for a kernel that takes it in ``dtype``."""
+        if self.rounded is not None and self.rounded.dtype == dtype:
+            return self.rounded
+        return None if self.bias is None else self.bias.to(dtype)
+
+
+def shifted_bias(bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A bias that keeps its precision in half precision, as ``dtype``, and the shift (B, 1, 1, 1) float32 it took.
+
+    bfloat16 stores log m with an error of up to 0.016, which would weigh the padding 1.6 % wrongly. A softmax does not
+    change when all scores move by the same amount: moved by that error, log m is stored exactly, and the zeros beside
+    it become small numbers, which bfloat16 stores finely. Scores' log-sum-exp is that of the shifted ones + shift.
+    """
+    rest = torch.nan_to_num(bias - bias.to(dtype).float(), nan=0.0)  # of -inf: nothing
+    shift = rest.sum(dim=-1, keepdim=True)
+    return (bias - shift).to(dtype), shift
 
 
 class Attend(Protocol):
@@ -56,7 +77,7 @@ class SdpaAttend:
     """PyTorch's scaled dot product attention; any device, any dtype."""
 
     def __call__(self, q: Tensor, keys: TextKeys) -> Tensor:
-        bias = None if keys.bias is None else keys.bias.to(q.dtype)
+        bias = keys.bias_in(q.dtype)
         q, k, v = (x.transpose(1, 2) for x in (q, keys.k, keys.v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
@@ -88,16 +109,21 @@ class XformersAttend:
 
     def __call__(self, q: Tensor, keys: TextKeys) -> Tensor:
         self._check(q)
-        out: Tensor = self._xops.memory_efficient_attention(q, keys.k, keys.v, attn_bias=self._bias(q, keys))
+        out: Tensor = self._run(self._xops.memory_efficient_attention, q, keys, keys.bias_in(q.dtype))
         return out
 
     def with_lse(self, q: Tensor, keys: TextKeys) -> tuple[Tensor, Tensor]:
         self._check(q)
-        out, lse = self._xops.memory_efficient_attention_forward_requires_grad(
-            q, keys.k, keys.v, attn_bias=self._bias(q, keys)
-        )
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys.k, keys.v)):
+            raise AttentionError(
+                "xformers gives the log-sum-exp of attention without a gradient, which VSF needs in training; use the "
+                "backend 'sdpa'"
+            )
+        bias, shift = (None, None) if keys.bias is None else shifted_bias(keys.bias, q.dtype)
+        out, lse = self._run(self._xops.memory_efficient_attention_forward_requires_grad, q, keys, bias)
         # Some kernels pad the query axis of the log-sum-exp.
-        return out, lse[:, :, : q.shape[1]].transpose(1, 2).unsqueeze(-1)
+        lse = lse[:, :, : q.shape[1]].transpose(1, 2).unsqueeze(-1).float()
+        return out, lse if shift is None else lse + shift
 
     @staticmethod
     def _check(q: Tensor) -> None:
@@ -105,14 +131,23 @@ class XformersAttend:
             raise AttentionError(f"xformers has no attention kernel for {q.device.type}; use the backend 'sdpa'")
 
     @staticmethod
-    def _bias(q: Tensor, keys: TextKeys) -> Tensor | None:
-        if keys.bias is None:
-            return None
-        batch, queries, heads, _ = q.shape
-        num_keys = keys.k.shape[1]
-        # Its kernels want rows whose stride is a multiple of 8 elements.
-        padded = F.pad(keys.bias.to(q.dtype), (0, -num_keys % 8))
-        return padded.expand(batch, heads, queries, -1)[..., :num_keys]
+    def _run(kernel: Callable[..., Any], q: Tensor, keys: TextKeys, bias: Tensor | None) -> Any:
+        try:
+            return kernel(q, keys.k, keys.v, attn_bias=None if bias is None else _aligned(bias, q))
+        except (NotImplementedError, ValueError) as error:  # its dispatcher found none, or its checks refused the input
+            reason = " ".join(str(error).split())
+            raise AttentionError(
+                f"xformers has no kernel for {q.dtype} with {q.shape[2]} heads of {q.shape[3]} on {q.device}; use the "
+                f"backend 'sdpa' ({reason[:300]})"
+            ) from error
+
+
+def _aligned(bias: Tensor, q: Tensor) -> Tensor:
+    """The bias (B, 1, 1, N) as (B, H, Q, N) in rows whose stride is a multiple of 8 elements, as xformers wants it."""
+    batch, queries, heads, _ = q.shape
+    num_keys = bias.shape[-1]
+    padded = F.pad(bias, (0, -num_keys % 8))
+    return padded.expand(batch, heads, queries, -1)[..., :num_keys]
 
 
 def make_attend(backend: Backend = "sdpa") -> Attend:

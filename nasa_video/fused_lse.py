@@ -15,10 +15,13 @@ def fused_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tupl
     """Output (B, Q, H, D) and log-sum-exp (B, Q, H, 1) float32, or None where PyTorch has no fused kernel for it.
 
     The operators are those that ``scaled_dot_product_attention`` itself dispatches to; it throws the log-sum-exp away.
+    They give it no gradient: None also where one is wanted.
     """
     batch, queries, heads, _ = q.shape
     num_keys = k.shape[1]
     if batch * heads * queries * num_keys <= SMALL_SCORES or q.device.type not in ("cpu", "cuda"):
+        return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return None
     query, key, value = (x.transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu":

@@ -101,7 +101,11 @@ def restore_guidance(stored: StoredGuidance | None) -> Guidance | None:
     settings = dict(stored.settings)
     try:
         if "schedule" in settings:
-            settings["schedule"] = ScaleSchedule(**settings["schedule"])
+            # JSON has no tuples.
+            parts: dict[str, Any] = {
+                key: tuple(v) if isinstance(v, list) else v for key, v in settings["schedule"].items()
+            }
+            settings["schedule"] = ScaleSchedule(**parts)
         return GUIDANCE[stored.method](**settings)
     except (KeyError, TypeError) as error:
         raise InputError(f"the stored guidance {stored.method!r} is unknown to this version: {error}") from error

@@ -13,7 +13,7 @@ from torch import Tensor
 from causvid_adapter import ModelCall
 from nasa_video.attention import Attend, TextKeys
 from nasa_video.errors import InputError
-from nasa_video.guidance import AttentionGuidance, GuidedAttention
+from nasa_video.guidance import AttentionGuidance, GuidedAttention, weakened
 
 
 @dataclass(frozen=True)
@@ -110,34 +110,39 @@ class Steering:
     negatives: Sequence[tuple[PromptKeys, float]] = ()
     call: ModelCall | None = None
     meter: EffectMeter = field(default_factory=EffectMeter)
-    acting: tuple[bool, ...] = field(init=False, default=())
+    methods: tuple[AttentionGuidance | None, ...] = field(init=False, default=())
+    """What guides each layer in the running call: the method with its share of the scale, or None."""
 
     def __setattr__(self, name: str, value: object) -> None:
         # Decided where the state changes, not where it is read: a layer that looked at the step's number would be
         # compiled anew for every step.
         super().__setattr__(name, value)
         if name in ("num_layers", "guidance", "negatives", "call"):
-            super().__setattr__("acting", tuple(self._decide(layer) for layer in range(self.num_layers)))
+            super().__setattr__("methods", self._decide())
 
     def acts(self, layer: int) -> bool:
         """Whether this layer is guided in the running call."""
-        return self.acting[layer]
+        return self.methods[layer] is not None
 
-    def _decide(self, layer: int) -> bool:
-        if self.guidance is None or not self.negatives or not self.guidance.active:
-            return False
-        call = self.call
+    def _decide(self) -> tuple[AttentionGuidance | None, ...]:
+        guidance, call = self.guidance, self.call
+        if guidance is None or not self.negatives or not guidance.active:
+            return (None,) * self.num_layers
         if call is None:
-            return True
-        return self.guidance.schedule.factor(call.step, call.num_steps, call.clean, layer, self.num_layers) > 0
+            return (guidance,) * self.num_layers
+        factors = [
+            guidance.schedule.factor(call.step, call.num_steps, call.clean, layer, self.num_layers)
+            for layer in range(self.num_layers)
+        ]
+        return tuple(weakened(guidance, factor) if factor > 0 else None for factor in factors)
 
     def guide(self, layer: int, q: Tensor, positive: TextKeys) -> Tensor:
         """The layer's attention output, (B, Q, H, D), guided where guidance acts."""
-        if not self.acts(layer):
+        method = self.methods[layer]
+        if method is None:
             return self.attend(q, positive)
-        assert self.guidance is not None
         negatives = [(keys.layers[layer], weight) for keys, weight in self.negatives]
-        guided = self.guidance(q, positive, negatives, self.attend)
+        guided = method(q, positive, negatives, self.attend)
         self.meter.add(guided)
         return guided.z
 

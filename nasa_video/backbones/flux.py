@@ -106,11 +106,11 @@ class GuidedJointAttention:
         self, q: Tensor, positive: TextKeys, negatives: Sequence[tuple[TextKeys, float]], image: TextKeys
     ) -> Tensor:
         steering = self.run.steering
-        if not steering.acts(self.layer):
+        method = steering.methods[self.layer]
+        if method is None or not steering.acts(self.layer):
             return steering.attend(q, join_keys(positive, image))
-        assert steering.guidance is not None
         keys = [(expand_keys(negative, q.shape[0]), weight) for negative, weight in negatives]
-        guided = self.run.formula(steering.guidance, q, positive, keys, image, steering.attend)
+        guided = self.run.formula(method, q, positive, keys, image, steering.attend)
         steering.meter.add(guided)
         return guided.z
 

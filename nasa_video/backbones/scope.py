@@ -103,13 +103,13 @@ class ScopedSteering(Steering):
 
     def guide(self, layer: int, q: Tensor, positive: TextKeys) -> Tensor:
         """The layer's attention output, (B, Q, H, D); every sample of the conditional batch is guided."""
-        if not self.acts(layer):
+        method = self.methods[layer]
+        if method is None or not self.acts(layer):
             return self.attend(q, positive)
-        assert self.guidance is not None
         first = q.shape[0] // 2 if self.doubled else 0
         conditional = slice(first, None)
         negatives = [(expand_keys(keys.layers[layer], q.shape[0] - first), weight) for keys, weight in self.negatives]
-        guided = self.guidance(q[conditional], cut_keys(positive, conditional), negatives, self.attend)
+        guided = method(q[conditional], cut_keys(positive, conditional), negatives, self.attend)
         self.meter.add(guided)
         if not first:
             return guided.z
@@ -139,8 +139,6 @@ def new_steering(guidance: AttentionGuidance, attend: Attend, num_layers: int, m
     """
     if num_layers == 0:
         raise InputError("this model has no text cross-attention, so there is nothing that a negative prompt can guide")
-    schedule = guidance.schedule
     # A call is named only where a schedule needs one: it is read inside compiled layers, which then specialise on it.
-    named = (schedule.first_layer, schedule.last_layer) != (0.0, 1.0)
-    call = ModelCall(chunk=0, step=0, num_steps=1, clean=False) if named else None
+    call = ModelCall(chunk=0, step=0, num_steps=1, clean=False) if guidance.schedule.over_layers else None
     return ScopedSteering(attend, num_layers, guidance, call=call, meter=meter)

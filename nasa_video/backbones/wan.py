@@ -15,7 +15,7 @@ from torch import Tensor
 
 from causvid_adapter.model import IMAGE_MODEL_TEXT_TOKENS
 from causvid_adapter.offload import resident
-from nasa_video.attention import TextKeys, folded_embeds, key_bias
+from nasa_video.attention import TextKeys, folded_embeds, key_bias, shifted_bias
 from nasa_video.steering import PromptKeys, Steering
 from nasa_video.text import TextContext
 
@@ -51,14 +51,16 @@ class GuidedCrossAttention:
         return attn.to_out[1](attn.to_out[0](z.type_as(hidden_states)))  # type: ignore[no-any-return]
 
 
-def project_text(attn: WanAttention, text: Tensor, bias: Tensor | None = None) -> TextKeys:
+def project_text(
+    attn: WanAttention, text: Tensor, bias: Tensor | None = None, rounded: Tensor | None = None
+) -> TextKeys:
     """Keys and values of embedded text (B, N, dim) in one layer, through the layer's own norm of keys."""
     if attn.fused_projections:
         k, v = attn.to_kv(text).chunk(2, dim=-1)
     else:
         k, v = attn.to_k(text), attn.to_v(text)
     k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_k(k), v))
-    return TextKeys(k, v, bias)
+    return TextKeys(k, v, bias, rounded)
 
 
 def project_image(attn: WanAttention, image: Tensor) -> TextKeys:
@@ -84,14 +86,17 @@ def prompt_keys(
     bias = key_bias(context.lengths, context.embeds.shape[1], fold=fold, padding=padding)
     embeds = folded_embeds(context.embeds, context.lengths) if fold else context.embeds
     device, dtype = transformer.device, transformer.dtype
-    bias = None if bias is None else bias.to(device)
+    rounded = None
+    if bias is not None:
+        bias = bias.to(device)
+        rounded, _ = shifted_bias(bias, dtype)
     layers = []
     with torch.no_grad():
         with resident(transformer):
             text = transformer.condition_embedder.text_embedder(embeds.to(device, dtype))
         for block in guided_blocks(transformer):
             with resident(block):
-                layers.append(project_text(block.attn2, text, bias))
+                layers.append(project_text(block.attn2, text, bias, rounded))
     return PromptKeys(tuple(layers))
 
 

@@ -7,17 +7,28 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; errors that a person can mend are one message and exit status 1."""
+    """Run the command line; errors that a person can mend are one message and exit status 1 (2: unknown options)."""
+    try:
+        _run()
+    except KeyboardInterrupt:  # while it starts; a command that was at work has said what it kept
+        sys.exit(130)
+
+
+def _run() -> None:
     _quiet_libraries()
     from nasa_video.cli.app import app
-    from nasa_video.cli.console import fail, is_user_error
+    from nasa_video.cli.console import emit_json, fail, is_user_error, message_of
 
     try:
         app()
+    except SystemExit as stop:
+        if stop.code == 2 and "--json" in sys.argv:
+            emit_json({"error": "these options cannot be used; standard error says which"})
+        raise
     except Exception as error:
         if not is_user_error(error):
             raise
-        fail(str(error))
+        fail(message_of(error))
         sys.exit(1)
 
 

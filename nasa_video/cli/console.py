@@ -16,6 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(stderr=True, highlight=False)
 
 
+def message_of(error: BaseException) -> str:
+    """What an error says, and what was added to it on its way (which frames are kept)."""
+    return "; ".join([str(error), *getattr(error, "__notes__", ())])
+
+
 def fail(message: str) -> None:
     """One error message; in JSON mode also an object with the error, so that a machine sees it too."""
     console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
@@ -44,22 +49,26 @@ def is_user_error(error: BaseException) -> bool:
 
 @contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Show our own warnings as lines, each once, and keep libraries' ones away from people."""
-    with warnings.catch_warnings(record=True) as caught:
+    """Show our own warnings as lines, each once and at once, and keep libraries' ones away from people.
+
+    After Ctrl-C, which says nothing by itself, it says what was kept.
+    """
+    shown: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        text = str(message)
+        if category.__module__.startswith("nasa_video") and text not in shown:
+            shown.add(text)
+            console.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
-        yield_error: BaseException | None = None
+        warnings.showwarning = show  # put back by catch_warnings
         try:
             yield
-        except BaseException as error:
-            yield_error = error
-        shown: set[str] = set()
-        for warning in caught:
-            text = str(warning.message)
-            if warning.category.__module__.startswith("nasa_video") and text not in shown:
-                shown.add(text)
-                console.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
-    if yield_error is not None:
-        raise yield_error
+        except KeyboardInterrupt as error:
+            fail("; ".join(["interrupted", *getattr(error, "__notes__", ())]))
+            raise
 
 
 def chunk_progress() -> Progress:

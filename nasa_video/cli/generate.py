@@ -67,11 +67,19 @@ def generate(
     ] = False,
     guide_steps: Annotated[str, typer.Option(help="Share of the steps that are guided, FIRST:LAST.")] = "0:1",
     guide_layers: Annotated[str, typer.Option(help="Share of the layers that are guided, FIRST:LAST.")] = "0:1",
+    scale_steps: Annotated[
+        str, typer.Option(help="Shares of the scale over the steps, such as 1,0.5,0 (falling).", show_default="1")
+    ] = "",
+    scale_layers: Annotated[
+        str, typer.Option(help="Shares of the scale over the layers, such as 0,1 (rising).", show_default="1")
+    ] = "",
     guide_clean: Annotated[bool, typer.Option(help="Guide the pass that writes the keys for later chunks.")] = True,
     neg_padding: Annotated[
         bool | None, typer.Option(help="Whether the negative's padding takes part; the method's own choice by default.")
     ] = None,
-    fold: Annotated[bool, typer.Option(help="Compute equal padding keys once (exact).")] = True,
+    fold: Annotated[
+        bool | None, typer.Option(help="Compute equal padding keys once (exact).", show_default="fold")
+    ] = None,
     decoder: Annotated[str, typer.Option(help="full, or tiny: a fast decoder for previews.")] = "full",
     attention: Annotated[str, typer.Option(help="sdpa or xformers.")] = "sdpa",
     memory: MemoryOption = None,
@@ -100,6 +108,8 @@ def generate(
     from nasa_video.cli.generation import Request, run
     from nasa_video.start import StoredStart
 
+    if as_json and output == "-":
+        raise typer.BadParameter("the video and the object both want standard output; use -o FILE", param_hint="--json")
     if image is not None and video is not None:
         raise typer.BadParameter("a video starts from one of them", param_hint="--image, --video")
     start = None
@@ -128,6 +138,8 @@ def generate(
         loras=tuple(lora or ()),
         guide_steps=_share(guide_steps, "--guide-steps"),
         guide_layers=_share(guide_layers, "--guide-layers"),
+        scale_steps=_shares(scale_steps, "--scale-steps"),
+        scale_layers=_shares(scale_layers, "--scale-layers"),
         guide_clean=guide_clean,
         neg_padding=neg_padding,
         fold=fold,
@@ -176,3 +188,12 @@ def _share(text: str, option: str) -> tuple[float, float]:
         return float(first), float(last)
     except ValueError:
         raise typer.BadParameter(f"expected FIRST:LAST such as 0:0.5, got {text!r}", param_hint=option) from None
+
+
+def _shares(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(share) for share in text.split(",")) if text else ()
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected numbers with commas such as 1,0.5,0, got {text!r}", param_hint=option
+        ) from None

@@ -42,6 +42,7 @@ from nasa_video.timeline import Cue, CueOf, Timeline, parse_negative
 from nasa_video.video.compare import contact_sheet, side_by_side
 from nasa_video.video.frames import Frames
 from nasa_video.video.metadata import read_metadata
+from nasa_video.video.sheet import save_sheet, sheet_path
 from nasa_video.video.sinks import open_sink
 
 
@@ -70,8 +71,10 @@ class Request:
     guide_steps: tuple[float, float] = (0.0, 1.0)
     guide_layers: tuple[float, float] = (0.0, 1.0)
     guide_clean: bool = True
+    scale_steps: tuple[float, ...] = ()
+    scale_layers: tuple[float, ...] = ()
     neg_padding: bool | None = None
-    fold: bool = True
+    fold: bool | None = None
     attention: str = "sdpa"
     decoder: str = "full"
     resume: bool = False
@@ -111,7 +114,7 @@ def run(
     timeline = given or (stored.timeline if stored else None)
     if request.fps is not None and not (math.isfinite(request.fps) and 0 < request.fps <= 240):
         raise InputError(f"fps must be above 0 and at most 240, got {request.fps}")
-    name = request.model or (given and given.model) or (stored.model if stored else DEFAULT_MODEL)
+    name = str(_first(request.model, given and given.model, stored and stored.model, DEFAULT_MODEL))
     loras = tuple(parse_lora(text) for text in request.loras) or (stored.loras if stored else ())
     if request.compiled not in ("off", "on", "graphs"):
         raise InputError(f"--compile must be off, on or graphs, got {request.compiled!r}")
@@ -121,7 +124,7 @@ def run(
             name,
             request.device,
             attention=cast(Backend, request.attention),
-            fold_padding=request.fold,
+            fold_padding=_fold(request, stored),
             loras=[(Path(lora.path), lora.scale) for lora in loras],
             decoder=cast(DecoderKind, request.decoder),
             placement=placement,
@@ -247,7 +250,7 @@ def _resolve(
         fps=_first(request.fps, stored and stored.fps, preset.video.fps),
         timeline=timeline,
         recompute_window=request.recompute or bool(stored and stored.recompute_window),
-        fold_padding=request.fold,
+        fold_padding=_fold(request, stored),
         compare=request.compare or bool(stored and stored.compare),
         rollout=request.rollout if request.rollout is not None or stored is None else stored.rollout,
         start=request.start or (stored.start if stored else None),
@@ -268,7 +271,9 @@ def _guidance(request: Request, stored: Recipe | None, recipe: Recipe, pipeline:
     else:
         method = request.guidance or (stored.guidance.method if stored and stored.guidance else "nasa")
         guidance = pipeline.guidance(method, request.scale)
-    schedule = ScaleSchedule(*request.guide_steps, *request.guide_layers, request.guide_clean)
+    schedule = ScaleSchedule(
+        *request.guide_steps, *request.guide_layers, request.guide_clean, request.scale_steps, request.scale_layers
+    )
     changes: dict[str, Any] = {}
     if schedule != ScaleSchedule():
         changes["schedule"] = schedule
@@ -289,6 +294,10 @@ def _anything_negative(recipe: Recipe) -> bool:
 
 def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
+
+
+def _fold(request: Request, stored: Recipe | None) -> bool:
+    return bool(_first(request.fold, stored and stored.fold_padding, True))
 
 
 def _without_surrogates(text: str) -> str:
@@ -366,9 +375,9 @@ def _write(
     log: ResumeLog | None,
 ) -> Written:
     sheet: tuple[list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]] = ([], [])
-    sheet_path = None
+    place = None
     if unguided is not None and output != "-":
-        sheet_path = Path(output.rstrip("/")).with_suffix(".png")
+        place = sheet_path(output)
     size = pipeline.preset.sampler.frames_per_chunk
     total = pipeline.check_frames(recipe.frames) // size
     if start is not None and start.prefix is not None:
@@ -399,10 +408,10 @@ def _write(
         if effect is not None:
             sink.metadata["effect"] = dataclasses.asdict(effect)
     seconds = time.perf_counter() - began
-    if sheet_path is not None:
+    if place is not None:
         rows = [("without", np.concatenate(sheet[0])), (_label(recipe), np.concatenate(sheet[1]))]
-        contact_sheet([(f"{recipe.prompt}   |   {label}", frames) for label, frames in rows]).save(sheet_path)
-    return Written(output, sink.num_frames, seconds, effect, str(sheet_path) if sheet_path else None)
+        save_sheet(contact_sheet([(f"{recipe.prompt}   |   {label}", frames) for label, frames in rows]), place)
+    return Written(output, sink.num_frames, seconds, effect, str(place) if place else None)
 
 
 def _guarded(chunks: Iterator[Chunk], recipe: Recipe) -> Iterator[Chunk]:

@@ -118,8 +118,8 @@ def _guided_model(
         raise InputError(
             "a bare model has no text encoder: give its pipeline instead, or encoded negatives (NegativeContext)"
         )
-    if (guidance.schedule.first_step, guidance.schedule.last_step) != (0.0, 1.0):
-        raise InputError("a bare model does not know its step: leave first_step and last_step, or guide its pipeline")
+    if guidance.schedule.over_steps:
+        raise InputError("a bare model does not know its step: leave the schedule's steps alone, or guide its pipeline")
     backbone.steering.doubled = doubled
     backbone.use(encoded)
     with backbone.install():

@@ -68,7 +68,7 @@ class PipelineScope:
                 if self.two_passes and hasattr(denoiser, "cache_context"):
                     model: Any = getattr(denoiser, "_orig_mod", denoiser)
                     stack.enter_context(_attribute(model, "cache_context", self._passes(model.cache_context)))
-                if (self.schedule.first_step, self.schedule.last_step) != (0.0, 1.0):
+                if self.schedule.over_steps:
                     stack.callback(denoiser.register_forward_pre_hook(self._count_step).remove)
             for backbone in self.backbones:
                 stack.enter_context(backbone.install())

@@ -42,6 +42,10 @@ MODEL = ("--model", "{model}")
         (["x", "--neg", "y", "--guide-steps", "0.6:0.7", "--no-guide-clean", *MODEL], "changed nothing"),
         (["x", "--guide-steps", "1:0", "--neg", "y", *MODEL], "first <= last"),
         (["x", "--guide-steps", "half", *MODEL], "FIRST:LAST"),
+        (["x", "--neg", "y", "--scale-steps", "1,half", *MODEL], "numbers with commas such as 1,0.5,0"),
+        (["x", "--neg", "y", "--scale-layers", "1,2", *MODEL], "must be from 0 to 1, got 2"),
+        (["x", "--neg", "y", "--scale-steps", "0", *MODEL], "changed nothing"),
+        (["x", "-o", "-", "--json", *MODEL], "both want standard output"),
         (["x", "--frames", "10", *MODEL], "frames must be 9 + 12k for this model, got 10; use 9 or 21"),
         (["x", "--frames", "0", *MODEL], "use 9 or 21"),
         (["x", "--frames", "-5", *MODEL], "use 9 or 21"),
@@ -73,6 +77,12 @@ def test_machines_get_the_error_as_an_object(nasa_video: Run) -> None:
     done = nasa_video("generate", "x", "--frames", "10", *MODEL, "--json")
     assert done.status == 1
     assert "use 9 or 21" in done.json["error"]
+
+
+def test_machines_are_told_of_options_that_do_not_exist(nasa_video: Run) -> None:
+    done = nasa_video("generate", "x", "--frames", "many", "--json")
+    assert done.status == 2
+    assert "standard error" in done.json["error"]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +189,9 @@ def test_ctrl_c_keeps_what_was_made(model_folder: Path, tmp_path: Path) -> None:
     assert process.returncode not in (0, None)
     assert "Traceback" not in stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.partial.mp4"]
-    assert len(read_frames(tmp_path / "a.partial.mp4")) > 9
+    kept = len(read_frames(tmp_path / "a.partial.mp4"))
+    assert kept > 9
+    assert f"interrupted; {kept} frames made so far are kept in a.partial.mp4" in " ".join(stderr.split())
 
 
 def test_a_killed_ffmpeg_ends_the_run_and_keeps_what_was_made(model_folder: Path, tmp_path: Path) -> None:
@@ -194,6 +206,31 @@ def test_a_killed_ffmpeg_ends_the_run_and_keeps_what_was_made(model_folder: Path
     assert "Traceback" not in stderr
     assert not (tmp_path / "a.mp4").exists()
     assert len(read_frames(tmp_path / "a.partial.mp4")) > 9
+
+
+def test_what_fails_in_the_middle_says_what_is_kept(nasa_video: Run) -> None:
+    Path("t.yaml").write_text("timeline:\n- {at: 0, prompt: a star}\n- {at: 0.7, negatives: [A  star]}\n")
+    done = nasa_video("generate", "--timeline", "t.yaml", *MODEL, "-o", "a.mp4", "--json")
+    assert done.status == 1
+    assert "is the prompt itself" in done.json["error"]
+    assert "9 frames made so far are kept in a.partial.mp4" in done.json["error"]
+    assert len(read_frames("a.partial.mp4")) == 9
+    assert not Path("a.mp4").exists()
+
+
+def test_a_read_only_folder_is_named(nasa_video: Run, tmp_path: Path) -> None:
+    """A read-only mount, since permission bits do not stop root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        for output in ("disk/a.mp4", "disk/frames/"):
+            done = nasa_video("generate", "a star", *MODEL, "-o", output)
+            assert done.status == 1
+            assert "Read-only file system; choose another -o" in " ".join(done.stderr.split())
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_full_disk_midway_keeps_what_was_made(model_folder: Path, small_disk: Path, tmp_path: Path) -> None:

@@ -85,6 +85,52 @@ def test_compare_shows_both_videos_and_a_contact_sheet(nasa_video: Run) -> None:
     assert np.abs(right.astype(int) - guided).mean() < 6
 
 
+def test_a_contact_sheet_does_not_replace_a_picture_of_the_same_name(nasa_video: Run) -> None:
+    Image.new("RGB", (64, 32), (200, 30, 40)).save("c.png")
+    before = Path("c.png").read_bytes()
+    words = ("a star", "--neg", "red", "--compare", "--frames", "9", "--model", "{model}", "-o", "c.mp4", "--json")
+    assert nasa_video("generate", *words).json["contact_sheet"] == "c-sheet.png"
+    assert nasa_video("generate", *words).json["contact_sheet"] == "c-sheet.png"
+    assert Path("c.png").read_bytes() == before
+
+
+def test_a_video_made_without_folding_is_made_again_without_it(nasa_video: Run) -> None:
+    words = ("a star", "--neg", "red", "--frames", "9", "--model", "{model}")
+    nasa_video("generate", *words, "--no-fold", "-o", "a.mp4")
+    nasa_video("generate", "--from", "a.mp4", "-o", "b.mp4")
+    assert read_metadata("b.mp4")["nasa_video"]["fold_padding"] is False
+    assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+    nasa_video("generate", "--from", "a.mp4", "--fold", "-o", "c.mp4")
+    assert read_metadata("c.mp4")["nasa_video"]["fold_padding"] is True
+
+
+def test_the_scale_may_follow_the_steps_and_the_layers(nasa_video: Run) -> None:
+    words = ("a star", "--neg", "red", "--frames", "9", "--model", "{model}", "--json")
+    effects = {}
+    for name, options in {
+        "whole": (),
+        "falling": ("--scale-steps", "1,0"),
+        "rising": ("--scale-layers", "0,1"),
+        "half": ("--scale-steps", "0.5"),
+        "scaled": ("--scale", "0.5"),
+    }.items():
+        done = nasa_video("generate", *words, *options, "-o", f"{name}.mp4")
+        effects[name] = done.json["effect"]["relative_change"]
+    assert effects["half"] == pytest.approx(effects["scaled"]), "the default scale is 1"
+    assert effects["half"] < effects["whole"]
+    # One of two steps and of two layers is guided with the whole scale, the other not at all.
+    assert effects["falling"] != pytest.approx(effects["half"])
+    assert nasa_video("generate", "--from", "rising.mp4", "-o", "again.mp4").status == 0
+    assert Path("again.mp4").read_bytes() == Path("rising.mp4").read_bytes()
+
+
+def test_notes_are_shown_before_the_work_begins(nasa_video: Run) -> None:
+    done = nasa_video("generate", "a red star " * 20, "--model", "{model}", "--frames", "9", "-o", "a.mp4")
+    lines = done.stderr.splitlines()
+    note, finished = (next(i for i, line in enumerate(lines) if text in line) for text in ("cut", "9 frames in"))
+    assert note < finished
+
+
 def test_standard_output_carries_a_playable_stream(model_folder: Path, tmp_path: Path) -> None:
     import subprocess
     import sys

@@ -13,11 +13,14 @@ from nasa_video.attention import (
     SdpaAttend,
     TextKeys,
     XformersAttend,
+    _aligned,
     folded_embeds,
     key_bias,
     make_attend,
+    shifted_bias,
 )
 from nasa_video.errors import InputError
+from nasa_video.guidance import AttentionGuidance, Nag, Nasa, Vsf
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -120,12 +123,144 @@ def test_xformers_on_a_cpu_is_refused_and_never_called(monkeypatch: pytest.Monke
             call(q, TextKeys(k, v))
 
 
+class FakeXformers(ModuleType):
+    """What xformers 0.0.35 does with our calls, in float64: its checks of shape and alignment, its padded log-sum-exp.
+
+    Its checks are those of ``fmha.common.Inputs.validate_inputs`` and ``fmha.cutlass.FwOp.not_supported_reasons``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("xformers.ops")
+        self.biases: list[Tensor | None] = []
+
+    def memory_efficient_attention(self, query: Tensor, key: Tensor, value: Tensor, attn_bias: Tensor | None) -> Tensor:
+        return self._attention(query, key, value, attn_bias)[0]
+
+    def memory_efficient_attention_forward_requires_grad(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = self._attention(query, key, value, attn_bias)
+        padded = torch.nn.functional.pad(lse.squeeze(-1).transpose(1, 2), (0, -query.shape[1] % 32), value=math.inf)
+        return out, padded.float()
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert q.dtype == k.dtype == v.dtype
+        if q.shape[-1] % 8:
+            raise NotImplementedError("No operator found for\n  `memory_efficient_attention_forward`")
+        if bias is not None:
+            if bias.shape != (q.shape[0], q.shape[2], q.shape[1], k.shape[1]):
+                raise ValueError(f"Invalid shape for attention bias: {bias.shape}")
+            if bias.dtype != q.dtype:
+                raise ValueError(f"Invalid dtype for attention bias: {bias.dtype}")
+            alignment = 128 // torch.finfo(bias.dtype).bits
+            if bias.stride(-1) > 1 or any(stride % alignment for stride in bias.stride()[:-1]):
+                raise NotImplementedError(f"attn_bias.stride(-2) % {alignment} != 0")
+        self.biases.append(bias)
+        out, lse = softmax_attention(q, k, v, bias)
+        return out.to(q.dtype), lse
+
+
+@pytest.fixture
+def fake_xformers(monkeypatch: pytest.MonkeyPatch) -> FakeXformers:
+    package, ops = ModuleType("xformers"), FakeXformers()
+    package.ops = ops  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    monkeypatch.setattr(XformersAttend, "_check", staticmethod(lambda q: None))
+    return ops
+
+
+@pytest.mark.parametrize("method", [Nasa(0.8), Nag(3.0), Vsf(1.2)], ids=lambda method: method.name)
+@pytest.mark.parametrize("num_keys", [3, 8, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_guidance_over_xformers_interface_is_guidance_over_sdpa(
+    fake_xformers: FakeXformers, method: AttentionGuidance, num_keys: int, dtype: torch.dtype
+) -> None:
+    q, k, v = (x.to(dtype) for x in random_case(queries=5, keys=num_keys))
+    bias = key_bias(torch.tensor([num_keys - 1, 1]), 40, fold=True, padding=True)
+    positive, negative = TextKeys(k, v, bias), TextKeys(v, k)
+    over_xformers = method(q, positive, [(negative, 0.7)], make_attend("xformers"))
+    over_sdpa = method(q, positive, [(negative, 0.7)], SdpaAttend())
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(over_xformers.z, over_sdpa.z, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(over_xformers.negative_share, over_sdpa.negative_share, rtol=1e-2, atol=1e-3)
+    assert [given is None for given in fake_xformers.biases] == [False, True]
+
+
+def test_what_xformers_cannot_do_is_said_with_the_way_out(fake_xformers: FakeXformers) -> None:
+    attend = make_attend("xformers")
+    q, k, v = (x[..., :5].contiguous() for x in random_case())
+    for call in (attend, attend.with_lse):
+        with pytest.raises(
+            AttentionError, match=r"no kernel for torch.float32 with 3 heads of 5 .*'sdpa' \(No operator"
+        ):
+            call(q, TextKeys(k, v))
+
+
+def test_xformers_loses_no_gradient_of_the_log_sum_exp_in_silence(fake_xformers: FakeXformers) -> None:
+    q, k, v = random_case()
+    attend, keys = make_attend("xformers"), TextKeys(k.requires_grad_(), v)
+    with pytest.raises(AttentionError, match="without a gradient"):
+        attend.with_lse(q, keys)
+    with torch.no_grad():
+        attend.with_lse(q, keys)
+
+
 @pytest.mark.parametrize("num_keys", [3, 8, 9])
 def test_the_bias_for_xformers_has_its_values_and_its_alignment(num_keys: int) -> None:
-    q, k, v = random_case(keys=num_keys)
+    q = random_case(keys=num_keys)[0]
     bias = torch.randn(2, 1, 1, num_keys)
-    aligned = XformersAttend._bias(q, TextKeys(k, v, bias))
-    assert aligned is not None
+    aligned = _aligned(bias, q)
     assert torch.equal(aligned, bias.expand(2, 3, 5, num_keys))
     assert aligned._base is not None
     assert aligned._base.shape[-1] % 8 == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", ["none", "aligned"])
+def test_the_real_xformers_refuses_nothing_but_the_cpu(dtype: torch.dtype, bias: str) -> None:
+    """Where the package is installed: its own checks of our input find no fault but the device."""
+    cutlass = pytest.importorskip("xformers.ops.fmha.cutlass")
+    common = pytest.importorskip("xformers.ops.fmha.common")
+    q, k, v = (x.to(dtype) for x in random_case(keys=9))
+    scores = None if bias == "none" else _aligned(torch.zeros(2, 1, 1, 9, dtype=dtype), q)
+    inputs = common.Inputs(q, k, v, scores)
+    inputs.validate_inputs()
+    reasons = cutlass.FwOp.not_supported_reasons(inputs)
+    assert any("device=cpu" in reason for reason in reasons)
+    assert [reason for reason in reasons if "device=cpu" not in reason and "bf16 is only" not in reason] == []
+
+
+@pytest.mark.parametrize("real", [4, 20, 77])
+def test_folding_in_half_precision_is_as_exact_as_padding(real: int) -> None:
+    generator = torch.Generator().manual_seed(real)
+    q, k, v, pad_k, pad_v = (
+        (size * torch.randn(1, n, 4, 64, generator=generator)).bfloat16()
+        for n, size in ((64, 2.0), (real, 1.0), (real, 1.0), (1, 0.3), (1, 0.3))
+    )
+    padded = [torch.cat([x, pad.expand(-1, 512 - real, -1, -1)], dim=1) for x, pad in ((k, pad_k), (v, pad_v))]
+    exact, _ = softmax_attention(q, *padded)
+    bias = key_bias(torch.tensor([real]), 512, fold=True, padding=True)
+    assert bias is not None
+    rounded, shift = shifted_bias(bias, torch.bfloat16)
+    folded = TextKeys(torch.cat([k, pad_k], dim=1), torch.cat([v, pad_v], dim=1), bias, rounded)
+
+    def error(out: Tensor) -> float:
+        return float((out.double() - exact).norm() / exact.norm())
+
+    assert error(SdpaAttend()(q, folded)) <= error(SdpaAttend()(q, TextKeys(*padded)))
+    weights = (rounded.double() + shift.double()).exp().flatten()
+    torch.testing.assert_close(float(weights[-1]), 512.0 - real, rtol=2e-4, atol=0)
+    torch.testing.assert_close(weights[:-1], torch.ones(real, dtype=torch.double), rtol=2e-4, atol=0)
+
+
+def test_a_gradient_is_wanted_and_no_fused_kernel_loses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = random_case(queries=6)
+    expected = [x.clone().requires_grad_() for x in (q, k, v)]
+    softmax_attention(*expected)[1].sum().backward()  # type: ignore[misc]
+    monkeypatch.setattr("nasa_video.fused_lse.SMALL_SCORES", 0)
+    q.requires_grad_()
+    k.requires_grad_()
+    SdpaAttend().with_lse(q, TextKeys(k, v))[1].sum().backward()
+    torch.testing.assert_close(q.grad, expected[0].grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(k.grad, expected[1].grad, rtol=1e-4, atol=1e-6)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from causvid_adapter import ModelCall
 from nasa_video.attention import SdpaAttend, TextKeys
 from nasa_video.errors import InputError
 from nasa_video.guidance import (
@@ -25,6 +26,7 @@ from nasa_video.guidance import (
     nasa,
     shares,
     vsf,
+    weakened,
 )
 from nasa_video.steering import EffectMeter, PromptKeys, Steering, check_negative
 
@@ -216,6 +218,55 @@ def test_the_first_quarter_of_four_steps_is_the_first_and_the_clean_pass_has_its
     assert [first.factor(step, 4, False, 0, 2) for step in range(4)] == [1, 0, 0, 0]
     assert first.factor(4, 4, True, 0, 2) == 1
     assert ScaleSchedule(clean_pass=False).factor(4, 4, True, 0, 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [((), [1, 1, 1, 1, 1]), ((0.5,), [0.5] * 5), ((1, 0), [1, 0.75, 0.5, 0.25, 0]), ((0, 1, 0), [0, 0.5, 1, 0.5, 0])],
+)
+def test_shares_of_the_scale_lie_on_a_line_between_its_points(shares: tuple[float, ...], expected: list[float]) -> None:
+    over_steps, over_layers = ScaleSchedule(step_scales=shares), ScaleSchedule(layer_scales=shares)
+    assert [over_steps.factor(step, 5, False, 0, 3) for step in range(5)] == pytest.approx(expected)
+    assert [over_layers.factor(0, 3, False, layer, 5) for layer in range(5)] == pytest.approx(expected)
+    assert over_steps.factor(5, 5, True, 0, 3) == expected[-1], "the clean pass has the last step's share"
+    assert over_steps.factor(0, 1, False, 0, 1) == expected[0]
+    assert (over_steps.over_steps, over_steps.over_layers) == (bool(shares), False)
+    assert (over_layers.over_steps, over_layers.over_layers) == (False, bool(shares))
+
+
+def test_shares_of_step_and_layer_are_multiplied_and_bounded() -> None:
+    both = ScaleSchedule(step_scales=(1, 0), layer_scales=(0, 1), last_layer=0.7)
+    assert both.factor(1, 3, False, 1, 3) == pytest.approx(0.25)
+    assert both.factor(0, 3, False, 2, 3) == 0
+    for share in (-0.1, 1.1, math.nan):
+        with pytest.raises(InputError, match="from 0 to 1"):
+            ScaleSchedule(step_scales=(1, share))
+
+
+@pytest.mark.parametrize("method", [Nasa(0.8), Nag(5.0), Vsf(1.2)], ids=lambda method: method.name)
+def test_a_share_of_a_method_lies_between_nothing_and_the_whole(method: AttentionGuidance) -> None:
+    q, positive, negative = branches()[0], keys_of(4, 1), [(keys_of(3, 2), 1.0)]
+    assert weakened(method, 1.0) is method
+    whole, half, none = (weakened(method, share)(q, positive, negative, SdpaAttend()) for share in (1.0, 0.5, 0.0))
+    assert not weakened(method, 0.0).active
+    change = [(guided.z - guided.z_pos).norm() for guided in (none, half, whole)]
+    assert change[1] < change[2]
+    if method.name != "vsf":  # whose gate takes from the positive branch at any scale
+        assert change[0] < 1e-6
+
+
+def test_steering_follows_the_shares_of_steps_and_layers() -> None:
+    negative = [(PromptKeys((keys_of(3, 2),) * 3), 1.0)]
+    schedule = ScaleSchedule(step_scales=(1, 0), layer_scales=(0, 1))
+    steering = Steering(SdpaAttend(), 3, Nasa(0.8, schedule=schedule), None, negative)
+    steering.call = ModelCall(chunk=0, step=1, num_steps=3, clean=False)
+    scales = [None if method is None else method.scale for method in steering.methods]  # type: ignore[attr-defined]
+    assert scales == [None, pytest.approx(0.2), pytest.approx(0.4)]
+    q, positive = branches()[0], keys_of(4, 1)
+    expected = Nasa(0.4)(q, positive, [(keys_of(3, 2), 1.0)], SdpaAttend()).z
+    torch.testing.assert_close(steering.guide(2, q, positive), expected)
+    steering.call = ModelCall(chunk=0, step=3, num_steps=3, clean=True)
+    assert not any(steering.acts(layer) for layer in range(3))
 
 
 def test_steering_acts_only_with_a_method_that_does_and_a_negative() -> None:

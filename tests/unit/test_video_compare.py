@@ -1,10 +1,15 @@
 """Side by side and contact sheets."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 from test_video_frames import make_clip
 
+from nasa_video.errors import OutputError
 from nasa_video.video.compare import contact_sheet, side_by_side
+from nasa_video.video.sheet import save_sheet, sheet_path
 
 
 def test_side_by_side_keeps_every_pixel() -> None:
@@ -82,3 +87,27 @@ def test_small_and_large_frames_get_a_size_to_look_at() -> None:
     assert contact_sheet([("small", make_clip(2, 16, 16))], 4).width > 4 * 144
     assert contact_sheet([("large", make_clip(2, 480, 832))], 4).width < 4 * 400
     assert contact_sheet([("x" * 10_000, make_clip(2))], 2).width < 600
+
+
+def test_a_sheet_replaces_an_older_sheet_and_nothing_else(tmp_path: Path) -> None:
+    output = str(tmp_path / "ball.mp4")
+    sheet = contact_sheet([("a", make_clip(2))], 2)
+    assert sheet_path(output) == tmp_path / "ball.png"
+    save_sheet(sheet, sheet_path(output))
+    assert sheet_path(output) == tmp_path / "ball.png", "ours may be written again"
+    Image.new("RGB", (8, 8)).save(tmp_path / "ball.png")
+    assert sheet_path(output) == tmp_path / "ball-sheet.png"
+    (tmp_path / "ball-sheet.png").write_text("no picture")
+    assert sheet_path(output) == tmp_path / "ball-sheet-2.png"
+    assert sheet_path(f"{tmp_path}/v1.5/") == tmp_path / "v1.5.png"
+
+
+def test_a_sheet_that_cannot_be_written_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Image.Image, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OutputError, match=r"video is finished, but its contact sheet .* No space left"):
+        save_sheet(contact_sheet([("a", make_clip(2))], 2), tmp_path / "ball.png")
+    assert list(tmp_path.iterdir()) == []
