@@ -112,7 +112,7 @@ FORMATS = {
     ),
     ".webm": Format(
         codec=lambda crf, key: [*_VP9, "-lag-in-frames", "0", "-auto-alt-ref", "0", "-crf", str(crf), "-g", str(key)],
-        convert=_copy_to("-f", "webm"),
+        convert=_copy_to("-fflags", "+bitexact", "-f", "webm"),  # without it: a random identifier in each file
         default_crf=20,
     ),
     # Browsers show a GIF whose frames last less than 2/100 s at 10 frames a second.

@@ -239,3 +239,11 @@ def test_nothing_leaks(tmp_path: Path) -> None:
     assert census() == before
     assert set(Path(os.environ.get("TMPDIR", "/tmp")).glob("nasa-video-*")) <= temporary
     assert len(os.listdir(tmp_path)) == 20
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif"])
+def test_the_same_frames_and_metadata_are_the_same_file(tmp_path: Path, suffix: str) -> None:
+    for name in "ab":
+        with FfmpegSink(tmp_path / f"{name}{suffix}", 12, {"prompt": "a ball"}) as sink:
+            sink.write(make_clip(20))
+    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
