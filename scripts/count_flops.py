@@ -9,20 +9,19 @@ addition are two operations.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel
-from torch import Tensor
+from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
+from true_sizes import SUBJECTS, Subject, randn
 
 from nasa_video.attention import SdpaAttend
 from nasa_video.backbones.joint import JointFormula, NegativeMass, PositiveMass, WholeOutput
-from nasa_video.backbones.scope import NegativeContext
-from nasa_video.bench.flops import ChunkLoop, WanSizes, mean_chunk_flops, prompt_flops
+from nasa_video.bench.flops import ChunkLoop, WanSizes, mean_chunk_flops, pass_flops, prompt_flops, text_flops
 from nasa_video.guidance import Guidance, Nag, Nasa, Vsf
 from nasa_video.integration.guided import guided, make_backbone
 from nasa_video.models import find_preset
@@ -30,16 +29,6 @@ from nasa_video.steering import EffectMeter
 
 PAPER = 1.89
 """Per cent, arXiv 2412.02687."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One model at its true size: how it is made, called with a batch, and what a negative is for it."""
-
-    name: str
-    make: Callable[[], Any]
-    call: Callable[[Any, int], Any]
-    negative: NegativeContext
 
 
 @dataclass(frozen=True)
@@ -51,84 +40,6 @@ class Row:
     keys: int
 
 
-def randn(*shape: int) -> Tensor:
-    """An empty tensor of that shape."""
-    return torch.empty(*shape, device="meta")
-
-
-def negative(tokens: int, dim: int, pooled: int | None = None, *, masked: bool = False) -> NegativeContext:
-    """A negative prompt padded to ``tokens``."""
-    mask = torch.ones(1, tokens, dtype=torch.bool, device="meta") if masked else None
-    return NegativeContext(randn(1, tokens, dim), mask, None if pooled is None else randn(1, pooled))
-
-
-def pixart() -> PixArtTransformer2DModel:
-    """PixArt-XL-2-512x512."""
-    return PixArtTransformer2DModel(
-        num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28,
-        cross_attention_dim=1152, caption_channels=4096, sample_size=64, patch_size=2,
-    )  # fmt: skip
-
-
-def sd(cross: int, heads: int | tuple[int, ...], linear: bool) -> UNet2DConditionModel:
-    """Stable Diffusion 1.5 or 2.1."""
-    return UNet2DConditionModel(
-        sample_size=64, cross_attention_dim=cross, attention_head_dim=heads, use_linear_projection=linear
-    )
-
-
-def sdxl() -> UNet2DConditionModel:
-    """SDXL base."""
-    return UNet2DConditionModel(
-        sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )  # fmt: skip
-
-
-def call_pixart(tokens: int) -> Callable[[Any, int], Any]:
-    """One step on 512 x 512."""
-
-    def call(model: Any, batch: int) -> Any:
-        mask, time = torch.ones(batch, tokens, device="meta"), randn(batch)
-        extra = {"resolution": None, "aspect_ratio": None}
-        return model(randn(batch, 4, 64, 64), randn(batch, tokens, 4096), time, extra, encoder_attention_mask=mask)
-
-    return call
-
-
-def call_unet(latent: int, dim: int) -> Callable[[Any, int], Any]:
-    """One step with CLIP's 77 tokens."""
-
-    def call(model: Any, batch: int) -> Any:
-        added = {"text_embeds": randn(batch, 1280), "time_ids": randn(batch, 6)} if dim == 2048 else None
-        return model(randn(batch, 4, latent, latent), randn(batch), randn(batch, 77, dim), added_cond_kwargs=added)
-
-    return call
-
-
-def call_flux(model: Any, batch: int) -> Any:
-    """One step on 1024 x 1024 with 256 text tokens."""
-    return model(
-        hidden_states=randn(batch, 4096, 64),
-        encoder_hidden_states=randn(batch, 256, 4096),
-        pooled_projections=randn(batch, 768),
-        timestep=randn(batch),
-        img_ids=randn(4096, 3),
-        txt_ids=randn(256, 3),
-    )
-
-
-SUBJECTS = [
-    Subject("PixArt-alpha 512", pixart, call_pixart(120), negative(120, 4096, masked=True)),
-    Subject("SD 1.5, 512", lambda: sd(768, 8, False), call_unet(64, 768), negative(77, 768)),
-    Subject("SD 2.1, 512", lambda: sd(1024, (5, 10, 20, 20), True), call_unet(64, 1024), negative(77, 1024)),
-    Subject("SDXL 1024", sdxl, call_unet(128, 2048), negative(77, 2048)),
-    Subject("FLUX.1-schnell 1024", FluxTransformer2DModel, call_flux, negative(256, 4096, 768)),
-]
 METHODS: dict[str, Guidance] = {"NASA": Nasa(0.5), "NAG": Nag(), "VSF": Vsf(negative_padding=True)}
 FORMULAS: dict[str, JointFormula] = {"F1": WholeOutput(), "F2": NegativeMass(), "F3": PositiveMass()}
 
@@ -210,6 +121,53 @@ def wan_table() -> list[str]:
     return lines
 
 
+WAN_FRAMES, WAN_TEXT, WAN_NEGATIVE = 21, 512, 11
+"""Latent frames of 81; text tokens of the public model; 10 real tokens of a negative and one for its padding."""
+
+
+def wan_config(size: str) -> dict[str, Any]:
+    """Config of Wan 2.1 1.3B or 14B, text to video."""
+    config = find_preset("causvid").components.config
+    assert config is not None
+    large = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+    return {**config, **(large if size == "14B" else {})}
+
+
+def count_wan(config: Mapping[str, Any]) -> int:
+    """One unguided step of diffusers' own model on 81 frames of 832 x 480, by torch's counter."""
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**config).requires_grad_(False)
+        latents = randn(1, config["in_channels"], WAN_FRAMES, 60, 104)
+        return counted(lambda: model(latents, randn(1), randn(1, WAN_TEXT, config["text_dim"])))
+
+
+def bidirectional_table() -> list[str]:
+    """Markdown rows of the bidirectional Wan 2.1, a step; the formula is held against the counter first."""
+    lines = [
+        "| Wan 2.1, bidirectional, 81 frames of 832 x 480, a step | none, TFLOP | NASA, folded | NAG, folded "
+        "| VSF, no padding | CFG | NASA, padded, keys every step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for size in ("1.3B", "14B"):
+        config = wan_config(size)
+        sizes = WanSizes.of(config)
+        tokens = WAN_FRAMES * sizes.tokens_per_frame(60, 104)
+        keys = prompt_flops(sizes, WAN_TEXT)  # diffusers' loop makes the prompt's keys anew at every step
+        own = keys - text_flops(sizes, 1)  # which a pass counts with one token
+
+        def step(*negative: int, sizes: WanSizes = sizes, tokens: int = tokens, own: int = own) -> int:
+            return pass_flops(sizes, tokens, tokens, (WAN_TEXT, *negative)) + own
+
+        plain = step()
+        seen = count_wan(config)
+        if abs(seen - plain) > 1e-3 * seen:
+            raise RuntimeError(f"Wan {size}: {plain:,} operations by formula, {seen:,} by the counter")
+        cells = [per_cent(step(number), plain) for number in (WAN_NEGATIVE, WAN_NEGATIVE, WAN_NEGATIVE - 1)]
+        cells += [per_cent(2 * plain, plain), per_cent(step(WAN_TEXT) + keys, plain)]
+        lines.append(f"| {size} | {plain / 1e12:.2f} | {' | '.join(cells)} |")
+    return lines
+
+
 def flux_table(row: Row) -> list[str]:
     """The joint formulas."""
     lines = ["| NASA on FLUX.1-schnell | cost |", "|---|---|"]
@@ -231,14 +189,27 @@ def length_table(row: Row, tokens: int) -> list[str]:
     return lines
 
 
+def explained(rows: Mapping[str, Row]) -> dict[str, str]:
+    """The counted figures that the explanations name."""
+    named = {"pixart": "PixArt-alpha 512", "sd15": "SD 1.5, 512", "sd21": "SD 2.1, 512", "sdxl": "SDXL 1024"}
+    flux = rows["FLUX.1-schnell 1024"]
+    figures = {f"f{i}": per_cent(flux.methods[f"NASA F{i}"], flux.plain) for i in (1, 3)}
+    for name, title in named.items():
+        row = rows[title]
+        figures[name] = per_cent(row.methods["NASA"], row.plain)
+        figures[f"{name}_every"] = per_cent(row.methods["NASA"] + row.keys, row.plain)
+        figures[f"{name}_plain"] = f"{row.plain / 1e9:,.0f}"
+    return figures
+
+
 TEXT = """# What guidance costs, in FLOPs
 
 Written by `python scripts/count_flops.py`. Image models are counted by torch's `FlopCounterMode` on the meta
 device, at their true size, batch 1, with our own guidance installed; Wan by the formulas of
-`nasa_video/bench/flops.py`, which tests hold against the same counter. A multiplication and an addition are two
-operations. Only matrix products and convolutions count: norms, softmax and the guidance formulas themselves are
-linear in the width and left out, as everywhere. Text encoders and the VAE are left out; they are the same for
-every method but for the encoding of one more prompt.
+`nasa_video/bench/flops.py`, which tests (and, for the bidirectional model, this script) hold against the same
+counter. A multiplication and an addition are two operations. Only matrix products and convolutions count: norms,
+softmax and the guidance formulas themselves are linear in the width and left out, as everywhere. Text encoders and
+the VAE are left out; they are the same for every method but for the encoding of one more prompt.
 
 The paper (arXiv 2412.02687) reports **+{paper} %** for NASA and +100 % for CFG.
 
@@ -253,20 +224,20 @@ first picture, and does on every further one.
 Why these are not {paper} %:
 
 - **NASA, NAG and VSF cost the same here.** All three are one more attention over the text, 4 S N dim in a layer
-  (S image tokens, N text tokens): PixArt 28 x 4 x 1024 x 120 x 1152 = 15.9 GFLOP of 1,236. They differ in what
-  is done with the two outputs, which is not counted.
-- **SD 1.5 and 2.1 are lower (0.4 %; 0.8 to 0.9 % with keys every step).** Most of a UNet is convolutions and
-  the self-attention of 4,096 tokens, and CLIP has 77 tokens.
-- **SDXL is as low (0.5 %)**, although its layers are many: its text attention sits where the picture has 4,096
+  (S image tokens, N text tokens): PixArt 28 x 4 x 1024 x 120 x 1152 = 15.9 GFLOP of {pixart_plain}. They differ
+  in what is done with the two outputs, which is not counted.
+- **SD 1.5 and 2.1 are lower ({sd15} and {sd21}; {sd15_every} and {sd21_every} with keys every step).** Most of a
+  UNet is convolutions and the self-attention of 4,096 tokens, and CLIP has 77 tokens.
+- **SDXL is as low ({sdxl})**, although its layers are many: its text attention sits where the picture has 4,096
   and 1,024 tokens, and its 70 layers project keys from 2,048 wide text, which is why keys every step cost more
-  (1.3 %).
+  ({sdxl_every}).
 - **PixArt is the nearest**, and depends on the length of its text, as published by its pipeline 120:
 
 {lengths}
 
 - We have not read which model and text length the paper's figure is for. Its own way of counting (keys in every
-  call) gives 0.8 to 2.8 % over the backbones of the paper; PixArt with a text of 77 to 80 tokens would be at it.
-  The figure is thus confirmed in size, not in its second digit.
+  call) gives {sd15_every} (SD 1.5) to {pixart_every} (PixArt at 120 tokens); PixArt with a text of 77 to 80 tokens
+  would be at it. The figure is thus confirmed in size, not in its second digit.
 - **CFG is +100 %** by construction: the denoiser runs twice.
 
 ## FLUX: joint attention
@@ -275,9 +246,9 @@ Why these are not {paper} %:
 
 FLUX has no cross-attention, and here guidance is not cheap: the negative has a text stream of its own (256
 tokens beside 4,096 of the image) through every block, with its projections, MLPs and its own queries over the
-whole picture. That alone is about 6 %. F2 and F3 add only Q_image x K_text-, since the image's part of the
+whole picture: nearly all of F3's {f3}. F2 and F3 add only Q_image x K_text-, since the image's part of the
 softmax is shared. F1 (and NAG, which is published that way) computes a second attention of the image over
-[negative text; image], hence +24 %. VSF appends the negative's keys to the one softmax. NAG's public code runs
+[negative text; image], hence {f1}. VSF appends the negative's keys to the one softmax. NAG's public code runs
 the single blocks' whole sequence twice, and its authors report +87 % of time.
 
 ## Wan 2.1 1.3B, causal, 832 x 480, a chunk of three latent frames
@@ -288,6 +259,15 @@ Mean over 7 chunks, each its steps and the clean pass, keys of prompts made once
 and 10 in the negative. Wan attends to all 512 padded tokens. Padded keys are equal, so that m of them act like
 one whose score carries log m: folded, the guided model costs less than the public unguided one. The positive
 prompt is folded too; that is where the gain comes from.
+
+## Wan 2.1, bidirectional, in diffusers' own pipelines
+
+{bidirectional}
+
+`guided(pipe, ...)` leaves the positive prompt to the pipeline, which makes its keys anew at every step; the negative's
+are made once, folded, outside the steps. Far below {paper} %: a step is mostly the self-attention of 32,760 tokens,
+and a folded negative has {short} keys. Unlike in our own chunk loop there is no gain, since the positive prompt's
+padding stays. The last column is NASA as published, on the padded negative.
 """
 
 
@@ -298,11 +278,14 @@ def main() -> None:
     options = parser.parse_args()
     table, rows = image_table()
     text = TEXT.format(
+        **explained(rows),
         paper=PAPER,
+        short=WAN_NEGATIVE,
         images="\n".join(table),
         lengths="\n".join(f"  {line}" for line in length_table(rows["PixArt-alpha 512"], 120)),
         flux="\n".join(flux_table(rows["FLUX.1-schnell 1024"])),
         wan="\n".join(wan_table()),
+        bidirectional="\n".join(bidirectional_table()),
     )
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(text)
