@@ -63,11 +63,6 @@ class FfmpegSink(BaseSink):
         self._temporary: list[Path] = []
         self._new_file().unlink()  # Fails now for a name that the file system does not take.
 
-    @property
-    def partial_path(self) -> Path:
-        """Where an aborted video is kept, in the same folder."""
-        return self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
-
     def _write(self, frames: Frames) -> None:
         if self._capture is None:
             self._capture = self._new_capture()
@@ -96,21 +91,23 @@ class FfmpegSink(BaseSink):
             return self._keep(capture) if self.num_frames else None
         except BaseException:  # A second Ctrl-C: what is on disk stays, as it is.
             if self._capture.path.exists():
-                _rename(self._capture.path, self._kept_capture)
+                _rename(self._capture.path, self._partial_path(".mp4"))
             raise
         finally:
             self._capture.close()
             self._clean_up()
 
-    @property
-    def _kept_capture(self) -> Path:
-        return self.partial_path.with_suffix(".mp4")
+    def _partial_path(self, suffix: str) -> Path:
+        """Where an aborted video is kept, in the same folder; what an earlier run left there stays."""
+        names = (f"{self.path.stem}.partial{number if number > 1 else ''}{suffix}" for number in count(1))
+        return next(path for name in names if not (path := self.path.with_name(name)).exists())
 
     def _keep(self, capture: Path) -> Path:
         with contextlib.suppress(OutputError):
-            return self._convert(capture, self.partial_path)
-        _rename(capture, self._kept_capture)
-        return self._kept_capture
+            return self._convert(capture, self._partial_path(self.path.suffix))
+        kept = self._partial_path(".mp4")
+        _rename(capture, kept)
+        return kept
 
     def _append(self, pending: list[bytes]) -> tuple[Path, int]:
         """A capture with the frames that a dead ffmpeg did not write as well, and the number of its frames."""

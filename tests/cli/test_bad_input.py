@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from nasa_video.models import video_presets
 from nasa_video.video.source import read_frames
 
 Run = Callable[..., Any]
@@ -164,6 +165,17 @@ def test_an_unknown_preset_key_is_an_error(nasa_video: Run, model_folder: Path, 
     done = nasa_video("generate", "x", "--model", "p.yaml")
     assert done.status == 1
     assert "colour" in done.stderr
+
+
+def test_missing_weights_of_the_shipped_model_say_how_to_train_them(
+    nasa_video: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert video_presets()["sprites"].present
+    monkeypatch.setattr("nasa_video.models.package_root", lambda: Path("/nonexistent"))
+    done = nasa_video("generate", "a red ball", "-o", "a.mp4")
+    assert done.status == 1
+    assert "is missing; train it with: python scripts/train_sprites.py" in " ".join(done.stderr.split())
+    assert (Path(__file__).parents[2] / "scripts" / "train_sprites.py").is_file()
 
 
 def _start(model_folder: Path, folder: Path, *options: str) -> subprocess.Popen[str]:

@@ -131,6 +131,21 @@ def test_notes_are_shown_before_the_work_begins(nasa_video: Run) -> None:
     assert note < finished
 
 
+def test_a_seed_is_one_video_whatever_the_sink(nasa_video: Run) -> None:
+    words = ("a star", "--neg", "red", "--seed", "3", "--frames", "21", "--model", "{model}")
+    for output in ("png/", "again/", "a.mp4", "a.webm"):
+        assert nasa_video("generate", *words, "-o", output).status == 0
+    exact, again = (
+        np.stack([np.asarray(Image.open(path)) for path in sorted(Path(name).glob("*.png"))])
+        for name in ("png", "again")
+    )
+    assert np.array_equal(exact, again)
+    for name in ("a.mp4", "a.webm"):
+        frames = read_frames(name)
+        assert frames.shape == exact.shape
+        assert np.abs(frames.astype(int) - exact).mean() < 6, "no more than the encoder's loss"
+
+
 def test_standard_output_carries_a_playable_stream(model_folder: Path, tmp_path: Path) -> None:
     import subprocess
     import sys

@@ -13,7 +13,7 @@ from torch import Tensor
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise
 from nasa_video.attention import SdpaAttend
 from nasa_video.backbones.wan import install, prompt_keys
-from nasa_video.guidance import AttentionGuidance, Nag, Nasa, Vsf
+from nasa_video.guidance import AttentionGuidance, Nag, Nasa, ScaleSchedule, Vsf
 from nasa_video.steering import Steering
 from nasa_video.text import TextContext
 
@@ -72,6 +72,20 @@ def test_a_rollout_in_whole_graphs_is_the_rollout_and_stops_compiling_when_the_w
     graphs = counter.frame_count
     stream(model, steering, 8)
     assert counter.frame_count <= graphs + 1
+
+
+def test_a_scale_that_follows_steps_and_layers_is_itself_in_whole_graphs(
+    new_wan: NewWan, new_context: NewContext
+) -> None:
+    model = CausalWan(new_wan())
+    schedule = ScaleSchedule(step_scales=(1, 0.5), layer_scales=(0.5, 1))
+    steering = steering_of(model.transformer, Nasa(0.7, schedule=schedule), new_context)
+    expected = stream(model, steering, 2)
+    steering.guidance = Nasa(0.7)
+    assert not torch.allclose(stream(model, steering, 2), expected, atol=1e-3)
+    steering.guidance = Nasa(0.7, schedule=schedule)
+    compiled(model)
+    assert torch.allclose(stream(model, steering, 2), expected, atol=1e-5)
 
 
 def test_a_guided_block_compiles_without_a_graph_break(new_wan: NewWan, new_context: NewContext) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise
 from nasa_video import memory
-from nasa_video.attention import Attend, SdpaAttend, TextKeys, make_attend
+from nasa_video.attention import Attend, Backend, SdpaAttend, TextKeys, key_bias, make_attend, shifted_bias
 from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.bench import BenchSettings, bench
 from nasa_video.fused_lse import SMALL_SCORES
@@ -92,6 +92,33 @@ def test_scores_too_large_to_be_formed_have_the_same_log_sum_exp(distance: Dista
     out, lse = SdpaAttend().with_lse(q, keys)
     assert distance(out, expected) < 1e-5
     assert distance(lse, expected_lse) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "xformers"])
+@pytest.mark.parametrize("real", [4, 20, 77])
+def test_folding_in_half_precision_is_as_exact_as_padding(real: int, backend: Backend) -> None:
+    if backend == "xformers":
+        pytest.importorskip("xformers.ops")
+    attend, q = make_attend(backend), 2 * queries_of(130, torch.bfloat16, batch=1)
+    keys, padding = (keys_of(n, "none", torch.bfloat16, batch=1) for n in (real, 1))
+    padded = TextKeys(
+        *(
+            torch.cat([own, 0.3 * pad.expand(-1, 512 - real, -1, -1)], dim=1)
+            for own, pad in ((keys.k, padding.k), (keys.v, padding.v))
+        )
+    )
+    expected, expected_lse = exact(q, padded)
+    bias = key_bias(torch.tensor([real]), 512, fold=True, padding=True)
+    assert bias is not None
+    rounded, _ = shifted_bias(bias.to("cuda"), torch.bfloat16)
+    folded = TextKeys(padded.k[:, : real + 1], padded.v[:, : real + 1], bias.to("cuda"), rounded)
+
+    def error(out: Tensor) -> float:
+        return float((out.double() - expected).norm() / expected.norm())
+
+    assert error(attend(q, folded)) <= 1.2 * error(attend(q, padded))
+    _, lse = attend.with_lse(q, folded)
+    assert float((lse.double() - expected_lse).abs().max()) < 5e-3
 
 
 def rollout(

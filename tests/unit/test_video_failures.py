@@ -50,6 +50,15 @@ def test_gif_is_kept_as_gif(tmp_path: Path) -> None:
     assert ffmpeg.count_frames(tmp_path / "a.partial.gif") == 5
 
 
+def test_what_an_earlier_run_left_is_not_replaced(tmp_path: Path) -> None:
+    for length in (5, 3):
+        sink = FfmpegSink(tmp_path / "a.webm", 16)
+        sink.write(make_clip(length))
+        sink.abort()
+    assert sorted(os.listdir(tmp_path)) == ["a.partial.webm", "a.partial2.webm"]
+    assert [ffmpeg.count_frames(tmp_path / f"a.partial{number}.webm") for number in ("", "2")] == [5, 3]
+
+
 def test_nothing_made_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), FfmpegSink(tmp_path / "a.mp4", 16):
         raise KeyboardInterrupt
