@@ -114,6 +114,7 @@ class CausalWan(nn.Module):
         """
         if latents.ndim != 5:
             raise ShapeError(f"latents must be (B, T, C, H, W), got {tuple(latents.shape)}")
+        latents = latents.to(self.device)  # given ones of a long video wait in the host's memory
         frames, _, height, width = latents.shape[1:]
         rows, columns = self._token_grid(height, width)
         tokens = frames * rows * columns

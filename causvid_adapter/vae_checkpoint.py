@@ -13,8 +13,8 @@ from causvid_adapter.checkpoint import describe, read_state_dict, unwrap
 from causvid_adapter.errors import CheckpointError
 
 
-def load_vae(path: Path) -> AutoencoderKLWan:
-    """The autoencoder in float32, on the CPU, not trainable.
+def load_vae(path: Path, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
+    """The autoencoder on the CPU, not trainable.
 
     A file's sizes are read off its weights; what weights do not show (the order of the stages, the latents' mean and
     deviation) is Wan 2.1's.
@@ -24,7 +24,7 @@ def load_vae(path: Path) -> AutoencoderKLWan:
     """
     if path.is_dir():
         try:
-            vae = AutoencoderKLWan.from_pretrained(path, local_files_only=True, torch_dtype=torch.float32)
+            vae = AutoencoderKLWan.from_pretrained(path, local_files_only=True, torch_dtype=dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{path} is no folder of a Wan VAE: {str(error).strip().splitlines()[0]}") from error
         return vae.eval().requires_grad_(False)  # type: ignore[no-any-return]
@@ -41,4 +41,5 @@ def load_vae(path: Path) -> AutoencoderKLWan:
     except RuntimeError as error:
         rows = [line.strip() for line in str(error).splitlines()[1:4]]
         raise CheckpointError(f"{path} does not fit Wan 2.1's VAE: {'; '.join(rows)}") from error
-    return vae.float().eval().requires_grad_(False)  # type: ignore[no-any-return]
+    # Not by diffusers' own .to(), which warns of a list of exceptions that is empty here.
+    return torch.nn.Module.to(vae, dtype).eval().requires_grad_(False)  # type: ignore[no-any-return]

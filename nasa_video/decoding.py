@@ -93,5 +93,6 @@ class DecodeQueue(Generic[T]):
             return self._decode(made)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
-            made.latents.record_stream(self._stream)
+            if made.latents.is_cuda:  # those of a given prefix may wait in the host's memory
+                made.latents.record_stream(self._stream)
             return self._decode(made)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub
 from huggingface_hub.errors import HfHubHTTPError
 
 from nasa_video.errors import InputError
-from nasa_video.models import Source, VideoPreset
+from nasa_video.models import Source
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -32,13 +32,9 @@ class HubFile:
     sha256: str | None
 
 
-def missing(preset: VideoPreset) -> list[Source]:
-    """The parts of a preset that are not on this machine, each once."""
-    absent: list[Source] = []
-    for source in preset.components.sources:
-        if source.find() is None and source not in absent:
-            absent.append(source)
-    return absent
+def missing(sources: Iterable[Source]) -> list[Source]:
+    """Those that are not on this machine, each once."""
+    return [source for source in dict.fromkeys(sources) if source.find() is None]
 
 
 def list_files(sources: list[Source], endpoint: str | None = None) -> list[HubFile]:

@@ -90,17 +90,22 @@ class LongVideo:
 
     def _rollout(self, rollout: Rollout, overlap: Tensor | None) -> Iterator[Made]:
         size, start = self.sampler.frames_per_chunk, self.start
-        given = () if start.prefix is None else start.prefix[:, rollout.first : rollout.end].split(size, dim=1)
+        # Views, and no copies: the latents of a long video that is resumed are mapped from disk.
+        given = None if start.prefix is None else start.prefix[:, rollout.first : rollout.end]
+        if given is not None and not given.shape[1]:
+            given = None
         index = rollout.first // size
         restart = overlap
-        for latents in (part for part in given if part.shape[1]):
+        for latents in () if given is None else given.split(size, dim=1):
             shown = index >= (start.given - start.shown_prefix) // size
             yield Made(index, latents, self.director.cue_of(index), shown=shown, restart=restart)
             index, restart = index + 1, None
         if rollout.end is not None and index * size >= rollout.end:
             return
-        before = [part for part in (overlap, *given) if part is not None and part.shape[1]]
-        latents_of = self._stream(rollout, torch.cat(before, dim=1) if before else None)
+        before = given if overlap is None else overlap
+        if overlap is not None and given is not None:
+            before = torch.cat([overlap, given.to(overlap.device)], dim=1)
+        latents_of = self._stream(rollout, before)
         director = self.director
         while True:
             # Installed around the model's calls and not around the yield: between two chunks, and when a caller drops

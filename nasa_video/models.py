@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, snapshot_download
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nasa_video.errors import InputError, NasaVideoError
+from nasa_video.errors import InputError
+from nasa_video.stored import MODELS_FOLDER, WEIGHT_SUFFIXES, find_file, find_folder
 
 DEFAULT_MODEL = "sprites"
-MODELS_FOLDER = "NASA_VIDEO_MODELS"
-"""Environment variable: a folder that holds repositories as ``owner/name/...``, looked at before the hub's cache."""
 
 
 class Strict(BaseModel):
@@ -32,6 +32,8 @@ class Source(Strict):
         package: folder inside the installed package.
         path: file or folder on this machine.
         repo, file, folder: hub repository, and the file or folder in it.
+        also: the same weights in other repositories or layouts, as ``owner/name/path``: taken where they are on this
+            machine, never downloaded.
         bytes: size of the download, as its source states it.
     """
 
@@ -40,6 +42,7 @@ class Source(Strict):
     repo: str | None = None
     file: str | None = None
     folder: str | None = None
+    also: tuple[str, ...] = ()
     bytes: int | None = None
 
     @model_validator(mode="after")
@@ -68,13 +71,15 @@ class Source(Strict):
         if self.path is not None:
             return self.path if self.path.exists() else None
         assert self.repo is not None
-        probes = (self.file,) if self.file else (f"{self.folder}/config.json", f"{self.folder}/tokenizer_config.json")
-        root = os.environ.get(MODELS_FOLDER)
-        for probe in probes:
-            local = Path(root, self.repo, probe) if root else None
-            found = str(local) if local and local.exists() else try_to_load_from_cache(self.repo, probe)
-            if isinstance(found, str):
-                return Path(found) if self.file else Path(found).parent
+        found = find_file(self.repo, self.file) if self.file else find_folder(self.repo, str(self.folder))
+        if found is not None:
+            return found
+        for place in self.also:
+            owner, name, inside = place.split("/", 2)
+            find = find_file if inside.endswith(WEIGHT_SUFFIXES) else find_folder
+            found = find(f"{owner}/{name}", inside)
+            if found is not None:
+                return found
         return None
 
     def fetch(self) -> Path:
@@ -117,12 +122,15 @@ class Umt5Text(Source):
 
     kind: Literal["umt5"]
     tokenizer_folder: str = "tokenizer"
+    tokenizer_also: tuple[str, ...] = ()
     max_tokens: int = Field(default=512, gt=0)
 
     @property
     def tokenizer(self) -> tuple[Source, ...]:
         """The tokenizer's source, where it is in a repository; else it lies beside the encoder."""
-        return (Source(repo=self.repo, folder=self.tokenizer_folder),) if self.repo else ()
+        if self.repo is None:
+            return ()
+        return (Source(repo=self.repo, folder=self.tokenizer_folder, also=self.tokenizer_also),)
 
 
 class LoraSource(Source):
@@ -146,6 +154,11 @@ class Components(Strict):
     config: dict[str, Any] | None = None
     loras: tuple[LoraSource, ...] = ()
     tiny_decoder: TinyDecoderSource | None = None
+
+    @property
+    def extras(self) -> tuple[Source, ...]:
+        """What an option needs (``--decoder tiny``)."""
+        return () if self.tiny_decoder is None else (self.tiny_decoder,)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -184,6 +197,29 @@ class SamplerSettings(Strict):
                 if count != len(timesteps):
                     raise ValueError(f"steps: {count} lists {len(timesteps)} timesteps")
         return self
+
+    def with_window(self, window_frames: int | None, sink_frames: int | None, rope: str | None) -> SamplerSettings:
+        """The same loop with another window and sink in latent frames (a window of 0 is none) or other positions.
+
+        Raises:
+            InputError: no such positions, or the window cannot hold its sink and a chunk.
+        """
+        from causvid_adapter.errors import ShapeError
+        from causvid_adapter.kv_cache import check_window
+
+        window = self.window_frames if window_frames is None else window_frames or None
+        given = self.sink_frames if sink_frames is None else sink_frames
+        sink = 0 if window is None and sink_frames is None else given
+        if rope not in (None, "absolute", "window"):
+            raise InputError(f"--rope must be absolute or window, got {rope!r}")
+        if window is None and sink:
+            raise InputError(f"a sink of {sink} latent frames needs a window; give --window too")
+        try:
+            check_window(window, sink, self.frames_per_chunk)
+        except ShapeError as error:
+            raise InputError(str(error)) from error
+        update = {"window_frames": window, "sink_frames": sink, "rope": rope or self.rope}
+        return self.model_copy(update=update)
 
     def timesteps(self, num_steps: int) -> tuple[float, ...]:
         """The timesteps of a step count.
@@ -299,29 +335,16 @@ def find_preset(model: str | os.PathLike[str]) -> VideoPreset:
         return parse_preset(path)
     if path.is_dir():
         return preset_of_folder(path)
-    if path.suffix in CHECKPOINT_SUFFIXES and path.is_file():
+    if path.suffix in WEIGHT_SUFFIXES and path.is_file():
         return preset_of_checkpoint(path)
-    if (
-        str(model).count("/") == 1
-        and path.suffix not in CHECKPOINT_SUFFIXES
-        and not str(model).startswith((".", "/", "~"))
-    ):
-        try:
-            return preset_of_folder(Path(snapshot_download(str(model))))
-        except NasaVideoError:
-            raise
-        except Exception as error:  # see Source.fetch
-            raise InputError(
-                f"{model} is not on this machine and could not be downloaded from the hub ({type(error).__name__}). "
-                f"Presets: {', '.join(presets)}"
-            ) from error
+    if str(model).count("/") == 1 and path.suffix not in WEIGHT_SUFFIXES and not str(model).startswith((".", "/", "~")):
+        return preset_of_repository(str(model))
     raise InputError(
         f"unknown model {str(model)!r}; use a preset ({', '.join(presets)}), a checkpoint file, a folder, or a hub id "
         "owner/name"
     )
 
 
-CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # Where the parts that a bare generator needs are published, by its latent channels: Wan 2.1 (and 2.2's 14B), Wan 2.2's
 # 5B with its own VAE. All read prompts with the same encoder.
 _VAE_REPOSITORIES = {16: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 48: "Wan-AI/Wan2.2-TI2V-5B-Diffusers"}
@@ -367,38 +390,75 @@ def preset_of_checkpoint(path: Path) -> VideoPreset:
     return base.model_copy(update={**update, "components": components})
 
 
-def preset_of_folder(folder: Path) -> VideoPreset:
+def preset_of_repository(repo: str) -> VideoPreset:
+    """A hub repository with ``preset.yaml`` or in diffusers' layout; only its configs are downloaded here.
+
+    Raises:
+        InputError: it is not on this machine and cannot be had, or is neither.
+    """
+    root = os.environ.get(MODELS_FOLDER)
+    if root and Path(root, repo).is_dir():
+        return preset_of_folder(Path(root, repo))
+    try:
+        configs = Path(snapshot_download(repo, allow_patterns=["preset.yaml", "*/config.json"]))
+    except Exception as error:  # see Source.fetch
+        raise InputError(
+            f"{repo} is not on this machine and could not be downloaded from the hub ({type(error).__name__}). "
+            f"Presets: {', '.join(video_presets())}"
+        ) from error
+    return preset_of_folder(configs, repo)
+
+
+def preset_of_folder(folder: Path, repo: str | None = None) -> VideoPreset:
     """A folder with ``preset.yaml`` (its relative paths count from there), or in diffusers' pipeline layout.
 
-    The latter runs Self-Forcing's loop, the most common one among causal Wan checkpoints.
+    The latter runs Self-Forcing's loop, the most common one among causal Wan checkpoints. With ``repo`` the folder
+    holds a repository's configs, and the weights are still in the repository.
     """
     own = folder / "preset.yaml"
     if own.is_file():
-        preset = parse_preset(own)
-        return _with_root(preset, folder)
-    missing = [part for part in ("transformer", "vae", "text_encoder", "tokenizer") if not (folder / part).is_dir()]
+        return _with_root(parse_preset(own), folder, repo)
+    parts = ("transformer", "vae", "text_encoder", "tokenizer")[: 4 if repo is None else 3]
+    missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
         raise InputError(
-            f"{folder} has neither a preset.yaml nor diffusers' layout: {', '.join(missing)} missing; "
+            f"{repo or folder} has neither a preset.yaml nor diffusers' layout: {', '.join(missing)} missing; "
             "see configs/video for examples of a preset"
         )
     base = video_presets()["self-forcing"]
     components = Components(
-        transformer=Source(path=folder / "transformer"),
-        vae=Source(path=folder / "vae"),
-        text_encoder=Umt5Text(kind="umt5", path=folder / "text_encoder", tokenizer_folder=str(folder / "tokenizer")),
+        transformer=Source(path=Path("transformer")),
+        vae=Source(path=Path("vae")),
+        text_encoder=Umt5Text(kind="umt5", path=Path("text_encoder")),
+        config=_diffusers_config(folder / "transformer" / "config.json"),
     )
-    update = {"name": folder.name, "title": str(folder), "licence": "see the folder", "components": components}
-    return base.model_copy(update=update)
+    update = {"name": folder.name if repo is None else repo, "title": str(repo or folder)}
+    update["licence"] = "see the folder" if repo is None else f"see the card of {repo}"
+    return _with_root(base.model_copy(update={**update, "components": components}), folder, repo)
 
 
-def _with_root(preset: VideoPreset, folder: Path) -> VideoPreset:
+def _diffusers_config(path: Path) -> dict[str, Any] | None:
+    """A model's config without diffusers' own notes; None where it cannot be read, which is said when it is loaded."""
+    try:
+        return {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("_")}
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _with_root(preset: VideoPreset, folder: Path, repo: str | None) -> VideoPreset:
+    """The preset with its relative paths inside the folder, or inside the repository."""
+
     def rooted(part: Any) -> Any:
-        if isinstance(part, Source) and part.path is not None and not part.path.is_absolute():
+        if not isinstance(part, Source) or part.path is None or part.path.is_absolute():
+            return part
+        if repo is None:
             return part.model_copy(update={"path": folder / part.path})
-        return part
+        kind = "file" if part.path.suffix in WEIGHT_SUFFIXES else "folder"
+        return part.model_copy(update={"path": None, "repo": repo, kind: part.path.as_posix()})
 
     parts = preset.components
-    update: dict[str, Any] = {name: rooted(getattr(parts, name)) for name in ("transformer", "vae", "text_encoder")}
+    update: dict[str, Any] = {
+        name: rooted(getattr(parts, name)) for name in ("transformer", "vae", "text_encoder", "tiny_decoder")
+    }
     components = parts.model_copy(update={**update, "loras": tuple(rooted(lora) for lora in parts.loras)})
     return preset.model_copy(update={"components": components})

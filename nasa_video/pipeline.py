@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,7 @@ from nasa_video.loading import (
     load_text_encoder,
 )
 from nasa_video.long_video import Beginning, LongVideo
-from nasa_video.models import VideoPreset, find_preset
+from nasa_video.models import SamplerSettings, VideoPreset, find_preset
 from nasa_video.placement import RESIDENT, Placement, place
 from nasa_video.steering import Effect
 from nasa_video.text import TextEncoder
@@ -157,10 +158,16 @@ class VideoPipeline:
         generator = place(generator, placement, device)
         if compiled != "off":
             compile_generator(generator, cuda_graphs=compiled == "graphs")
-        vae = load_vae(parts.vae.fetch()).to(torch.bfloat16 if placement.half_decoder else torch.float32)
+        vae = load_vae(parts.vae.fetch(), torch.bfloat16 if placement.half_decoder else torch.float32)
         text_device = torch.device("cpu") if placement.text_on_cpu else device
         encoder = load_text_encoder(parts.text_encoder, text_device, dtype)
         return cls(generator, vae.to(device), encoder, preset, attention, fold_padding, new_decoder, decode_ahead)
+
+    def with_sampler(self, sampler: SamplerSettings) -> VideoPipeline:
+        """The same model with another loop (window, sink, positions)."""
+        other = copy.copy(self)
+        other.preset = self.preset.model_copy(update={"sampler": sampler})
+        return other
 
     def stream(
         self,
@@ -195,8 +202,9 @@ class VideoPipeline:
             cues: what each chunk shows, instead of prompt, negative and guidance (see Timeline.cues).
             recompute_window: when the prompt or the negatives change, make the window's keys again under the new
                 ones; a cue may say otherwise for its chunk.
-            prefix: latents (1, T0, C, h, w) of a video to continue (see :meth:`encode_frames`); only what comes after
-                them is yielded, chunk indices count them, and ``frames`` is the length of prefix and new frames.
+            prefix: latents (1, T0, C, h, w) of a video to continue (see :meth:`encode_frames`), on any device; only
+                what comes after them is yielded, chunk indices count them, and ``frames`` is the length of prefix and
+                new frames.
             source: latents (1, T, C, h, w) of a video to redraw, one for every frame.
             strength: how much of it is redrawn, above 0 to 1: that share of the steps is run.
             shown_prefix: latent frames at the end of the prefix that are decoded and yielded again, in whole chunks.
@@ -209,7 +217,8 @@ class VideoPipeline:
         cue = Cue.of(prompt, negative, guidance or (self.guidance() if as_negatives(negative) else None))
         chunks = self._plan(
             cues or (lambda index: cue), [seed], frames, endless, steps, width, height, recompute_window,
-            start=Beginning(prefix, source, strength, shown_prefix), rollout=rollout,
+            start=Beginning(prefix, None if source is None else source.to(self.model.device), strength, shown_prefix),
+            rollout=rollout,
         )  # fmt: skip
         return (dataclasses.replace(chunk, frames=chunk.frames[0]) for chunk in chunks)
 
@@ -419,8 +428,8 @@ class VideoPipeline:
             nonlocal decoder
             if made.restart is not None:
                 decoder = self._new_decoder(self.vae)
-                decoder.decode(made.restart)
-            pictures = decoder.decode(made.latents, clamp=False)
+                decoder.decode(made.restart.to(self.vae.device))
+            pictures = decoder.decode(made.latents.to(self.vae.device), clamp=False)
             out_of_range = (pictures.abs() > 1 + RANGE_MARGIN).float().mean(dim=(1, 2, 3, 4))
             frames = np.stack([frames_from_tensor(sample) for sample in pictures])
             tail = pictures[:, -overlap_pictures(size, stride)].clamp(-1, 1).clone()

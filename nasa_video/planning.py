@@ -31,6 +31,8 @@ from nasa_video.memory import (
 from nasa_video.models import Components, Umt5Text, VideoPreset
 from nasa_video.placement import RESIDENT, Placement, WeightKind
 
+# A plan of less than this is not worth a line.
+_SMALL = 500_000_000
 MEMORY_CHOICES = "full, auto, or the gigabytes of a card such as 24, 16 or 12"
 
 
@@ -90,6 +92,10 @@ class Plan:
         if self.free is None:
             return None
         return self.needs.peak <= self.free and (self.host_free is None or self.needs.host <= self.host_free)
+
+    def worth_a_line(self, memory: str | None) -> bool:
+        """Whether people want to read it: it was asked about, or it is no small matter."""
+        return memory is not None or self.needs.peak >= _SMALL
 
     def line(self) -> str:
         """The plan in one line, for people."""

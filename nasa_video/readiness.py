@@ -11,7 +11,7 @@ import torch
 from nasa_video.memory import COMMON_CARDS, Estimate, Run, budget_of, estimate, fitting_placement, fitting_sizes
 from nasa_video.models import VideoPreset
 from nasa_video.placement import Placement
-from nasa_video.planning import Plan, PlanRequest, gigabytes, make_plan
+from nasa_video.planning import Plan, PlanRequest, gigabytes, make_plan, text_encoder_bytes
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Readiness:
 
     Attributes:
         missing: parts that are not on the machine; ``remedies`` says how to bring them.
+        extras: parts that are not on the machine and that only ``--decoder tiny`` needs.
         device: where it would run.
         plan: what it takes there; None where the model's sizes are not known before it is downloaded.
         fits: width and height that fit when the wanted ones do not.
@@ -44,6 +45,7 @@ class Readiness:
 
     preset: VideoPreset
     missing: tuple[str, ...]
+    extras: tuple[str, ...]
     remedies: tuple[str, ...]
     device: str
     dtype: str
@@ -63,6 +65,7 @@ class Readiness:
         """For people."""
         rows = [f"{self.preset.name}: {self.preset.title}", f"licence: {self.preset.licence}"]
         rows += [f"missing: {part}" for part in self.missing] or ["all files are here"]
+        rows += [f"missing, for --decoder tiny only: {part}" for part in self.extras]
         rows += [f"{remedy}" for remedy in self.remedies]
         what = f"{self.width} x {self.height}, {self.frames} frames, {self.dtype} on {self.device}"
         if self.plan is None:
@@ -81,6 +84,7 @@ class Readiness:
         return {
             "name": self.preset.name,
             "missing": list(self.missing),
+            "missing_extras": list(self.extras),
             "device": self.device,
             "memory": None if plan is None else dataclasses.asdict(plan.needs) | {"peak": plan.needs.peak},
             "placement": None if plan is None else dataclasses.asdict(plan.placement),
@@ -113,7 +117,7 @@ def readiness(
     width, height, frames = width or video.width, height or video.height, frames or video.frames
     absent = [source for source in preset.components.sources if source.find() is None]
     remedies = []
-    if any(source.repo for source in absent):
+    if any(source.repo for source in (*absent, *preset.components.extras) if source.find() is None):
         remedies.append(f"bring them with: nasa-video models pull {preset.name}")
     if any(source.package for source in absent):
         remedies.append("train them with: python scripts/train_sprites.py")
@@ -123,14 +127,20 @@ def readiness(
         fits = fitting_sizes(plan.run, plan.free, loaded=False).size
     name = str(dtype).removeprefix("torch.")
     missing = tuple(source.description for source in absent)
-    shown = () if plan is None else cards_of(plan.run)
-    return Readiness(preset, missing, tuple(remedies), str(place), name, width, height, frames, plan, fits, shown)
+    extras = tuple(source.description for source in preset.components.extras if source.find() is None)
+    shown: tuple[Card, ...] = ()
+    if plan is not None:
+        # On a GPU the text encoder takes its place too, which on the CPU is pages of its file.
+        text = text_encoder_bytes(preset.components, torch.device("cuda"), torch.bfloat16, None)
+        shown = cards_of(replace(plan.run, text_encoder=text))
+    return Readiness(
+        preset, missing, extras, tuple(remedies), str(place), name, width, height, frames, plan, fits, shown
+    )
 
 
 def cards_of(run: Run) -> tuple[Card, ...]:
-    """What a run takes on common GPUs; nothing is said of a model so small that it runs anywhere."""
-    scale = torch.bfloat16.itemsize / run.dtype.itemsize
-    on_gpu = replace(run, dtype=torch.bfloat16, shared=False, text_encoder=round(run.text_encoder * scale))
+    """What a run takes on common GPUs in bfloat16 (``run.text_encoder`` too); nothing of a model that runs anywhere."""
+    on_gpu = replace(run, dtype=torch.bfloat16, shared=False)
     if estimate(on_gpu).peak < budget_of(min(COMMON_CARDS)) / 4:
         return ()
     rows = []

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from nasa_video.errors import InputError
 from nasa_video.guidance import GUIDANCE, Guidance, Negative, ScaleSchedule
-from nasa_video.models import Strict
+from nasa_video.models import SamplerSettings, Strict
 from nasa_video.placement import Placement
 from nasa_video.start import StoredStart
 from nasa_video.timeline import Timeline
@@ -38,6 +38,22 @@ class StoredLora(Strict):
     scale: float = 1.0
 
 
+class StoredWindow(Strict):
+    """What of the model's own window, sink (latent frames) and positions was replaced; None is the model's."""
+
+    frames: int | None = None
+    sink: int | None = None
+    rope: str | None = None
+
+    def of(self, sampler: SamplerSettings) -> SamplerSettings:
+        """The loop with what is replaced."""
+        return sampler.with_window(self.frames, self.sink, self.rope)
+
+    def over(self, other: StoredWindow) -> StoredWindow:
+        """This, and the other's where this says nothing."""
+        return other.model_copy(update=self.model_dump(exclude_none=True))
+
+
 class Recipe(Strict):
     """What ``generate`` was asked for. ``width`` and ``height`` are the model's pixels, before upscaling."""
 
@@ -56,6 +72,7 @@ class Recipe(Strict):
     fold_padding: bool = True
     compare: bool = False
     rollout: int | None = None
+    window: StoredWindow = StoredWindow()
     start: StoredStart | None = None
     loras: tuple[StoredLora, ...] = ()
     placement: Placement = Placement()

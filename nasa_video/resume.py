@@ -8,6 +8,7 @@ what is missing: the frames are those of an uninterrupted run, for about a fifth
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class ResumeLog:
 
     def open(self) -> Tensor | None:
         """The finished latents (1, T, C, h, w) of an earlier run of the same recipe, or None; starts the log.
+
+        They are in float32, as the sampler makes them, and stay on disk until they are used.
 
         Raises:
             InputError: the log is of another recipe, or the folder cannot be written.
@@ -68,12 +71,22 @@ class ResumeLog:
         if not names:
             return None
         first = int(names[0].stem)
-        parts = []
-        for offset, path in enumerate(names):
-            if int(path.stem) != first + offset:
-                break
-            try:
-                parts.append(load_file(path)["latents"])
-            except (SafetensorError, OSError, KeyError):
-                break  # what comes from here on is made again
-        return torch.cat(parts, dim=1) if parts else None
+        shape: list[int] = []
+        # Into one file that is mapped, not read: the latents of hours need not be in memory.
+        whole, frames = self.folder / "whole.bin", 0
+        whole.unlink(missing_ok=True)  # and never written over: it may still be mapped
+        with whole.open("wb") as file:
+            for offset, path in enumerate(names):
+                if int(path.stem) != first + offset:
+                    break
+                try:
+                    latents = load_file(path)["latents"].float()
+                except (SafetensorError, OSError, KeyError):
+                    break  # what comes from here on is made again
+                file.write(latents.contiguous().numpy().tobytes())
+                shape, frames = list(latents.shape), frames + latents.shape[1]
+        if not frames:
+            return None
+        shape[1] = frames
+        mapped: Tensor = torch.from_file(str(whole), shared=False, size=math.prod(shape), dtype=torch.float32)
+        return mapped.reshape(shape)

@@ -59,6 +59,12 @@ class StoredStart(Strict):
             raise InputError(f"{path} is not the file that this video was made from (its content has changed)")
         return path
 
+    def planned_frames(self, frames_per_chunk: int, stride: int = 4) -> int | None:
+        """The most pictures that the model will have to remember: given and new ones; None is the preset's length."""
+        if self.new_frames is None or self.kind == "redraw":
+            return self.new_frames
+        return self.new_frames + (MOST_GIVEN_FRAMES if self.kind == "extend" else 1 + stride * (frames_per_chunk - 1))
+
 
 @dataclass(frozen=True)
 class Start:

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 from pydantic import Field, ValidationError
 
 from nasa_video.cli.console import chunk_progress, emit_json, say, shown_warnings
-from nasa_video.cli.options import AsJsonOption, DeviceOption, MemoryOption, ModelOption
+from nasa_video.cli.options import (
+    AsJsonOption,
+    CompileOption,
+    DecoderOption,
+    DeviceOption,
+    LoraOption,
+    MemoryOption,
+    ModelOption,
+    OffloadOption,
+    WeightsOption,
+)
 from nasa_video.errors import InputError
 from nasa_video.models import Strict
+
+if TYPE_CHECKING:
+    from nasa_video.cli.generation import Request
 
 
 class BatchJob(Strict):
@@ -38,20 +52,36 @@ def batch(
     model: ModelOption = None,
     device: DeviceOption = None,
     memory: MemoryOption = None,
+    weights: WeightsOption = None,
+    offload: OffloadOption = None,
+    lora: LoraOption = None,
+    decoder: DecoderOption = "full",
+    compiled: CompileOption = "off",
     shard: Annotated[
         str | None, typer.Option(help="i/n: this process's share.", show_default="of torchrun or Slurm, else all")
     ] = None,
     as_json: AsJsonOption = False,
 ) -> None:
     """Make every video of JOBS that is not in the folder yet. Under torchrun each process takes its share and GPU."""
+    from nasa_video.cli.generation import Request
     from nasa_video.distributed import Processes
     from nasa_video.evaluation.jobs import Shard
 
     wanted = [(name, job) for name, job in named_jobs(jobs)]
     own = Shard.choose(shard).of(wanted)
     device = Processes.of_environment().device(device)
+    shared = Request(
+        model=model,
+        device=device,
+        memory=memory,
+        weights=weights,
+        offload=offload,
+        loras=tuple(lora or ()),
+        decoder=decoder,
+        compiled=compiled,
+    )
     with shown_warnings():
-        result = run_batch(own, output, model, device, memory, say)
+        result = run_batch(own, output, shared, say)
     if as_json:
         emit_json(result)
     if result["failed"]:
@@ -90,14 +120,12 @@ def named_jobs(path: Path) -> list[tuple[str, BatchJob]]:
 def run_batch(
     jobs: list[tuple[str, BatchJob]],
     folder: Path,
-    model: str | None,
-    device: str | None,
-    memory: str | None,
+    shared: Request,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Make what is missing; a job that cannot be made is told of, and the next is begun."""
+    """Make what is missing, as ``shared`` says; a job that cannot be made is told of, and the next is begun."""
     from nasa_video.cli.console import is_user_error
-    from nasa_video.cli.generation import Request, run
+    from nasa_video.cli.generation import run
     from nasa_video.pipeline import VideoPipeline
 
     loaded: dict[str, VideoPipeline] = {}
@@ -119,7 +147,7 @@ def run_batch(
         if path.exists():
             found += 1
             continue
-        request = Request(**job.model_dump(exclude={"name"}), model=model, device=device, memory=memory)
+        request = dataclasses.replace(shared, **job.model_dump(exclude={"name"}))
         try:
             made.append(run(request, str(path), chunk_progress, tell, load=load))
         except Exception as error:

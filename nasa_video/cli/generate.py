@@ -13,18 +13,27 @@ import typer
 from nasa_video.cli.console import chunk_progress, emit_json, say, shown_warnings
 from nasa_video.cli.options import (
     AsJsonOption,
+    CompileOption,
+    DecoderOption,
     DeviceOption,
     FpsOption,
     GuidanceOption,
+    HeightOption,
+    LoraOption,
     MemoryOption,
     ModelOption,
     NegOption,
     OffloadOption,
     OutputOption,
+    ResumeOption,
+    RopeOption,
     ScaleOption,
     SeedOption,
+    SinkOption,
     StepsOption,
     WeightsOption,
+    WidthOption,
+    WindowOption,
 )
 
 
@@ -38,8 +47,8 @@ def generate(
     seed: SeedOption = None,
     steps: StepsOption = None,
     frames: Annotated[int | None, typer.Option(help="Length in frames.")] = None,
-    width: Annotated[int | None, typer.Option(help="Width in pixels, as the model makes it.")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels, as the model makes it.")] = None,
+    width: WidthOption = None,
+    height: HeightOption = None,
     fps: FpsOption = None,
     device: DeviceOption = None,
     timeline: Annotated[
@@ -59,12 +68,8 @@ def generate(
     ] = None,
     video: Annotated[Path | None, typer.Option(help="Redraw this clip (video to video).")] = None,
     strength: Annotated[float, typer.Option(help="How much of --video is redrawn, above 0 to 1.")] = 0.6,
-    lora: Annotated[
-        list[str] | None, typer.Option("--lora", help="LoRA FILE or FILE:SCALE; may be given more than once.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what is needed to go on after a kill, and go on where it is there.")
-    ] = False,
+    lora: LoraOption = None,
+    resume: ResumeOption = False,
     guide_steps: Annotated[str, typer.Option(help="Share of the steps that are guided, FIRST:LAST.")] = "0:1",
     guide_layers: Annotated[str, typer.Option(help="Share of the layers that are guided, FIRST:LAST.")] = "0:1",
     scale_steps: Annotated[
@@ -80,7 +85,7 @@ def generate(
     fold: Annotated[
         bool | None, typer.Option(help="Compute equal padding keys once (exact).", show_default="fold")
     ] = None,
-    decoder: Annotated[str, typer.Option(help="full, or tiny: a fast decoder for previews.")] = "full",
+    decoder: DecoderOption = "full",
     attention: Annotated[str, typer.Option(help="sdpa or xformers.")] = "sdpa",
     memory: MemoryOption = None,
     weights: WeightsOption = None,
@@ -88,9 +93,10 @@ def generate(
     decode_ahead: Annotated[
         int, typer.Option(min=0, max=4, help="Chunks decoded in a thread while the model goes on.")
     ] = 0,
-    compiled: Annotated[
-        str, typer.Option("--compile", help="off, on (torch.compile) or graphs (and CUDA graphs).")
-    ] = "off",
+    compiled: CompileOption = "off",
+    window: WindowOption = None,
+    sink: SinkOption = None,
+    rope: RopeOption = None,
     rollout: Annotated[
         int | None,
         typer.Option(
@@ -106,6 +112,7 @@ def generate(
 ) -> None:
     """Make a video that shows PROMPT and steers away from every --neg."""
     from nasa_video.cli.generation import Request, run
+    from nasa_video.recipe import StoredWindow
     from nasa_video.start import StoredStart
 
     if as_json and output == "-":
@@ -151,6 +158,7 @@ def generate(
         decode_ahead=decode_ahead,
         compiled=compiled,
         rollout=rollout,
+        window=StoredWindow(frames=window, sink=sink, rope=rope),
         split=split,
         resume=resume,
     )

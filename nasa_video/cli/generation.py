@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from nasa_video.placement import Placement, WeightKind
 from nasa_video.planning import PlanRequest, make_plan
 from nasa_video.recipe import (
     Recipe,
+    StoredWindow,
     parse_lora,
     restore_guidance,
     restore_negatives,
@@ -39,7 +40,7 @@ from nasa_video.resume import ResumeLog
 from nasa_video.start import Start, StoredStart, read_start
 from nasa_video.steering import Effect
 from nasa_video.timeline import Cue, CueOf, Timeline, parse_negative
-from nasa_video.video.compare import contact_sheet, side_by_side
+from nasa_video.video.compare import Excerpt, contact_sheet, side_by_side
 from nasa_video.video.frames import Frames
 from nasa_video.video.metadata import read_metadata
 from nasa_video.video.sheet import save_sheet, sheet_path
@@ -84,6 +85,7 @@ class Request:
     decode_ahead: int = 0
     compiled: str = "off"
     rollout: int | None = None
+    window: StoredWindow = field(default_factory=StoredWindow)
     split: bool = False
     rank: int = 0
     """Of a split run, whose processes all make the video; the first writes it."""
@@ -135,8 +137,10 @@ def run(
         raise InputError(str(error)) from error
     if request.split:
         parallelise(pipeline.model)
+    window = request.window.over(stored.window if stored else StoredWindow())
+    pipeline = pipeline.with_sampler(window.of(pipeline.preset.sampler))
     recipe = _resolve(request, stored, timeline, name, pipeline)
-    recipe = recipe.model_copy(update={"loras": loras, "placement": placement})
+    recipe = recipe.model_copy(update={"loras": loras, "placement": placement, "window": window})
     start = None
     if recipe.start is not None:
         start = read_start(recipe.start, pipeline, recipe.width, recipe.height)
@@ -171,10 +175,6 @@ def run(
     }
 
 
-# A plan of less than this is not worth a line.
-_SMALL = 500_000_000
-
-
 def _placement(
     request: Request, stored: Recipe | None, timeline: Timeline | None, name: str, say: Callable[[str], None]
 ) -> Placement:
@@ -184,6 +184,9 @@ def _placement(
         InputError: the run does not fit.
     """
     preset, device = find_preset(name), choose_device(request.device)
+    window = request.window.over(stored.window if stored else StoredWindow())
+    preset = preset.model_copy(update={"sampler": window.of(preset.sampler)})
+    start = request.start or (stored.start if stored else None)
     guidance = request.guidance or (stored.guidance.method if stored and stored.guidance else None)
     compare = request.compare or bool(stored and stored.compare)
     plan = make_plan(
@@ -191,7 +194,10 @@ def _placement(
         PlanRequest(
             width=stored.width if request.width is None and stored else request.width,
             height=stored.height if request.height is None and stored else request.height,
-            frames=request.frames or (timeline.frames if timeline else None) or (stored.frames if stored else None),
+            frames=(start.planned_frames(preset.sampler.frames_per_chunk) if start else None)
+            or request.frames
+            or (timeline.frames if timeline else None)
+            or (stored.frames if stored else None),
             memory=request.memory,
             weights=cast(WeightKind | None, request.weights),
             offload=request.offload,
@@ -207,7 +213,7 @@ def _placement(
     )  # fmt: skip
     if plan is None:
         return Placement(cast(WeightKind, request.weights or "plain"), offload=bool(request.offload))
-    if request.rank == 0 and (request.memory is not None or plan.needs.peak >= _SMALL):
+    if request.rank == 0 and plan.worth_a_line(request.memory):
         say(plan.line())
     plan.require()
     return plan.placement
@@ -323,7 +329,8 @@ def _resumed(output: str, recipe: Recipe, start: Start | None) -> tuple[ResumeLo
     if made is None:
         return log, start
     start = start or Start(np.zeros((0, recipe.height, recipe.width, 3), np.uint8))
-    prefix = made if start.prefix is None else torch.cat([start.prefix, made], dim=1)
+    # On the CPU: the latents of hours need not be on the device at once.
+    prefix = made if start.prefix is None else torch.cat([start.prefix.cpu(), made], dim=1)
     return log, dataclasses.replace(start, prefix=prefix, shown_prefix=made.shape[1])
 
 
@@ -374,7 +381,7 @@ def _write(
     start: Start | None,
     log: ResumeLog | None,
 ) -> Written:
-    sheet: tuple[list[np.ndarray[Any, Any]], list[np.ndarray[Any, Any]]] = ([], [])
+    sheet = (Excerpt(), Excerpt())
     place = None
     if unguided is not None and output != "-":
         place = sheet_path(output)
@@ -385,8 +392,8 @@ def _write(
     upscale = pipeline.preset.video.upscale
 
     def beside(plain: Frames, guided: Frames) -> Frames:
-        sheet[0].append(plain)
-        sheet[1].append(guided)
+        sheet[0].add(plain)
+        sheet[1].add(guided)
         return side_by_side([plain, guided], ["without", _label(recipe)], scale=upscale)
 
     effect: Effect | None = None
@@ -409,8 +416,9 @@ def _write(
             sink.metadata["effect"] = dataclasses.asdict(effect)
     seconds = time.perf_counter() - began
     if place is not None:
-        rows = [("without", np.concatenate(sheet[0])), (_label(recipe), np.concatenate(sheet[1]))]
-        save_sheet(contact_sheet([(f"{recipe.prompt}   |   {label}", frames) for label, frames in rows]), place)
+        rows = [("without", sheet[0].frames), (_label(recipe), sheet[1].frames)]
+        labelled = [(f"{recipe.prompt}   |   {label}", frames) for label, frames in rows]
+        save_sheet(contact_sheet(labelled, numbers=sheet[0].numbers), place)
     return Written(output, sink.num_frames, seconds, effect, str(place) if place else None)
 
 

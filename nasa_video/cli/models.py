@@ -51,7 +51,7 @@ def list_models(context: typer.Context, as_json: AsJsonOption = False) -> None:
 
 @models.command()
 def pull(
-    name: Annotated[str, typer.Argument(help="A preset.")],
+    name: Annotated[str, typer.Argument(help="A preset, a preset file or a hub id.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     mirror: Annotated[str | None, typer.Option(help="URL of a mirror of the hub.", show_default=False)] = None,
     to: Annotated[
@@ -62,13 +62,18 @@ def pull(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from nasa_video import downloads
+    from nasa_video.errors import InputError
 
     preset = _preset(name)
-    absent = downloads.missing(preset)
-    if not absent:
+    absent = downloads.missing(preset.components.sources)
+    files = downloads.list_files(absent, mirror)
+    try:
+        files += downloads.list_files(downloads.missing(preset.components.extras), mirror)
+    except InputError as error:
+        say(f"without --decoder tiny: {error}")
+    if not files:
         say(f"{name} is complete on this machine")
         return
-    files = downloads.list_files(absent, mirror)
     total = sum(file.size for file in files)
     for file in files:
         say(f"  {file.size / 1e6:10.1f} MB  {file.repo}/{file.name}")
@@ -109,12 +114,12 @@ def check(
 
 def _preset(name: str) -> Any:
     from nasa_video.errors import InputError
-    from nasa_video.models import video_presets
+    from nasa_video.image.presets import image_presets
+    from nasa_video.models import find_preset
 
-    presets = video_presets()
-    if name not in presets:
-        raise InputError(f"unknown preset {name!r}; there are {', '.join(presets)}")
-    return presets[name]
+    if name in image_presets():
+        raise InputError(f"{name} is an image model; it is brought by the first: nasa-video image … --model {name}")
+    return find_preset(name)
 
 
 def _check_space(folder: Path | None, needed: int) -> None:

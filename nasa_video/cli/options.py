@@ -29,6 +29,33 @@ MemoryOption = Annotated[
 WeightsOption = Annotated[
     str | None, typer.Option(help="plain, int8 or fp8 weights; what --memory chooses by default.", show_default=False)
 ]
+LoraOption = Annotated[
+    list[str] | None, typer.Option("--lora", help="LoRA FILE or FILE:SCALE; may be given more than once.")
+]
+DecoderOption = Annotated[str, typer.Option(help="full, or tiny: a fast decoder for previews.")]
+CompileOption = Annotated[str, typer.Option("--compile", help="off, on (torch.compile) or graphs (and CUDA graphs).")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Keep what is needed to go on after a kill, and go on where it is there.")
+]
+WidthOption = Annotated[int | None, typer.Option(help="Width in pixels, as the model makes it.")]
+HeightOption = Annotated[int | None, typer.Option(help="Height in pixels, as the model makes it.")]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Latent frames (4 pictures each) that are remembered; 0: all.", show_default="the model's"
+    ),
+]
+SinkOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="First latent frames that never leave the window.", show_default="the model's"),
+]
+RopeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Positions: absolute (of the whole video) or window (inside the window: those the model was trained on).",
+        show_default="the model's",
+    ),
+]
 OffloadOption = Annotated[
     bool | None,
     typer.Option(

@@ -62,7 +62,7 @@ def run_stream(request: StreamRequest, say: Callable[[str], None]) -> dict[str, 
     check_target(request.to)
     timeline = Timeline.read(request.timeline) if request.timeline else None
     name = request.model or (timeline.model if timeline else None) or DEFAULT_MODEL
-    pipeline = VideoPipeline.from_pretrained(name, request.device, placement=_placement(request, name))
+    pipeline = VideoPipeline.from_pretrained(name, request.device, placement=_placement(request, name, say))
     fps = pipeline.preset.video.fps if request.fps is None else request.fps
     limit = math.inf if request.seconds is None else max(1, round(request.seconds * fps))
     cues = _cues(request, timeline, pipeline, fps)
@@ -128,13 +128,15 @@ def seconds_to_arrive(target: str) -> float:
     return _SRT_SECONDS + (min(int(latency) / 1e6, 10.0) if latency.isdigit() else 0.0)
 
 
-def _placement(request: StreamRequest, name: str) -> Placement:
-    """How the model is placed; a video without end takes the memory of its window, or of a rollout."""
+def _placement(request: StreamRequest, name: str, say: Callable[[str], None]) -> Placement:
+    """How the model is placed, and what it takes is said; one without end takes the memory of its window or rollout."""
     device = choose_device(request.device)
     wanted = PlanRequest(endless=True, memory=request.memory, branches=2 if request.guidance == "cfg" else 1)
     plan = make_plan(find_preset(name), device, default_dtype(device), wanted)
     if plan is None:
         return Placement()
+    if plan.worth_a_line(request.memory):
+        say(plan.line())
     plan.require()
     return plan.placement
 

@@ -44,10 +44,43 @@ def side_by_side(videos: Sequence[Frames], labels: Sequence[str], *, scale: int 
     return canvas
 
 
-def contact_sheet(rows: Sequence[tuple[str, Frames]], columns: int = 6) -> Image.Image:
+class Excerpt:
+    """Evenly spaced frames of a video of any length, never more than `most`, with their numbers in it."""
+
+    def __init__(self, most: int = 128) -> None:
+        self._most = most
+        self._every = 1
+        self._seen = 0
+        self._kept: list[Frames] = []
+
+    def add(self, frames: Frames) -> None:
+        """The next frames (F, H, W, 3) of the video."""
+        for frame in frames:
+            if self._seen % self._every == 0:
+                self._kept.append(frame.copy())
+            self._seen += 1
+            if len(self._kept) > self._most:
+                self._kept = self._kept[::2]
+                self._every *= 2
+
+    @property
+    def frames(self) -> Frames:
+        """(F, H, W, 3); ValueError before the first."""
+        return np.stack(self._kept)
+
+    @property
+    def numbers(self) -> range:
+        """Of the frames, counted from 0."""
+        return range(0, len(self._kept) * self._every, self._every)
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Frames]], columns: int = 6, numbers: Sequence[int] | None = None
+) -> Image.Image:
     """One picture for several videos: for each a label, and a row of `columns` frames evenly spaced over its length.
 
-    `rows`: (label, frames (F, H, W, 3)); all of one H and W. Below each frame is its number, counted from 1.
+    `rows`: (label, frames (F, H, W, 3)); all of one H and W. Below each frame is its number, counted from 1: that of
+    `numbers` (counted from 0) where the frames are an excerpt.
     ValueError for no rows, no columns, or rows of different sizes.
     """
     from PIL import Image, ImageDraw
@@ -72,7 +105,13 @@ def contact_sheet(rows: Sequence[tuple[str, Frames]], columns: int = 6) -> Image
             left = margin + column * (cell_width + gap)
             sheet.paste(_enlarged(frames[index], cell_width, cell_height), (left, top + heading))
             below = top + heading + cell_height + gap
-            draw.text((left + cell_width // 2, below), str(index + 1), _FAINT, _font(small), "mt")
+            draw.text(
+                (left + cell_width // 2, below),
+                str((index if numbers is None else numbers[index]) + 1),
+                _FAINT,
+                _font(small),
+                "mt",
+            )
     return sheet
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_wan import write_parts
 
 from nasa_video.cli import main
 from nasa_video.pipeline import VideoPipeline
@@ -19,6 +20,14 @@ from nasa_video.pipeline import VideoPipeline
 def pipeline(model_folder: Path) -> VideoPipeline:
     """The same model in memory."""
     return VideoPipeline.from_pretrained(str(model_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a VAE, a text encoder and a tokenizer, in diffusers' layout and as Wan's original files."""
+    folder = tmp_path_factory.mktemp("wan")
+    write_parts(folder)
+    return folder
 
 
 @dataclass(frozen=True)

@@ -261,11 +261,12 @@ def test_a_run_that_does_not_fit_is_refused_before_the_first_download(
     assert "what fits: --width" in text
 
 
-def test_int8_weights_come_back_with_from(nasa_video: Run) -> None:
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_weights_in_8_bits_come_back_with_from(nasa_video: Run, weights: str) -> None:
     pytest.importorskip("torchao")
-    for name, weights in (("plain", "plain"), ("int8", "int8")):
-        done = nasa_video("generate", STAR, "--model", "{model}", "--weights", weights, "-o", f"{name}.mp4")
+    for stored in ("plain", weights):
+        done = nasa_video("generate", STAR, "--model", "{model}", "--weights", stored, "-o", f"{stored}.mp4")
         assert done.status == 0, done.stderr
-    assert nasa_video("generate", "--from", "int8.mp4", "-o", "again.mp4").status == 0
-    assert Path("again.mp4").read_bytes() == Path("int8.mp4").read_bytes()
-    assert not np.array_equal(read_frames("int8.mp4"), read_frames("plain.mp4"))
+    assert nasa_video("generate", "--from", f"{weights}.mp4", "-o", "again.mp4").status == 0
+    assert Path("again.mp4").read_bytes() == Path(f"{weights}.mp4").read_bytes()
+    assert not np.array_equal(read_frames(f"{weights}.mp4"), read_frames("plain.mp4"))

@@ -4,122 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from diffusers import AutoencoderKLWan
+from hub_server import Hub, serving
 
 from nasa_video import downloads, models
 from nasa_video.models import configs_dir
 
 Run = Callable[..., Any]
-COMMIT = "a" * 40
-
-
-@dataclass
-class Hub:
-    """Repositories by file name, and what is to go wrong."""
-
-    files: dict[str, bytes] = field(default_factory=dict)
-    url: str = ""
-    requests: list[str] = field(default_factory=list)
-    status: int | None = None
-    damage: str | None = None
-    cut_once: str | None = None
-    ranges: list[str] = field(default_factory=list)
-
-
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *words: object) -> None:
-            pass
-
-        def do_HEAD(self) -> None:
-            self._answer(body=False)
-
-        def do_GET(self) -> None:
-            self._answer(body=True)
-
-        def _answer(self, body: bool) -> None:
-            hub.requests.append(f"{self.command} {self.path}")
-            path = self.path.split("?")[0].lstrip("/")
-            if hub.status is not None:
-                return self._send(hub.status, b"{}", {}, body)
-            if path.startswith("api/models/"):
-                repo = "/".join(path.split("/")[2:4])
-                names = [name.removeprefix(f"{repo}/") for name in hub.files if name.startswith(f"{repo}/")]
-                tree = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in names]
-                info = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
-                return self._send(200, json.dumps(tree if "/tree/" in path else info).encode(), {}, body)
-            name = path.replace("/resolve/main/", "/").replace(f"/resolve/{COMMIT}/", "/")
-            if name not in hub.files:
-                return self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
-            content = hub.files[name]
-            etag = hashlib.sha256(content).hexdigest()
-            if hub.damage == name and body:
-                content = bytes(len(content))
-            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
-            wanted = self.headers.get("Range")
-            if wanted and body:
-                hub.ranges.append(wanted)
-                start = int(wanted.removeprefix("bytes=").split("-")[0])
-                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-                return self._send(206, content[start:], headers, body)
-            if hub.cut_once == name and body:
-                hub.cut_once = None
-                self.send_response(200)
-                for key, value in (headers | {"Content-Length": str(len(content))}).items():
-                    self.send_header(key, value)
-                self.end_headers()
-                self.wfile.write(content[: len(content) // 2])
-                self.close_connection = True
-                return None
-            return self._send(200, content, headers, body)
-
-        def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
-            self.send_response(status)
-            for key, value in (headers | {"Content-Length": str(len(content))}).items():
-                self.send_header(key, value)
-            self.end_headers()
-            if body:
-                self.wfile.write(content)
-
-    return Handler
+TINY = "lightx2v/Autoencoders/taew2_1.pth"
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub with the true files' names and small contents, and an empty cache."""
-    from huggingface_hub import constants
-
     hub = Hub()
     wan = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     for name in ("vae/config.json", "vae/w.safetensors", "text_encoder/config.json", "text_encoder/w.safetensors",
-                 "text_encoder/w.bin", "tokenizer/tokenizer_config.json", "README.md"):  # fmt: skip
+                 "text_encoder/w.bin", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
+                 "README.md"):  # fmt: skip
         hub.files[f"{wan}/{name}"] = name.encode() * 50
     hub.files[f"{wan}/vae/config.json"] = json.dumps(dict(AutoencoderKLWan(base_dim=4).config)).encode()
     hub.files["gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt"] = bytes(range(256)) * 4000
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    cache = tmp_path / "cache"
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        monkeypatch.setattr(constants, name, str(cache), raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)  # what is kept of a broken download is whole pieces
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
-    monkeypatch.delenv(models.MODELS_FOLDER, raising=False)
-    yield hub
-    server.shutdown()
-    server.server_close()
+    hub.files[TINY] = b"tiny" * 50
+    with serving(hub, tmp_path / "cache", monkeypatch):
+        yield hub
 
 
 def test_pull_says_size_and_licence_and_asks_first(nasa_video: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +71,44 @@ def test_a_broken_download_is_resumed(nasa_video: Run, hub: Hub) -> None:
     assert done.status == 0, done.stderr
     assert hub.ranges, "the second half was asked for, not the whole"
     assert Path("here", "gdhe17/Self-Forcing/checkpoints/self_forcing_dmd.pt").stat().st_size == 256 * 4000
+
+
+def test_half_a_folder_is_no_model_and_is_completed(nasa_video: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    wan = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers/text_encoder"
+    index = {"weight_map": {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"}}
+    del hub.files[f"{wan}/w.safetensors"]
+    hub.files[f"{wan}/m.safetensors.index.json"] = json.dumps(index).encode()
+    for part in index["weight_map"].values():
+        hub.files[f"{wan}/{part}"] = part.encode() * 50
+    # The second half arrives damaged: config and first half are there, the rest is not.
+    hub.damage = f"{wan}/m-00002-of-00002.safetensors"
+    monkeypatch.setenv(models.MODELS_FOLDER, "here")
+    words = ("models", "pull", "self-forcing", "--yes", "--mirror", hub.url, "--to", "here")
+    assert nasa_video(*words).status == 1
+    assert Path("here", wan, "m-00001-of-00002.safetensors").exists()
+    assert any(wan in part for part in nasa_video("models", "check", "self-forcing", "--json").json["missing"])
+    hub.damage = None
+    assert nasa_video(*words).status == 0
+    assert nasa_video("models", "check", "self-forcing", "--json").json["missing"] == []
+    first = [r for r in hub.requests if r.startswith("GET") and "self_forcing_dmd.pt" in r]
+    assert len(first) == 1, "what was there was not downloaded again"
+
+
+def test_the_tiny_decoder_comes_along_and_nothing_fails_without_it(
+    nasa_video: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = hub.files.pop(TINY)
+    words = ("models", "pull", "self-forcing", "--yes", "--mirror", hub.url, "--to", "here")
+    done = nasa_video(*words)
+    assert done.status == 0, done.stderr
+    assert "without --decoder tiny" in done.stderr
+    monkeypatch.setenv(models.MODELS_FOLDER, "here")
+    check = nasa_video("models", "check", "self-forcing")
+    assert check.status == 0
+    assert "missing, for --decoder tiny only: lightx2v/Autoencoders/taew2_1.pth" in check.stdout
+    hub.files[TINY] = tiny
+    assert nasa_video(*words).status == 0
+    assert Path("here", TINY).read_bytes() == tiny
 
 
 def test_a_file_that_differs_from_its_hash_is_removed(nasa_video: Run, hub: Hub) -> None:

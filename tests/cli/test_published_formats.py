@@ -8,131 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from diffusers import AutoencoderKLWan
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import Unigram
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from safetensors.torch import save_file
+from tiny_wan import any_wan, preset_file, write_generator
 
-from nasa_video.text.umt5_checkpoint import _PARTS
 from nasa_video.video.source import read_frames
 
 Run = Callable[..., Any]
-PARITY = Path(__file__).parent.parent / "parity" / "data" / "causvid_generator.safetensors"
-CONFIG = {
-    "patch_size": [1, 2, 2], "num_attention_heads": 4, "attention_head_dim": 24, "in_channels": 16,
-    "out_channels": 16, "text_dim": 40, "freq_dim": 32, "ffn_dim": 160, "num_layers": 3,
-}  # fmt: skip
-
-
-def _wan_generator() -> dict[str, Tensor]:
-    """The tiny generator under Wan's own names, without a prefix."""
-    return {name.removeprefix("model."): value for name, value in load_file(PARITY).items()}
-
-
-def _original_vae(vae: AutoencoderKLWan) -> dict[str, Tensor]:
-    """diffusers' VAE keys as Wan's own, by searching for the name that diffusers' converter maps to each."""
-    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-
-    candidates = {}
-    for coder, stages in (("encoder", "downsamples"), ("decoder", "upsamples")):
-        parts = ["residual.0.gamma", "residual.3.gamma", "shortcut.weight", "shortcut.bias"]
-        parts += [f"residual.{i}.{w}" for i in (2, 6) for w in ("weight", "bias")]
-        parts += [f"{name}.{w}" for name in ("resample.1", "time_conv") for w in ("weight", "bias")]
-        for i in range(20):
-            candidates |= {f"{coder}.{stages}.{i}.{part}": None for part in parts}
-        for i in (0, 2):
-            candidates |= {f"{coder}.middle.{i}.{part}": None for part in parts}
-        middle = ("norm.gamma", "to_qkv.weight", "to_qkv.bias", "proj.weight", "proj.bias")
-        candidates |= {f"{coder}.middle.1.{part}": None for part in middle}
-        ends = ("conv1.weight", "conv1.bias", "head.0.gamma", "head.2.weight", "head.2.bias")
-        candidates |= {f"{coder}.{part}": None for part in ends}
-    candidates |= {f"conv{i}.{w}": None for i in (1, 2) for w in ("weight", "bias")}
-    wanted = vae.state_dict()
-    named = {}
-    for name in candidates:
-        (diffusers_name,) = convert_wan_vae_to_diffusers({name: torch.zeros(1)})
-        if diffusers_name in wanted:
-            named[name] = wanted[diffusers_name].clone()
-    assert len(named) == len(wanted)
-    return named
-
-
-def _original_t5(model: UMT5EncoderModel) -> dict[str, Tensor]:
-    state = model.state_dict()
-    named = {"token_embedding.weight": state["shared.weight"], "norm.weight": state["encoder.final_layer_norm.weight"]}
-    for block in range(2):
-        named |= {f"blocks.{block}.{wan}": state[f"encoder.block.{block}.{hf}"] for wan, hf in _PARTS.items()}
-    return {name: value.clone() for name, value in named.items()}
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a VAE, a text encoder and a tokenizer, in diffusers' layout and as Wan's original files."""
-    folder = tmp_path_factory.mktemp("wan")
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan(base_dim=4, z_dim=16)
-    vae.save_pretrained(folder / "vae")
-    torch.save(_original_vae(vae), folder / "Wan2.1_VAE.pth")
-    encoder = UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=40, d_model=40, d_kv=8, num_heads=2, d_ff=32, num_layers=2, feed_forward_proj="gated-gelu"
-        )
-    ).eval()
-    encoder.save_pretrained(folder / "text_encoder")
-    torch.save(_original_t5(encoder), folder / "models_t5_umt5-xxl-enc-bf16.pth")
-    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)] + [
-        (c, -3.0) for c in "abcdefghijklmnopqrstuvwxyz"
-    ]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(Unigram(letters, unk_id=2)), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(folder / "tokenizer")
-    return folder
-
-
-def _preset(folder: Path, parts: Path, original: bool, **components: Any) -> str:
-    text = parts / ("models_t5_umt5-xxl-enc-bf16.pth" if original else "text_encoder")
-    data = {
-        "name": "small",
-        "kind": "video",
-        "title": "small",
-        "licence": "none",
-        "components": {
-            "vae": {"path": str(parts / ("Wan2.1_VAE.pth" if original else "vae"))},
-            "text_encoder": {
-                "kind": "umt5", "path": str(text), "tokenizer_folder": str(parts / "tokenizer"), "max_tokens": 16,
-            },
-            "config": CONFIG,
-            **components,
-        },
-        "sampler": {"shift": 5.0, "warp": True, "steps": {2: [1000, 500]}, "default_steps": 2, "frames_per_chunk": 3},
-        "video": {"width": 32, "height": 16, "fps": 16, "frames": 9},
-        "guidance": {"nasa": {"scale": 0.5}},
-    }  # fmt: skip
-    path = folder / "preset.yaml"
-    path.write_text(yaml.safe_dump(data))
-    return str(path)
-
-
-def _write(form: str, folder: Path) -> dict[str, str]:
-    """Write the generator in a published form; returns its source."""
-    state = _wan_generator()
-    path = folder / "model.pt"
-    if form == "causvid":
-        torch.save({"generator": {f"model.{name}": value for name, value in state.items()}}, path)
-    elif form == "self-forcing":
-        wrapped = {f"model._fsdp_wrapped_module.{name}": value for name, value in state.items()}
-        other = {name: torch.zeros_like(value) for name, value in wrapped.items()}
-        torch.save({"generator": other, "generator_ema": wrapped}, path)
-    elif form == "flat":
-        torch.save({f"model.{name}": value for name, value in state.items()}, path)
-    else:
-        path = folder / "krea.safetensors"
-        save_file(state, path)
-    return {"path": str(path)}
 
 
 @pytest.mark.parametrize("form", ["causvid", "self-forcing", "flat", "krea"])
@@ -141,7 +22,7 @@ def test_every_published_form_makes_the_same_video(nasa_video: Run, parts: Path,
     for name in ("causvid", form):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        preset = _preset(folder, parts, original=form != "causvid", transformer=_write(name, folder))
+        preset = preset_file(folder, parts, original=form != "causvid", transformer=write_generator(name, folder))
         done = nasa_video("generate", "a fox", "--neg", "blurry", "--model", preset, "-o", f"{name}.mp4", "--json")
         assert done.status == 0, done.stderr
         assert done.json["effect"]["relative_change"] > 0.01
@@ -174,7 +55,7 @@ def test_a_lora_acts_with_its_scale_and_comes_back_with_from(nasa_video: Run, pa
                 lora[f"{key}.lora_down.weight"] = torch.randn(4, 96, generator=generator)
                 lora[f"{key}.lora_up.weight"] = torch.randn(96, 4, generator=generator) * 0.1
     save_file(lora, tmp_path / "style.safetensors")
-    preset = _preset(tmp_path, parts, original=False, transformer=_write("causvid", tmp_path))
+    preset = preset_file(tmp_path, parts, original=False, transformer=write_generator("causvid", tmp_path))
     for output, option in (
         ("plain", []),
         ("full", ["--lora", "style.safetensors"]),
@@ -194,9 +75,9 @@ def test_a_presets_own_lora_is_part_of_it(nasa_video: Run, parts: Path, tmp_path
         for side, shape in (("A", (4, 96)), ("B", (96, 4)))
     }
     torch.save({"generator_lora": state}, tmp_path / "lora.pt")
-    source = _write("causvid", tmp_path)
+    source = write_generator("causvid", tmp_path)
     for name, loras in (("with", [{"path": str(tmp_path / "lora.pt")}]), ("without", [])):
-        preset = _preset(tmp_path, parts, original=False, transformer=source, loras=loras)
+        preset = preset_file(tmp_path, parts, original=False, transformer=source, loras=loras)
         assert nasa_video("generate", "a fox", "--model", preset, "-o", f"{name}.mp4").status == 0
     assert (read_frames("with.mp4") != read_frames("without.mp4")).any()
 
@@ -214,17 +95,17 @@ def test_a_lora_that_cannot_be_used_is_refused(
     nasa_video: Run, parts: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "style.safetensors")
-    preset = _preset(tmp_path, parts, original=False, transformer=_write("causvid", tmp_path))
+    preset = preset_file(tmp_path, parts, original=False, transformer=write_generator("causvid", tmp_path))
     done = nasa_video("generate", "a fox", *options, "--model", preset, "-o", "a.mp4")
     assert done.status == 1
     assert message in " ".join(done.stderr.split())
 
 
 def test_swapped_parts_are_named(nasa_video: Run, parts: Path, tmp_path: Path) -> None:
-    swapped = _preset(tmp_path, parts, original=True, transformer={"path": str(parts / "Wan2.1_VAE.pth")})
+    swapped = preset_file(tmp_path, parts, original=True, transformer={"path": str(parts / "Wan2.1_VAE.pth")})
     assert "looks like a Wan VAE" in " ".join(nasa_video("generate", "x", "--model", swapped).stderr.split())
-    source = _write("causvid", tmp_path)
-    other = _preset(tmp_path, parts, original=True, transformer=source, vae=source)
+    source = write_generator("causvid", tmp_path)
+    other = preset_file(tmp_path, parts, original=True, transformer=source, vae=source)
     assert "no Wan VAE: it looks like a Wan transformer" in " ".join(
         nasa_video("generate", "x", "--model", other).stderr.split()
     )
@@ -240,39 +121,20 @@ def test_the_tiny_decoder_makes_as_many_frames_from_the_same_latents(
     weights["decoder.22.weight"] *= 40  # untrained layers shrink what goes through them: make it visible
     weights["decoder.22.bias"] += 0.5
     torch.save(weights, tmp_path / "taew2_1.pth")
-    source = _write("causvid", tmp_path)
+    source = write_generator("causvid", tmp_path)
     tiny = {"path": str(tmp_path / "taew2_1.pth")}
     for name, latents in (("normalized", "normalized"), ("raw", "raw")):
-        preset = _preset(tmp_path, parts, True, transformer=source, tiny_decoder={**tiny, "latents": latents})
+        preset = preset_file(tmp_path, parts, True, transformer=source, tiny_decoder={**tiny, "latents": latents})
         done = nasa_video("generate", "a fox", "--decoder", "tiny", "--model", preset, "-o", f"{name}.mp4", "--json")
         assert done.json["frames"] == 9
     assert nasa_video("generate", "a fox", "--model", preset, "-o", "full.mp4").status == 0
     videos = {name: read_frames(f"{name}.mp4").astype(int) for name in ("normalized", "raw", "full")}
     assert len({video.shape for video in videos.values()}) == 1
     assert abs(videos["normalized"] - videos["raw"]).mean() > 1
-    without = _preset(tmp_path, parts, True, transformer=source)
+    without = preset_file(tmp_path, parts, True, transformer=source)
     for option, message in (("tiny", "has no tiny decoder"), ("huge", "must be full or tiny")):
         done = nasa_video("generate", "a fox", "--decoder", option, "--model", without)
         assert message in done.stderr
-
-
-def _any_wan(**widths: int) -> dict[str, Tensor]:
-    """A generator under Wan's own names with heads of 128, as every published one has; random weights."""
-    generator = torch.Generator().manual_seed(1)
-    sizes = {96: 256, 6 * 96: 6 * 256}
-    state = {}
-    for name, value in _wan_generator().items():
-        shape = [sizes.get(size, size) for size in value.shape]
-        if name.startswith("patch_embedding.weight"):
-            shape[1] = widths.get("in_channels", shape[1])
-        if name.startswith("head.head."):
-            shape[0] = 4 * widths.get("out_channels", 16)
-        drawn = torch.randn(shape, generator=generator)
-        if "norm" in name and name.endswith("weight"):
-            state[name] = 1 + 0.1 * drawn
-        else:
-            state[name] = drawn / max(1, drawn[0].numel()) ** 0.5 if drawn.ndim > 1 else 0.1 * drawn
-    return state
 
 
 @pytest.fixture
@@ -289,9 +151,9 @@ def wan_folder(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_any_causal_wan_runs_from_its_file_alone(nasa_video: Run, wan_folder: Path, tmp_path: Path, form: str) -> None:
     path = tmp_path / form
     if path.suffix == ".pt":
-        torch.save({"generator": {f"model.{name}": value for name, value in _any_wan().items()}}, path)
+        torch.save({"generator": {f"model.{name}": value for name, value in any_wan().items()}}, path)
     else:
-        save_file(_any_wan(), path)
+        save_file(any_wan(), path)
     check = nasa_video("models", "check", str(path), "--width", "32", "--height", "16", "--json")
     assert check.status == 0, check.stderr
     # Two heads of 128 and three layers, read off the tensors.
@@ -309,7 +171,7 @@ def test_14b_and_wan_22_are_known_by_their_tensors(tmp_path: Path) -> None:
     from nasa_video.models import find_preset
     from nasa_video.planning import vae_config
 
-    save_file(_any_wan(in_channels=48, out_channels=48), tmp_path / "wan22.safetensors")
+    save_file(any_wan(in_channels=48, out_channels=48), tmp_path / "wan22.safetensors")
     preset = find_preset(tmp_path / "wan22.safetensors")
     assert preset.components.vae.repo == "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
     assert (preset.video.width, preset.video.height) == (1280, 704)
@@ -330,7 +192,7 @@ def test_14b_and_wan_22_are_known_by_their_tensors(tmp_path: Path) -> None:
 def test_a_generator_that_this_loop_cannot_feed_is_refused(
     nasa_video: Run, tmp_path: Path, widths: dict[str, int], message: str
 ) -> None:
-    save_file(_any_wan(**widths), tmp_path / "other.safetensors")
+    save_file(any_wan(**widths), tmp_path / "other.safetensors")
     done = nasa_video("generate", "a fox", "--model", str(tmp_path / "other.safetensors"), "-o", "a.mp4")
     assert done.status == 1
     assert message in " ".join(done.stderr.split())

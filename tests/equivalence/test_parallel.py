@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -47,6 +48,15 @@ def on_processes(count: int, *words: str, cwd: Path) -> list[subprocess.Complete
         out, err = process.communicate(timeout=900)
         done.append(subprocess.CompletedProcess(words, process.returncode, out, err))
     return done
+
+
+def by_torchrun(count: int, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does, with torchrun."""
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", str(free_port())]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *start, *words], cwd=cwd, env=environment, text=True, capture_output=True, check=False
+    )
 
 
 WORKER = """
@@ -101,8 +111,8 @@ def test_the_command_line_splits_one_video_and_shares_out_many(model_folder: Pat
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert plain.returncode == 0, plain.stderr
-    done = on_processes(2, *common, "--device", "cpu", "--split", "-o", "split.mp4", cwd=tmp_path)
-    assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
+    done = by_torchrun(2, *common, "--device", "cpu", "--split", "-o", "split.mp4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     a, b = (read_frames(tmp_path / name).astype(int) for name in ("plain.mp4", "split.mp4"))
     assert np.abs(a - b).max() <= 1
 
@@ -111,8 +121,10 @@ def test_the_command_line_splits_one_video_and_shares_out_many(model_folder: Pat
         "- {prompt: two big circles, name: circles}\n"
     )
     batch = ["-m", "nasa_video", "batch", "jobs.yaml", "-o", "out", "--model", str(model_folder), "--device", "cpu"]
-    done = on_processes(2, *batch, "--json", cwd=tmp_path)
-    assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
+    done = by_torchrun(2, *batch, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = [json.loads(line)["made"] for line in done.stdout.splitlines() if line.startswith("{")]
+    assert sorted(len(videos) for videos in made) == [1, 2], "each process took its share"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "0000-a-red-star.mp4", "0001-a-blue-heart.mp4", "circles.mp4"
     ]  # fmt: skip

@@ -21,7 +21,7 @@ from nasa_video.memory import Run, budget_of, estimate, fitting_card, fitting_pl
 from nasa_video.models import find_preset
 from nasa_video.placement import LADDER, Placement, place
 from nasa_video.planning import PlanRequest, make_plan
-from nasa_video.readiness import cards_of
+from nasa_video.readiness import cards_of, readiness
 from nasa_video.steering import Steering
 from nasa_video.text import TextContext
 
@@ -29,6 +29,7 @@ NewWan = Callable[..., WanTransformer3DModel]
 NewContext = Callable[..., TextContext]
 SHAPE = (4, 4, 6)
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent.parent
 
 
 def guided_video(model: CausalWan, new_context: NewContext) -> Tensor:
@@ -123,6 +124,25 @@ def test_every_13b_preset_has_a_place_on_24_16_and_12_gigabytes(name: str) -> No
         assert card.memory is not None, f"{card.gigabytes} GB"
         assert card.memory.peak <= budget_of(card.gigabytes)
     assert cards_of(run)[0].placement == LADDER[0], "24 GB need no sacrifice"
+
+
+def test_the_documented_profiles_are_those_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nasa_video.models.Source.find", lambda source: None)  # whatever is on this machine
+    rows = [row for row in (ROOT / "docs" / "memory.md").read_text().splitlines() if row.startswith("| ")]
+    for name in ("causvid", "causvid-4step", "self-forcing", "longlive", "krea-14b"):
+        cards = readiness(find_preset(name), None, None, None, "cpu").cards
+        assert [card.gigabytes for card in cards] == [24, 16, 12]
+        cells = []
+        for card in cards:
+            fits = card.memory is not None and card.placement is not None
+            cells.append(
+                f"{card.memory.peak / 1e9:.1f} GB (row {1 + LADDER.index(card.placement)})"  # type: ignore[union-attr, arg-type]
+                if fits
+                else "does not fit"
+            )
+        (row,) = [row for row in rows if name in row.split("|")[1].replace("(", ",").replace(",", " ").split()]
+        for cell, documented in zip(cells, row.split("|")[3:6], strict=True):
+            assert documented.strip().startswith(cell), (name, cells, row)
 
 
 def test_a_14b_model_is_offloaded_and_the_ladder_falls() -> None:

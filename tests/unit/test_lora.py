@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from causvid_adapter import CausalWan, CheckpointError
-from causvid_adapter.lora import LoraWarning, merge_lora
+from causvid_adapter.lora import merge_lora
 
 DIM = 48
 RANK = 4
@@ -97,12 +97,40 @@ def test_every_naming_is_merged_with_its_scale(
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_dropped_norms_are_named(new_wan: Callable[..., WanTransformer3DModel], tmp_path: Path) -> None:
+def test_whole_differences_are_added_where_they_belong(
+    new_wan: Callable[..., WanTransformer3DModel], tmp_path: Path
+) -> None:
+    # As in the LoRAs that were extracted from CausVid and Self-Forcing: low rank, biases, norms, and what lies outside
+    # of the blocks; a bias without a weight too.
     state, _ = _state("comfy")
-    state["diffusion_model.blocks.0.norm3.diff"] = torch.ones(DIM)
+    config = new_wan().config
+    places = {
+        "blocks.0.self_attn.q.diff_b": ("blocks.0.attn1.to_q.bias", DIM),
+        "blocks.1.cross_attn.o.diff_b": ("blocks.1.attn2.to_out.0.bias", DIM),
+        "blocks.0.ffn.0.diff_b": ("blocks.0.ffn.net.0.proj.bias", FFN),
+        "blocks.0.norm3.diff": ("blocks.0.norm2.weight", DIM),
+        "blocks.0.norm3.diff_b": ("blocks.0.norm2.bias", DIM),
+        "blocks.1.self_attn.norm_k.diff": ("blocks.1.attn1.norm_k.weight", DIM),
+        "time_projection.1.diff_b": ("condition_embedder.time_proj.bias", 6 * DIM),
+        "text_embedding.0.diff_b": ("condition_embedder.text_embedder.linear_1.bias", DIM),
+        "head.head.diff_b": ("proj_out.bias", 4 * config.out_channels),
+        "patch_embedding.diff_b": ("patch_embedding.bias", DIM),
+    }
+    for key, (_, size) in places.items():
+        state[f"diffusion_model.{key}"] = torch.linspace(1, 2, size)
+    head = (torch.randn(RANK, DIM), torch.randn(4 * config.out_channels, RANK))
+    state["diffusion_model.head.head.lora_down.weight"], state["diffusion_model.head.head.lora_up.weight"] = head
     save_file(state, tmp_path / "lora.safetensors")
-    with pytest.warns(LoraWarning, match="1 norms"):
-        merge_lora(CausalWan(new_wan()), tmp_path / "lora.safetensors")
+    model = CausalWan(new_wan())
+    before = {name: value.clone() for name, value in model.transformer.state_dict().items()}
+    merge_lora(model, tmp_path / "lora.safetensors", 0.5)
+    after = model.transformer.state_dict()
+    for place, size in places.values():
+        torch.testing.assert_close(after[place], before[place] + 0.5 * torch.linspace(1, 2, size), msg=place)
+    torch.testing.assert_close(after["proj_out.weight"], before["proj_out.weight"] + 0.5 * head[1] @ head[0])
+    low_rank = {f"{_diffusers_name(name)}.weight" for name in _factors()}
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == low_rank | {place for place, _ in places.values()} | {"proj_out.weight"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from PIL import Image
 from test_video_frames import make_clip
 
 from nasa_video.errors import OutputError
-from nasa_video.video.compare import contact_sheet, side_by_side
+from nasa_video.video.compare import Excerpt, contact_sheet, side_by_side
 from nasa_video.video.sheet import save_sheet, sheet_path
 
 
@@ -111,3 +111,14 @@ def test_a_sheet_that_cannot_be_written_leaves_no_half(tmp_path: Path, monkeypat
     with pytest.raises(OutputError, match=r"video is finished, but its contact sheet .* No space left"):
         save_sheet(contact_sheet([("a", make_clip(2))], 2), tmp_path / "ball.png")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 1000])
+def test_an_excerpt_keeps_few_frames_of_any_length_with_their_numbers(length: int) -> None:
+    excerpt = Excerpt(most=8)
+    for start in range(0, length, 12):
+        numbers = np.arange(start, min(start + 12, length)) % 251
+        excerpt.add(np.broadcast_to(numbers[:, None, None, None], (len(numbers), 2, 2, 3)).astype(np.uint8))
+    assert (length if length <= 8 else 4) <= len(excerpt.frames) <= 8
+    assert [int(frame[0, 0, 0]) for frame in excerpt.frames] == [number % 251 for number in excerpt.numbers]
+    assert excerpt.numbers[-1] + (excerpt.numbers.step or 1) >= length
