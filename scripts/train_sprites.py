@@ -95,20 +95,23 @@ class Run:
 
     def clips(self) -> LatentClips:
         """Renders and encodes the clips, or reads them."""
+        settings = self.plan.dataset
+        return self._encoded("clips", settings.clips, settings.switched_share, self.plan.seed)
+
+    def short_clips(self) -> LatentClips:
+        """Renders and encodes first chunks, or reads them."""
+        from nasa_video.training.dataset import CHUNK_FRAMES
+
+        seed = self.plan.seed + 500_000  # other scenes than the whole clips'
+        return self._encoded("short-clips", self.plan.dataset.short_clips, 0.0, seed, CHUNK_FRAMES)
+
+    def _encoded(self, name: str, count: int, switched: float, seed: int, frames: int = 33) -> LatentClips:
         from nasa_video.training.dataset import encode_clips
 
         report = self.report
         shards = (lambda done, total: report(done, total, {})) if report else None
-        return encode_clips(
-            self.autoencoder(),
-            self.plan.dataset.clips,
-            self.plan.dataset.switched_share,
-            self.folder / "clips",
-            self.plan.seed,
-            self.device,
-            self.team,
-            shards,
-        )
+        args = (self.folder / name, seed, self.device, self.team, shards, frames)
+        return encode_clips(self.autoencoder(), count, switched, *args)
 
     def detector(self) -> Detector:
         """Trains the detector, or reads the finished one."""
@@ -141,7 +144,7 @@ class Run:
             show = self._show("base", (1000, 964, 923, 875, 818, 750, 667, 563, 429, 250), student_too=True)
             args = (self.folder, self.plan.seed, self.device, journal, self.team, show)
             placed = self._placed("teacher/transformer")
-            model = train_flow(self.plan.base, self.clips(), encoder, *args, placed)
+            model = train_flow(self.plan.base, self.clips(), self.short_clips(), encoder, *args, placed)
             if self.team.leads:
                 model.transformer.save_pretrained(folder)
                 self._place(model, "teacher/transformer")
@@ -155,7 +158,7 @@ class Run:
 
         journal = Journal(self.folder, "latent-detector", self.report)
         args = (self.folder, self.plan.seed, self.device, journal, self.team)
-        return train_latent_detector(self.plan.latent_detector, self.clips(), *args)
+        return train_latent_detector(self.plan.latent_detector, self.clips(), self.short_clips(), *args)
 
     def student(self) -> CausalWan:
         """Distils the student, or reads the finished one."""
@@ -169,8 +172,8 @@ class Run:
             journal = Journal(self.folder, "student", self.report, draw_every=50)
             show = self._show("student", self.plan.student.steps[4])
             args = (self.folder, self.plan.seed, journal, self.team, show)
-            base, clips, told = self.base(), self.clips(), self.latent_detector()
-            model = train_student(self.plan.student, base, clips, encoder, *args, told)
+            base, clips, short, told = self.base(), self.clips(), self.short_clips(), self.latent_detector()
+            model = train_student(self.plan.student, base, clips, short, encoder, *args, told)
             if self.team.leads:
                 model.transformer.save_pretrained(folder)
                 self._place(model, "transformer")

@@ -6,7 +6,7 @@ Shape legend: B batch, T latent frames, C channels, h w latent height and width.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from nasa_video.sprites.captions import random_caption, switched_captions
 from nasa_video.sprites.renderer import render_switched
 from nasa_video.sprites.world import (
     CLIP_CHUNKS,
+    CLIP_FRAMES,
+    FLAWS,
     Scenes,
     concatenate,
     first_frame_of,
@@ -31,6 +33,8 @@ from nasa_video.training.checkpoint import load_state, save_state
 from nasa_video.training.parallel import Team
 
 SHARD_CLIPS = 256
+CHUNK_FRAMES = 9
+"""Frames of a clip's first chunk."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ class ClipBatch:
         return replace(self, captions=captions, stated=stated)
 
 
+def is_easy(row: Mapping[str, int]) -> bool:
+    """Whether a scene is one sprite of one colour, with no weather and no flaw: its shape is plain to see."""
+    return not any(row[name] for name in ("count", "texture", "weather", *FLAWS))
+
+
 class LatentClips:
     """Clips held in memory as float16 latents.
 
@@ -78,14 +87,20 @@ class LatentClips:
         self.chunk = chunk.tolist()
         self.whole = [i for i, first in enumerate(self.chunk) if first == 0]
         self.switching = [i for i, first in enumerate(self.chunk) if first > 0]
+        self.easy = [i for i in self.whole if is_easy(self.rows[i])]
 
     def __len__(self) -> int:
         return self.latents.shape[0]
 
-    def batch(self, size: int, seed: int, switching: bool = False) -> ClipBatch:
-        """A batch that follows from the seed alone, of clips that switch or of clips that do not."""
+    def batch(self, size: int, seed: int, switching: bool = False, easy: float = 0.0) -> ClipBatch:
+        """A batch that follows from the seed alone, of clips that switch or of clips that do not.
+
+        A share `easy` of the latter is drawn from those where `is_easy`, the rest from all.
+        """
         rng = random.Random(seed)
         index = rng.choices(self.switching if switching else self.whole, k=size)
+        if easy and self.easy and not switching:
+            index = [rng.choice(self.easy) if rng.random() < easy else i for i in index]
         stated: list[frozenset[str]] = [frozenset()] * size
         if switching:
             captions = [text for i in index for text in self._switched(i, rng)]
@@ -111,7 +126,7 @@ def _coverage(mask: Tensor, latent_frames: int, cells: int) -> Tensor:
 
 @torch.no_grad()
 def _encode_shard(
-    vae: AutoencoderKLWan, seed: int, switched_share: float, device: torch.device, batch: int = 16
+    vae: AutoencoderKLWan, seed: int, switched_share: float, num_frames: int, device: torch.device, batch: int = 16
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     scenes = sample_scenes(SHARD_CLIPS, generator)
@@ -120,7 +135,7 @@ def _encode_shard(
     for start in range(0, SHARD_CLIPS, batch):
         part = slice(start, start + batch)
         cut = first_frame_of(chunk[part]).to(device)
-        frames, mask = render_switched(scenes[part].to(device), later[part].to(device), cut)
+        frames, mask = render_switched(scenes[part].to(device), later[part].to(device), cut, num_frames)
         with autocast(device):
             raw = vae.encode(frames.transpose(1, 2)).latent_dist.mean.float()
         clean = normalize(vae, raw.transpose(1, 2))
@@ -140,17 +155,18 @@ def encode_clips(
     device: torch.device,
     team: Team,
     report: Callable[[int, int], None] | None = None,
+    num_frames: int = CLIP_FRAMES,
 ) -> LatentClips:
     """Renders and encodes clips in shards under `folder`, a share of them in each process of the team.
 
-    Shards that are there already are read back.
+    Shards that are there already are read back. `num_frames` are the frames of a clip, from its start.
     """
     vae = vae.to(device).eval()
     total = -(-clips // SHARD_CLIPS)
     paths = [folder / f"clips-{number:04d}.pt" for number in range(total)]
     for number in range(team.rank, total, team.size):
         if not paths[number].exists():
-            save_state(paths[number], _encode_shard(vae, seed * 1_000_003 + number, switched_share, device))
+            save_state(paths[number], _encode_shard(vae, seed * 1_000_003 + number, switched_share, num_frames, device))
         if report is not None and team.leads:
             report(min(number + team.size, total), total)
     team.wait()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from causvid_adapter import CausalWan, FlowMatchSchedule
+from nasa_video.sprites.world import CLIP_CHUNKS
 from nasa_video.text import TextEncoder
 from nasa_video.training.attention import compile_blocks
 from nasa_video.training.autoencoder import autocast
@@ -35,8 +36,9 @@ class DistillTraining:
     """Settings of the distillation.
 
     `steps` maps a number of steps to the sampler's timesteps; `step_counts` is what a rollout's number is drawn from.
-    `teacher_scale` is the teacher's classifier-free guidance, 1 being none. `switched_share` of the
-    iterations roll out clips whose prompt changes between chunks. `told_weight` is the weight of the latent detector's
+    `teacher_scale` is the teacher's classifier-free guidance, 1 being none. `short_share` of the iterations roll out
+    first chunks alone, as many more as take the same work; `switched_share` of the others roll out clips whose prompt
+    changes between chunks. `told_weight` is the weight of the latent detector's
     gradient, which is at most `told_limit` times as large as that of the distribution.
     """
 
@@ -56,6 +58,7 @@ class DistillTraining:
     told_weight: float = 30.0
     told_limit: float = 0.7
     empty_share: float = 0.05
+    short_share: float = 0.4
     switched_share: float = 0.25
     checkpoint_every: int = 25
     sheet_every: int = 50
@@ -145,6 +148,7 @@ class Distillation:
         settings: DistillTraining,
         base: CausalWan,
         clips: LatentClips,
+        short: LatentClips,
         encoder: TextEncoder,
         seed: int,
         team: Team,
@@ -152,7 +156,8 @@ class Distillation:
         detector_noise: float = 0.3,
     ) -> None:
         self.detector, self.detector_noise = detector, detector_noise
-        self.settings, self.clips, self.encoder, self.seed, self.team = settings, clips, encoder, seed, team
+        self.settings, self.encoder, self.seed, self.team = settings, encoder, seed, team
+        self.clips, self.short = clips, short
         self.real = base.eval().requires_grad_(False)
         self.student = copy.deepcopy(base).requires_grad_(True)
         self.fake = copy.deepcopy(base).requires_grad_(True)
@@ -165,8 +170,7 @@ class Distillation:
         self.average = Average(self.student, settings.average_decay)
         self.device = base.device
 
-    def _sigma(self, generator: torch.Generator, low: float = 0.02, high: float = 0.98) -> Tensor:
-        batch = self.settings.batch_size
+    def _sigma(self, batch: int, generator: torch.Generator, low: float = 0.02, high: float = 0.98) -> Tensor:
         u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         u = u[torch.randperm(batch, generator=generator)]
         return shifted(u, self.settings.shift).clamp(low, high).to(self.device)
@@ -181,7 +185,10 @@ class Distillation:
         draw = step * self.team.size + self.team.rank
         generator = torch.Generator().manual_seed(self.seed * 9_000_011 + draw)
         switching = float(torch.rand((), generator=plan)) < settings.switched_share
-        batch = self.clips.batch(settings.batch_size, self.seed * 11_000_003 + draw, switching)
+        if float(torch.rand((), generator=plan)) < settings.short_share:
+            batch = self.short.batch(settings.batch_size * CLIP_CHUNKS, self.seed * 11_000_003 + draw)
+        else:
+            batch = self.clips.batch(settings.batch_size, self.seed * 11_000_003 + draw, switching)
         batch = batch.with_some_empty(settings.empty_share, generator)
         context = self.encoder(batch.captions).embeds.to(self.device)
         empty = torch.zeros_like(context)
@@ -196,7 +203,7 @@ class Distillation:
             )
         values = {}
         if not warming:
-            sigma = self._sigma(generator)
+            sigma = self._sigma(len(clip), generator)
             direction = matching_direction(
                 self.real, self.fake, clip.detach(), context, empty, settings.teacher_scale, sigma, normal()
             )
@@ -228,7 +235,7 @@ class Distillation:
         return torch.nan_to_num(settings.told_weight * gradient)
 
     def _update_fake(self, clip: Tensor, context: Tensor, noise: Tensor, generator: torch.Generator) -> float:
-        sigma = self._sigma(generator)
+        sigma = self._sigma(len(clip), generator)
         level = sigma[:, None, None, None, None]
         with autocast(self.device):
             flow = self.fake((1 - level) * clip + level * noise, sigma * 1000, context)
@@ -261,6 +268,7 @@ def train_student(
     settings: DistillTraining,
     base: CausalWan,
     clips: LatentClips,
+    short: LatentClips,
     encoder: TextEncoder,
     folder: Path,
     seed: int,
@@ -272,7 +280,7 @@ def train_student(
     """Distils the base and returns the student's average; resumes from `folder`/student.pt."""
     torch.manual_seed(seed)
     averaged = copy.deepcopy(base).eval().requires_grad_(False)
-    game = Distillation(settings, base, clips, encoder, seed, team, detector)
+    game = Distillation(settings, base, clips, short, encoder, seed, team, detector)
     for step in range(game.load(folder / "student.pt") + 1, settings.iterations + 1):
         values = game.iterate(step)
         if not team.leads:

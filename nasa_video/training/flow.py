@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from causvid_adapter import CausalWan
+from nasa_video.sprites.world import CLIP_CHUNKS
 from nasa_video.text import TextEncoder
 from nasa_video.training.attention import compile_blocks, trainable
 from nasa_video.training.autoencoder import autocast
@@ -34,8 +35,10 @@ class FlowTraining:
 
     `model` holds arguments of diffusers' `WanTransformer3DModel`; `batch_size` is that of one process. `shift` moves
     the noise levels drawn in training towards pure noise. Shares: of batches trained bidirectionally, of batches whose
-    clips turn into another scene, of causal clips with a clean prefix, of captions left empty. The first latent frame
-    stands for one picture instead of four and is the hardest to learn; `first_frame_weight` is what it counts.
+    clips turn into another scene, of causal clips with a clean prefix, of captions left empty; `short_share` of all
+    batches hold first chunks alone, as many more of them as take the same work, and of these clips `easy_share` show
+    one plain sprite without flaws at first, falling to none at 70 % of the run. The first latent frame stands for one
+    picture instead of four and is the hardest to learn; `first_frame_weight` is what it counts.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -48,6 +51,8 @@ class FlowTraining:
     shift: float = 3.0
     sprite_weight: float = 2.5
     first_frame_weight: float = 3.0
+    short_share: float = 0.6
+    easy_share: float = 0.6
     bidirectional_share: float = 0.45
     switched_share: float = 0.25
     clean_prefix_share: float = 0.5
@@ -116,6 +121,7 @@ def new_transformer(model: dict[str, Any], device: torch.device) -> CausalWan:
 def train_flow(
     settings: FlowTraining,
     clips: LatentClips,
+    short: LatentClips,
     encoder: TextEncoder,
     folder: Path,
     seed: int,
@@ -128,6 +134,8 @@ def train_flow(
     """Trains the base and returns its average; resumes from `folder`/base.pt.
 
     Args:
+        clips: whole clips.
+        short: first chunks of clips.
         start_from: a safetensors file of weights to begin with, in place of fresh ones.
         show: called now and then with the averaged model and the step, to draw samples or place weights.
     """
@@ -149,13 +157,18 @@ def train_flow(
         draw = step * team.size + team.rank
         generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
         # the kind of batch is the same in the whole team, so that nobody waits
-        kinds = torch.rand(2, generator=torch.Generator().manual_seed(seed * 3_000_017 + step)).tolist()
-        switching = kinds[0] < settings.switched_share
-        batch = clips.batch(settings.batch_size, seed * 7_000_003 + draw, switching).to(device)
+        kinds = torch.rand(3, generator=torch.Generator().manual_seed(seed * 3_000_017 + step)).tolist()
+        whole = kinds[2] >= settings.short_share
+        if whole:
+            batch = clips.batch(settings.batch_size, seed * 7_000_003 + draw, kinds[0] < settings.switched_share)
+        else:
+            easy = settings.easy_share * max(0.0, 1 - step / (0.7 * settings.iterations))
+            batch = short.batch(settings.batch_size * CLIP_CHUNKS, seed * 7_000_003 + draw, easy=easy)
+        batch = batch.to(device)
         batch = batch.with_some_empty(settings.empty_share, generator)
         context = encoder(batch.captions).embeds.to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device)
-        bidirectional = kinds[1] < settings.bidirectional_share
+        bidirectional = kinds[1] < settings.bidirectional_share or not whole  # one chunk: both are the same
         size, frames = batch.latents.shape[:2]
         levels = draw_noise_levels(settings, size, frames, bidirectional, generator)
         loss = flow_loss(model, batch, context, noise, levels, settings)
@@ -165,7 +178,7 @@ def train_flow(
         average.update(model)
         if not team.leads:
             continue
-        name = "bidirectional" if levels.frames_per_chunk is None else "causal"
+        name = "causal" if not bidirectional else "bidirectional" if whole else "first chunk"
         journal.record(step, settings.iterations, {name: float(loss.detach()), "gradient": norm})
         if step % settings.checkpoint_every == 0 or step == settings.iterations:
             state = {"step": step, "model": model.state_dict(), "optimiser": optimiser.state_dict()}

@@ -96,13 +96,17 @@ def stated_loss(logits: dict[str, Tensor], scenes: Scenes, stated: Sequence[froz
 def train_latent_detector(
     settings: LatentDetectorTraining,
     clips: LatentClips,
+    short: LatentClips,
     folder: Path,
     seed: int,
     device: torch.device,
     journal: Journal,
     team: Team,
 ) -> LatentDetector:
-    """Trains and returns the averaged network; resumes from `folder`/latent-detector.pt."""
+    """Trains on whole clips and first chunks in turns; returns the averaged network.
+
+    Resumes from `folder`/latent-detector.pt.
+    """
     torch.manual_seed(seed)
     network = LatentDetector(clips.latents.shape[2], settings.width).to(device)
     optimiser = MatrixOptimiser(network, inner_convolution, settings.matrix_rate, settings.other_rate)
@@ -113,14 +117,15 @@ def train_latent_detector(
         optimiser.load_state_dict(state["optimiser"])
         average.load_state_dict(state["average"])
         start = int(state["step"])
-    whole = torch.tensor(clips.whole)
     for step in range(start + 1, settings.iterations + 1):
         generator = torch.Generator().manual_seed(seed * 13_000_027 + step * team.size + team.rank)
+        pool = (clips, short)[step % 2]
+        whole = torch.tensor(pool.whole)
         chosen = whole[torch.randint(len(whole), (settings.batch_size,), generator=generator)]
-        latents = blurred_by_noise(clips.latents[chosen].float().to(device), settings.noise, generator)
+        latents = blurred_by_noise(pool.latents[chosen].float().to(device), settings.noise, generator)
         with autocast(device):
             logits = network(latents)
-        goal = targets(clips.scenes[chosen].to(device))
+        goal = targets(pool.scenes[chosen].to(device))
         loss = detector_loss({n: v.float() for n, v in logits.items()}, goal)
         loss.backward()  # type: ignore[no-untyped-call]
         team.average_gradients(network)

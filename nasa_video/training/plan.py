@@ -17,10 +17,15 @@ from nasa_video.training.latent_detector import LatentDetectorTraining
 
 @dataclass(frozen=True)
 class DatasetSettings:
-    """How many clips are rendered and encoded, and the share of them that turns into another scene."""
+    """How many clips are rendered and encoded, the share of them that turns into another scene, and first chunks.
+
+    `short_clips` more are encoded as far as their first chunk only: what a video shows is decided there, and a batch of
+    them holds three times as many scenes for the same work.
+    """
 
     clips: int = 8192
     switched_share: float = 0.25
+    short_clips: int = 24576
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ import torch
 from causvid_adapter import CausalWan
 from nasa_video.sprites.detectors import HEADS, Detector, DetectorNetwork, shows, truth
 from nasa_video.sprites.vocabulary import nearest_known, unknown_words
-from nasa_video.sprites.world import ATTRIBUTES, sample_scenes, sample_switches
+from nasa_video.sprites.world import ATTRIBUTES, FLAWS, sample_scenes, sample_switches
 from nasa_video.text import WordLlamaEncoder
 from nasa_video.training.attention import matrix_attention
 from nasa_video.training.checkpoint import load_state, save_state
 from nasa_video.training.dataset import LatentClips
 from nasa_video.training.distill import Distillation, DistillTraining, matching_direction, rollout
-from nasa_video.training.flow import FlowTraining, draw_noise_levels, new_transformer
+from nasa_video.training.flow import FlowTraining, draw_noise_levels, flow_loss, new_transformer, train_flow
+from nasa_video.training.journal import Journal
 from nasa_video.training.latent_detector import LatentDetector, stated_loss
 from nasa_video.training.optimiser import orthogonalise, warm_then_linear
 from nasa_video.training.parallel import Team
@@ -128,6 +129,73 @@ def test_batches_are_of_one_kind():
     assert {frozenset(k) for k in kept} == {frozenset({True}), frozenset({False})}
 
 
+def first_chunks() -> LatentClips:
+    scenes = sample_scenes(40, torch.Generator().manual_seed(4))
+    never = torch.zeros(40, dtype=torch.long)
+    return LatentClips(torch.randn(40, 3, 4, 4, 4), torch.ones(40, 3, 1, 4, 4), scenes, scenes, never)
+
+
+def whole_clips() -> LatentClips:
+    scenes = sample_scenes(40, torch.Generator().manual_seed(5))
+    later, chunk = sample_switches(scenes, 0.5, torch.Generator().manual_seed(6))
+    return LatentClips(torch.randn(40, 9, 4, 4, 4), torch.ones(40, 9, 1, 4, 4), scenes, later, chunk)
+
+
+@pytest.mark.parametrize("short_share", [0.0, 1.0])
+def test_a_share_of_the_batches_holds_first_chunks_alone(tmp_path, monkeypatch, short_share):
+    shapes = []
+
+    def record(model, batch, context, noise, levels, settings):
+        shapes.append((tuple(batch.latents.shape[:2]), levels.frames_per_chunk))
+        return flow_loss(model, batch, context, noise, levels, settings)
+
+    monkeypatch.setattr("nasa_video.training.flow.flow_loss", record)
+    monkeypatch.setattr("nasa_video.training.flow.compile_blocks", lambda model: None)
+    model = TINY | {"text_dim": 256}
+    settings = FlowTraining(model=model, iterations=4, batch_size=2, short_share=short_share, bidirectional_share=0.0)
+    journal = Journal(tmp_path, "base", None)
+    args = (tmp_path, 0, torch.device("cpu"), journal, Team())
+    train_flow(settings, whole_clips(), first_chunks(), WordLlamaEncoder(8), *args)
+    assert shapes == [((6, 3), None)] * 4 if short_share else [((2, 9), 3)] * 4
+
+
+def test_a_first_chunk_alone_is_the_start_of_a_causal_clip(tiny):
+    x, context = torch.randn(2, 6, 4, 4, 4), torch.randn(2, 5, 8)
+    whole = tiny(x, torch.full((2, 6), 700.0), context, frames_per_chunk=3)
+    torch.testing.assert_close(tiny(x[:, :3], torch.full((2,), 700.0), context), whole[:, :3], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("short_share", "clips"), [(0.0, 2), (1.0, 6)])
+def test_the_student_rolls_out_first_chunks_alone_at_times(tiny, monkeypatch, short_share, clips):
+    rolled = []
+
+    def record(student, context, noise, *args):
+        rolled.append(noise.shape[:2])
+        return rollout(student, context, noise, *args)
+
+    monkeypatch.setattr("nasa_video.training.distill.rollout", record)
+    monkeypatch.setattr("nasa_video.training.distill.compile_blocks", lambda model: None)
+    steps = {1: (1000.0,)}
+    settings = DistillTraining(steps=steps, step_counts=(1,), batch_size=2, short_share=short_share, fake_warmup=0)
+    encoder = WordLlamaEncoder(8)
+    model = new_transformer(TINY | {"text_dim": 256}, torch.device("cpu"))
+    torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1)
+    game = Distillation(settings, model, whole_clips(), first_chunks(), encoder, 0, Team())
+    before = game.student.transformer.proj_out.weight.detach().clone()
+    game.iterate(1)
+    assert rolled == [(clips, 3 if short_share else 9)]
+    assert (game.student.transformer.proj_out.weight - before).abs().max() > 0
+
+
+def test_easy_clips_show_one_plain_sprite():
+    clips = clips_that_switch()
+    batch = clips.batch(64, 0, easy=1.0)
+    for name in ("count", "texture", "weather", *FLAWS):
+        assert getattr(batch.scenes, name).max() == 0
+    assert clips.batch(64, 0).scenes.texture.max() > 0
+    assert clips.batch(64, 0, easy=0.5).scenes.texture.max() > 0
+
+
 def test_orthogonalised_updates_have_singular_values_near_one():
     values = torch.linalg.svdvals(orthogonalise(torch.randn(20, 50)).float())
     assert values.min() > 0.4
@@ -206,7 +274,7 @@ def test_what_the_latent_detector_tells_makes_the_clip_show_what_is_stated(tiny)
     detector = LatentDetector(4, 16).eval().requires_grad_(False)
     settings = DistillTraining(steps={1: (1000.0,)}, batch_size=4)
     encoder = WordLlamaEncoder(8)
-    game = Distillation(settings, tiny, clips, encoder, 0, Team(), detector, detector_noise=0.0)
+    game = Distillation(settings, tiny, clips, clips, encoder, 0, Team(), detector, detector_noise=0.0)
     batch = clips.batch(4, 3)
 
     def loss(clip):
