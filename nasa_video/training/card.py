@@ -161,7 +161,8 @@ chosen on.
   autoencoder, `weights/detector.safetensors` what measures them.
 - **Steps** (timesteps as they are, not warped; trained with shift {plan.base.shift:g}): {steps}.
 - **Data**: {plan.dataset.clips} clips and {plan.dataset.short_clips} first chunks of others, drawn by
-  `nasa_video.sprites.world`, captioned anew at every use; captions whose SHA-1 is a multiple of 20 are never trained on.
+  `nasa_video.sprites.world`, captioned anew at every use; captions whose SHA-1 is a multiple of 20 are never
+  trained on.
 - **Recipe**: {_minutes(folder)}. Flow matching: {100 * plan.base.short_share:.0f} % of
   the batches are first chunks alone, the others whole clips, bidirectional or block-causal, and in
   {100 * plan.base.switched_share:.0f} % of these the scene and its caption change between two chunks. Then self-forcing
