@@ -266,6 +266,14 @@ class VideoPipeline:
             return current if scale is None else self.guidance(scale=scale)
         return dataclasses.replace(current, scale=scale)
 
+    def check_cue(self, cue: Cue) -> None:
+        """Encode a cue's texts and look whether a chunk can show it; generates nothing.
+
+        Raises:
+            InputError: a negative that cannot act, or what the guidance cannot take.
+        """
+        Director(self.model, self.text_encoder, self.attend, self.fold_padding, lambda chunk: cue, False)
+
     def check_frames(self, frames: int | None) -> int:
         """Latent frames of a video of ``frames`` pictures.
 

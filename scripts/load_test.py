@@ -1,17 +1,18 @@
-"""Hours of use of `nasa-video serve` in minutes: visitors who come, watch, change their minds and go.
+"""An hour's use of `nasa-video serve`: visitors who come, wait, watch, change their minds, misbehave and go.
 
-    python scripts/load_test.py --minutes 3 --speed 20 [--model FOLDER] [--output FILE.json]
+    python scripts/load_test.py [--watched 60] [--rounds 3] [--visitors 12] [--model FOLDER] [--output FILE.json]
 
-Visitors play `--speed` times faster than the clock, so one minute is that many minutes of viewing. Every few visits
-one misbehaves: malformed and oversize messages, floods, connections cut without a word, killed encoders.
+What is simulated is `--watched` minutes of video, shown to viewers; the clock is left out: a visitor has seen a chunk
+as soon as it has come, so the run takes as long as the machine needs for the work. How long a visitor stays is counted
+in seconds of video too. Without `--model` the model is a tiny one of random weights: it is the server that is tested.
 
-The minutes are `--rounds` equal ones, between which everybody leaves. Whatever a stream leaves behind is there again
-after each of them, so a leak grows from the first round to the last. `memory_mb` is what the process holds;
-`heap_used_mb` is what of it is in use, `heap_free_mb` what malloc keeps of what was freed, and `trimmed_mb` is
-`memory_mb` after malloc has given that back. Only use that grows is a leak: the free part depends on which thread
-happened to free what. `--trace` also prints which Python lines hold more than before (slow).
-
-Before the visitors come, `--pictures` streams of one viewer each measure the first picture. The last line is JSON.
+Some visits misbehave: malformed and oversize messages, floods, connections cut without a word, killed encoders; some
+are jobs (`POST /v1/videos`), half of them cancelled. The minutes are `--rounds` equal ones, between which everybody
+leaves. Whatever a stream leaves behind is there again after each of them, so a leak grows from the first round to the
+last. `memory_mb` is what the process holds (the visitors live in it, too); `heap_used_mb` is what of it is in use,
+`heap_free_mb` what malloc keeps of what was freed, `trimmed_mb` is `memory_mb` after malloc has given that back. Only
+use that grows is a leak: the free part depends on which thread happened to free what. The last line is JSON; the exit
+status says whether anything leaked.
 """
 
 from __future__ import annotations
@@ -24,32 +25,42 @@ import gc
 import json
 import os
 import random
-import statistics
 import sys
+import tempfile
 import threading
 import time
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
+from random_model import write_random_model
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+from nasa_video.models import find_preset
 from nasa_video.serve.server import Server
 from nasa_video.serve.settings import ServeSettings
 
 NEGATIVES = ("red", "blue", "blurry", "snow", "border")
+PATIENCE = 60.0
+"""Seconds that a visitor waits in the line."""
 
 
 class Load:
-    """The visitors of one server and what became of them."""
+    """The visitors of one server and what became of them, until this much video was watched or the time is up."""
 
-    def __init__(self, server: Server, speed: float, until: float) -> None:
-        self.server, self.speed, self.until = server, speed, until
+    def __init__(self, server: Server, fps: float, minutes: float, until: float) -> None:
+        self.server, self.fps, self.until = server, fps, until
+        self.left = 60 * minutes * fps
+        self.frames = 0
         self.counts: collections.Counter[str] = collections.Counter()
-        self.frames = 0.0
         self._lock = threading.Lock()
+
+    @property
+    def over(self) -> bool:
+        """Whether enough was watched."""
+        return self.frames >= self.left or time.monotonic() > self.until
 
     def count(self, what: str, amount: int = 1) -> None:
         with self._lock:
@@ -58,61 +69,94 @@ class Load:
     def visitor(self, number: int) -> None:
         """Visit after visit."""
         luck = random.Random(number)
-        while time.monotonic() < self.until:
+        while not self.over:
             try:
-                self.visit(luck)
-            except (ConnectionClosed, TimeoutError, OSError) as error:
+                if luck.random() < 0.1:
+                    self.order(luck)
+                else:
+                    self.visit(luck)
+            except (ConnectionClosed, TimeoutError, OSError, httpx.HTTPError) as error:
                 self.count(f"ended by {type(error).__name__}")
 
+    def order(self, luck: random.Random) -> None:
+        """A job, to its end or to its cancelling."""
+        with httpx.Client(base_url=self.server.address, timeout=30) as http:
+            answer = http.post("v1/videos", json={"prompt": "a red ball", "frames": 33, "seed": luck.randrange(1000)})
+            self.count(f"jobs answered with {answer.status_code}")
+            if answer.status_code != 202:
+                time.sleep(1)
+                return
+            key, cancels = answer.json()["id"], luck.random() < 0.5
+            while not self.over:
+                job = http.get(f"v1/videos/{key}").json()
+                if job["status"] not in ("queued", "running"):
+                    self.count(f"jobs {job['status']}")
+                    break
+                if cancels and job["frames"]:
+                    http.delete(f"v1/videos/{key}")
+                    cancels = False
+                time.sleep(0.5)
+
     def visit(self, luck: random.Random) -> None:
+        """A stream, from its start to the visitor's leaving."""
         self.count("visits")
         with open_socket(self.server) as socket:
-
-            def send(kind: str, **content: Any) -> None:
-                socket.send(json.dumps({"type": kind, **content}))
-
-            media = luck.choice(["mp4", "mp4", "jpeg", "webm"])
-            send("start", prompt="a red ball", seed=luck.randrange(1000), media=[media], compare=luck.random() < 0.2)
-            began, key, shown = 0.0, "", 0
-            leave = time.monotonic() + luck.uniform(2, 8)
-            mischief = luck.random()
-            while time.monotonic() < leave:
-                try:
-                    item = socket.recv(timeout=0.1)
-                except TimeoutError:
-                    item = b""
-                if isinstance(item, str):
-                    message = json.loads(item)
-                    self.count(message["type"])
-                    if message["type"] == "started":
-                        key, began = message["stream"], time.monotonic()
-                    elif message["type"] == "chunk":
-                        shown = message["first_frame"] + message["frames"]
-                        if luck.random() < 0.2:
-                            send("update", negatives=[{"text": luck.choice(NEGATIVES)}])
-                    elif message["type"] == "ended" or message.get("code") == "busy":
-                        break
-                elif item:
-                    self.count("media bytes", len(item))
-                if began:
-                    send("position", stream=key, frame=int((time.monotonic() - began) * 12 * self.speed))
-                if mischief < 0.04:
-                    socket.send('{"type": "nonsense"}')
-                elif mischief < 0.06:
-                    socket.send("x" * 100_000)
-                elif mischief < 0.08:
-                    for _ in range(200):
-                        send("pause")
-                elif mischief < 0.10 and shown:
-                    self.kill_an_encoder(luck)
-                    mischief = 1
-            with self._lock:
-                self.frames += shown
+            media = luck.choice(["mp4", "mp4", "mp4", "jpeg", "webm", "av1"])
+            negatives = [{"text": luck.choice(NEGATIVES)}]
+            self.count(f"asked for {media}")
+            start = {"prompt": "a star", "seed": luck.randrange(1000), "media": [media], "negatives": negatives}
+            socket.send(json.dumps({"type": "start", "compare": luck.random() < 0.1, **start}))
+            self.watch(socket, luck, leave=luck.uniform(1, 120) * self.fps)
             if luck.random() < 0.3:
                 self.count("cut without a word")
                 socket.socket.close()
-            elif key and luck.random() < 0.5:
-                send("stop")
+            elif luck.random() < 0.5:
+                socket.send('{"type": "stop"}')
+
+    def watch(self, socket: ClientConnection, luck: random.Random, leave: float) -> None:
+        """Look at every chunk that comes, until ``leave`` frames were seen."""
+        key, seen, mischief, patience = "", 0, luck.random(), time.monotonic() + PATIENCE
+        while seen < leave and not self.over:
+            item = socket.recv(timeout=max(0.0, patience - time.monotonic()))
+            if isinstance(item, bytes):
+                self.count("media bytes", len(item))
+                continue
+            message = json.loads(item)
+            self.count(f"heard {message['type']}")
+            patience = time.monotonic() + PATIENCE
+            if message["type"] == "started":
+                key = message["stream"]
+            elif message["type"] == "chunk":
+                with self._lock:
+                    self.frames += message["frames"]
+                seen = message["first_frame"] + message["frames"]
+                socket.send(json.dumps({"type": "position", "stream": key, "frame": seen}))
+                if luck.random() < 0.2:
+                    socket.send(json.dumps({"type": "update", "negatives": [{"text": luck.choice(NEGATIVES)}]}))
+                if mischief < 0.15:
+                    self.misbehave(socket, luck, mischief)
+                    mischief = 1
+            elif message["type"] == "ended":
+                return
+            elif message["type"] == "error":
+                self.count(f"refused: {message['code']}")
+                if message["code"] == "busy":
+                    time.sleep(1)
+                    return
+
+    def misbehave(self, socket: ClientConnection, luck: random.Random, how: float) -> None:
+        """Once in a visit."""
+        if how < 0.04:
+            socket.send('{"type": "nonsense"}')
+        elif how < 0.06:
+            self.count("oversize messages")
+            socket.send("x" * 100_000)
+        elif how < 0.10:
+            self.count("floods")
+            for _ in range(200):
+                socket.send('{"type": "pause"}')
+        else:
+            self.kill_an_encoder(luck)
 
     def kill_an_encoder(self, luck: random.Random) -> None:
         encoders = psutil.Process().children()
@@ -128,41 +172,7 @@ class Load:
 def open_socket(server: Server) -> ClientConnection:
     """A visitor's connection. Unbounded: one that stopped reading would take ten seconds to leave."""
     address = f"{server.address.replace('http', 'ws')}ws"
-    return connect(address, max_size=None, compression=None, max_queue=None)
-
-
-def first_picture(server: Server, media: str) -> tuple[float, float]:
-    """(seconds until a picture is there, seconds that its chunk took), from a warm server that nobody else uses."""
-    mark = {"mp4": b"moof", "webm": b"\x1f\x43\xb6\x75", "jpeg": b"\xff\xd8"}[media]
-    chunk, arrived = 0.0, 0.0
-    with open_socket(server) as socket:
-        began = time.perf_counter()
-        socket.send(json.dumps({"type": "start", "prompt": "a red ball", "media": [media]}))
-        while not (chunk and arrived):
-            item = socket.recv(timeout=60)
-            if isinstance(item, str):
-                message = json.loads(item)
-                chunk = chunk or float(message.get("seconds", 0))
-            elif mark in item and not arrived:
-                arrived = time.perf_counter() - began
-    return arrived, chunk
-
-
-def first_pictures(server: Server, count: int) -> dict[str, dict[str, float]]:
-    """For every way to send pictures the chunk's own time and what the first picture takes beyond it."""
-    report = {}
-    for media in ("mp4", "webm", "jpeg"):
-        pairs = []
-        for _ in range(count):
-            pairs.append(first_picture(server, media))
-            settle(server)
-        beyond = sorted(1000 * (arrived - chunk) for arrived, chunk in pairs)
-        report[media] = {
-            "chunk_ms": round(1000 * statistics.median(chunk for _, chunk in pairs)),
-            "beyond_ms": round(statistics.median(beyond)),
-            "best_beyond_ms": round(beyond[0]),
-        }
-    return report
+    return connect(address, max_size=None, compression=None, max_queue=None, open_timeout=30)
 
 
 class HeapInfo(ctypes.Structure):
@@ -195,36 +205,49 @@ def measure() -> dict[str, float]:
 
 
 def settle(server: Server) -> None:
-    """Wait until every visitor's things are gone."""
+    """Wait until every visitor's things are gone, and forget what is kept for download."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (server.hub.sessions or psutil.Process().children()):
         time.sleep(0.2)
-    for kept in server.hub.streams.clear():
+    for kept in [*server.hub.streams.clear(), *server.hub.jobs.clear()]:
         kept.join(10)
 
 
 def main() -> None:
     """Run the visitors, print the figures, fail where something leaked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=3)
+    parser.add_argument("--watched", type=float, default=60, help="minutes of video")
+    parser.add_argument("--limit", type=float, default=60, help="minutes of the clock after which it ends unfinished")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pictures", type=int, default=5, help="streams to measure the first picture with")
-    parser.add_argument("--trace", action="store_true", help="which Python lines hold more than before")
-    parser.add_argument("--speed", type=float, default=20, help="how much faster than the clock visitors watch")
     parser.add_argument("--visitors", type=int, default=12)
-    parser.add_argument("--model", default="sprites")
+    parser.add_argument("--model", help="a tiny random one, if left out")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report = run(options, options.model or str(write_random_model(Path(folder))))
+    text = json.dumps(report)
+    if options.output:
+        options.output.write_text(text + "\n")
+    print(text)
+    if report["leaked"]:
+        sys.exit(f"leaked: {', '.join(report['leaked'])}")
+    if report["minutes_watched"] < options.watched:
+        sys.exit("the time was up before enough was watched")
 
-    server = Server(ServeSettings(models=(options.model,), max_streams=4, max_waiting=6, turn_seconds=3), port=0)
+
+def run(options: argparse.Namespace, model: str) -> dict[str, Any]:
+    """The rounds, from a warm server to its end."""
+    fps = find_preset(model).video.fps
+    server = Server(ServeSettings(models=(model,), max_streams=4, max_waiting=6, turn_seconds=10), port=0)
     server.hub.warm_up()
     thread = threading.Thread(target=server.serve_until_stopped, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.05)
+    until = time.monotonic() + 60 * options.limit
 
-    def run(seconds: float) -> Load:
-        load = Load(server, options.speed, time.monotonic() + seconds)
+    def round_of(minutes: float) -> Load:
+        load = Load(server, fps, minutes, until)
         visitors = [threading.Thread(target=load.visitor, args=(i,)) for i in range(options.visitors)]
         for visitor in visitors:
             visitor.start()
@@ -233,44 +256,37 @@ def main() -> None:
         settle(server)
         return load
 
-    pictures = first_pictures(server, options.pictures) if options.pictures else {}
-    run(10)  # Pools and caches fill in the first seconds of any server; they are no leak.
+    round_of(options.watched / 30)  # Pools and caches fill in the first minutes of any server; they are no leak.
     before, middle = measure(), time.monotonic()
-    if options.trace:
-        tracemalloc.start(10)
-        first = tracemalloc.take_snapshot()
-    rounds, counts, frames = [], collections.Counter[str](), 0.0
+    rounds, counts, frames = [], collections.Counter[str](), 0
     for _ in range(options.rounds):
-        load = run(60 * options.minutes / options.rounds)
+        load = round_of(options.watched / options.rounds)
         counts.update(load.counts)
         frames += load.frames
         rounds.append(measure())
-    after = rounds[-1]
-    if options.trace:
-        for line in tracemalloc.take_snapshot().compare_to(first, "lineno")[:15]:
-            print(line)
-    report = {
-        "minutes": round((time.monotonic() - middle) / 60, 2),
-        "minutes_watched": round(frames / 12 / 60, 1),
+    minutes = (time.monotonic() - middle) / 60
+    server.should_exit = True
+    thread.join(20)
+    return {
+        "minutes": round(minutes, 1),
+        "minutes_watched": round(frames / fps / 60, 1),
         "visitors": options.visitors,
-        "first_picture": pictures,
         "counts": dict(sorted(counts.items())),
         "before": before,
         "rounds": rounds,
+        "leaked": leaks(before, rounds),
         "machine": f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}",
     }
-    server.should_exit = True
-    thread.join(20)
-    text = json.dumps(report)
-    if options.output:
-        options.output.write_text(text + "\n")
-    print(text)
-    leaks = [name for name in ("threads", "processes") if after[name] > before[name]]
-    leaks += ["files"] * (after["files"] > before["files"] + 3)
-    leaks += ["memory_mb"] * (after["memory_mb"] > 1.15 * before["memory_mb"] + 30)
-    leaks += ["heap_used_mb"] * (after.get("heap_used_mb", 0) > rounds[0].get("heap_used_mb", 0) + 10)
-    if leaks:
-        sys.exit(f"leaked: {', '.join(leaks)}")
+
+
+def leaks(before: dict[str, float], rounds: list[dict[str, float]]) -> list[str]:
+    """What is more after the last round than it may be."""
+    first, last = rounds[0], rounds[-1]
+    leaked = [name for name in ("threads", "processes") if last[name] > before[name]]
+    leaked += ["files"] * (last["files"] > before["files"] + 3)
+    leaked += ["memory_mb"] * (last["memory_mb"] > 1.15 * before["memory_mb"] + 30)
+    leaked += ["heap_used_mb"] * (last.get("heap_used_mb", 0) > first.get("heap_used_mb", 0) + 5)
+    return leaked
 
 
 if __name__ == "__main__":

@@ -37,6 +37,10 @@ def serve(
         float, typer.Option(min=1, help="Seconds that an endless stream keeps its place, if others wait.")
     ] = 120,
     record: Annotated[float, typer.Option(min=0, help="Seconds of a stream that are kept for download.")] = 600,
+    keep: Annotated[float, typer.Option(min=0, help="Seconds that finished things are kept for download.")] = 600,
+    max_frames: Annotated[int, typer.Option(min=1, help="Longest job, and longest stream that is not endless.")] = 1200,
+    messages: Annotated[float, typer.Option(min=1, help="Messages a second from one viewer, on average.")] = 30,
+    posts: Annotated[float, typer.Option(min=0.1, help="Requests a second that change something, of all.")] = 5,
     browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Show videos while they are made, in a browser; prompts and negatives can be changed while they play."""
@@ -55,5 +59,9 @@ def serve(
         max_sessions=viewers,
         turn_seconds=turn,
         record_seconds=record,
+        keep_seconds=keep,
+        max_frames=max_frames,
+        messages_per_second=messages,
+        posts_per_second=posts,
     )
     run_server(settings, host, port, browser, say)

@@ -55,10 +55,13 @@ class LiveCues:
                 raise InputError("a running video cannot change to or from classifier-free guidance; start it anew")
             if len(self._changes) >= MAX_CHANGES:
                 raise InputError(f"a stream takes {MAX_CHANGES} changes; start it anew")
-        # Encodes the texts and checks what they can do; generates nothing.
+        if self._changes and _same_texts(wanted, self.wanted) and (self._cue.guided or not cue.guided):
+            self.notes = []
+            return cue
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", PromptWarning)
-            self.pipeline.stream(wanted.prompt, cues=lambda chunk: cue, endless=True)
+            # Not as a stream of its own, for which there may be no memory beside the one that runs.
+            self.pipeline.check_cue(cue)
         self.notes = [str(warning.message) for warning in caught if issubclass(warning.category, PromptWarning)]
         self.notes += _unknown_words(self.pipeline, [wanted.prompt, *(term.text for term in wanted.negatives)])
         return cue
@@ -98,6 +101,11 @@ class LiveCues:
                 entries.append(_entry(shown_before / fps, cue, before))
                 before = cue
         return Timeline(model=model, seed=seed, steps=steps, frames=frames, timeline=tuple(entries))
+
+
+def _same_texts(one: Wanted, other: Wanted) -> bool:
+    """Whether only the scale or the window's recomputation differ, which need no text encoder."""
+    return one.model_copy(update={"scale": other.scale, "recompute": other.recompute}) == other
 
 
 def _unknown_words(pipeline: VideoPipeline, texts: list[str]) -> list[str]:

@@ -14,6 +14,8 @@ MAX_NEGATIVE = 400
 MAX_NEGATIVES = 16
 MAX_CHANGES = 5000
 """Changes that one stream's timeline keeps; after these it must be started anew."""
+MAX_PENDING = 8
+"""Changes that wait until the worker has looked at them: each encodes its texts, in one of its stream's turns."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from nasa_video.serve.messages import message_of
 from nasa_video.serve.outgoing import Gone, Outgoing
 from nasa_video.serve.protocol import Command, Media, Position, Start, Update, Wanted
 from nasa_video.serve.recorder import Recorder
-from nasa_video.serve.settings import ServeSettings
+from nasa_video.serve.settings import MAX_PENDING, ServeSettings
 from nasa_video.timeline import CueOf, Timeline
 from nasa_video.video.frames import Frames
 
@@ -85,12 +85,18 @@ class LiveStream:
     # What the client says; called by the event loop.
 
     def hear(self, message: Update | Media | Position | Command) -> None:
-        """Take a message that is for the stream."""
+        """Take a message that is for the stream.
+
+        Raises:
+            InputError: changes come faster than they can be looked at.
+        """
         if isinstance(message, Position):
             # One for the stream before may come late.
             if message.stream == self.key:
                 self._move_to(min(message.frame, self.made))
         elif isinstance(message, Update):
+            if len(self._updates) >= MAX_PENDING:
+                raise InputError(f"{MAX_PENDING} changes are waiting to be looked at, so this one was left out")
             self._updates.append(message)
         elif isinstance(message, Media):
             if self._delivery is not None:
@@ -154,8 +160,10 @@ class LiveStream:
     def step(self) -> bool:
         if self._feeder is None:
             self._begin()
-        while self._updates:
+        if self._updates:
             self._change(self._updates.popleft())
+            if self._updates:  # One a turn: whoever sends many of them holds up no other stream.
+                return not self._over
         source = self._source
         if source is None or self._paused or not self._viewer_needs_more():
             return not self._over

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -280,17 +281,25 @@ def test_guidance_changes_by_name_or_scale(pipeline: VideoPipeline) -> None:
 def test_a_recomputed_window_and_a_kept_one(pipeline: VideoPipeline) -> None:
     """Kept: the keys of shown chunks stay. Recomputed: as if the window's chunks had been shown under the new text."""
     before, after = Cue.of("a red ball"), Cue.of("a blue star")
+    latents: dict[bool | None, list[Any]] = {}
 
     def video(recompute: bool | None, default: bool = False) -> list[Any]:
         def cues(chunk: int) -> Cue:
             return before if chunk < 2 else Cue(after.prompts, after.negatives, None, recompute)
 
-        return [c.frames for c in pipeline.stream("a", cues=cues, frames=45, recompute_window=default)]
+        chunks = list(pipeline.stream("a", cues=cues, frames=45, recompute_window=default))
+        latents[recompute] = [chunk.latents for chunk in chunks]
+        return [chunk.frames for chunk in chunks]
 
     kept, recomputed = video(False), video(True)
     for chunk in range(2):
         np.testing.assert_array_equal(kept[chunk], recomputed[chunk])
     assert (kept[2] != recomputed[2]).any()
+    # The promise itself: chunk 2 is what follows those two chunks in a video that was about the new text all along.
+    prefix = torch.cat(latents[True][:2], dim=1)
+    (of_new,) = (c.latents for c in pipeline.stream("a", cues=lambda chunk: after, frames=33, prefix=prefix))
+    assert torch.allclose(latents[True][2], of_new, atol=1e-4)
+    assert not torch.allclose(latents[False][2], of_new, atol=1e-2), "kept keys still hold the old text"
     np.testing.assert_array_equal(np.concatenate(video(None, default=True)), np.concatenate(recomputed))
     np.testing.assert_array_equal(np.concatenate(video(False, default=True)), np.concatenate(kept))
 

@@ -119,3 +119,23 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         context.set_default_timeout(PATIENCE * 1000)
         yield context
         context.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens pages, with a script that runs before theirs; none of them may raise or break the policy until the end."""
+    pages, complaints = [], []
+
+    def open_(address: str, script: str = "") -> Any:
+        page = browser.new_page()
+        page.add_init_script(script)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: "Content Security" in message.text and complaints.append(message.text))
+        page.goto(address)
+        pages.append(page)
+        return page
+
+    yield open_
+    for page in pages:
+        page.close()
+    assert not complaints

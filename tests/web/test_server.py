@@ -20,12 +20,17 @@ from live_client import PATIENCE, Client, eventually, every_task_had_its_turn, f
 from PIL import Image
 from websockets.exceptions import ConnectionClosed
 
+from nasa_video import director, memory
 from nasa_video.cli.console import chunk_progress
 from nasa_video.cli.generation import Request, run
+from nasa_video.errors import InputError
 from nasa_video.serve import delivery
+from nasa_video.serve.cues import LiveCues
 from nasa_video.serve.outgoing import LIMIT_BYTES, Gone, MediaPipe, Outgoing
+from nasa_video.serve.protocol import Wanted
 from nasa_video.serve.recorder import Recorder
 from nasa_video.serve.server import Server
+from nasa_video.timeline import Cue
 from nasa_video.video.frames import enlarge
 from nasa_video.video.metadata import read_metadata
 from nasa_video.video.source import read_frames
@@ -62,8 +67,11 @@ def test_a_stream_from_start_to_stop(server: Server, client: Client) -> None:
     assert server.hub.worker.counts == (0, 0)
 
 
-@pytest.mark.parametrize(("kind", "magic"), [("webm", b"\x1aE\xdf\xa3"), ("jpeg", b"\0\0\0\0\xff\xd8")])
-def test_other_ways_to_send_pictures(client: Client, kind: str, magic: bytes) -> None:
+@pytest.mark.parametrize(
+    ("kind", "magic"),
+    [("webm", b"\x1aE\xdf\xa3"), ("av1", b"\x1aE\xdf\xa3"), ("jpeg", b"\0\0\0\0\xff\xd8")],
+)
+def test_other_ways_to_send_pictures(client: Client, tmp_path: Path, kind: str, magic: bytes) -> None:
     client.start(media=[kind], frames=21)
     client.watch(2)
     assert client.hear("ended")["reason"] == "finished"
@@ -71,6 +79,10 @@ def test_other_ways_to_send_pictures(client: Client, kind: str, magic: bytes) ->
     if kind == "jpeg":
         assert [int.from_bytes(data[:4], "big") for data in client.media] == list(range(21))
         assert Image.open(io.BytesIO(client.media[20][4:])).size == (32, 16)
+    else:
+        path = tmp_path / "sent.webm"
+        path.write_bytes(b"".join(client.media))
+        assert len(read_frames(path)) == 21
 
 
 @pytest.mark.parametrize(("kind", "picture"), [("mp4", b"moof"), ("webm", b"\x1f\x43\xb6\x75"), ("jpeg", b"\xff\xd8")])
@@ -201,6 +213,72 @@ def test_a_bad_change_is_refused_and_the_stream_goes_on(client: Client) -> None:
         assert client.hear("error")["code"] == "refused"
         client.heard.clear()
     assert client.watch(1)[0]["guidance"] == "nasa"
+
+
+def test_a_change_needs_no_memory_for_another_stream(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    client.start()
+    client.watch(1)
+
+    def nothing_left(*arguments: Any, **options: Any) -> None:
+        raise InputError("there is no memory for one more")
+
+    monkeypatch.setattr(memory, "require", nothing_left)
+    client.send("update", negatives=[{"text": "red"}], recompute=True)
+    accepted = client.hear("accepted")["from_chunk"]
+    while (chunk := client.watch(1)[0])["index"] < accepted:
+        pass
+    assert chunk["negatives"] == [{"text": "red", "weight": 1.0}]
+
+
+def test_moving_the_scale_encodes_no_text(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    client.start(negatives=[{"text": "red"}])
+    client.watch(1)
+    monkeypatch.setattr(director, "encode", None)
+    for scale in (0.5, 0.25, 2.0):
+        client.send("update", scale=scale)
+        client.hear("accepted")
+    while client.watch(1)[0]["scale"] != 2.0:
+        pass
+
+
+def test_a_scale_of_zero_hides_no_bad_negative(client: Client) -> None:
+    client.start("a red ball", negatives=[{"text": "a red ball"}], scale=0)
+    client.watch(1)
+    client.send("update", scale=1)
+    assert "prompt itself" in client.hear("error")["message"]
+    client.heard.clear()
+    assert client.watch(1)[0]["scale"] == 0
+
+
+def test_changes_faster_than_they_can_be_looked_at(
+    client: Client, client_of: Callable[..., Client], server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, seen = threading.Event(), []
+    check = LiveCues.check
+
+    def slow(self: LiveCues, wanted: Wanted) -> Cue:
+        if seen:
+            look.wait(PATIENCE)
+        seen.append(wanted)
+        return check(self, wanted)
+
+    monkeypatch.setattr(LiveCues, "check", slow)
+    client.start()
+    other = client_of(server)
+    client.send("pause")
+    client.hear("state")
+    for weight in range(1, 13):
+        client.send("update", negatives=[{"text": "red", "weight": weight}])
+    assert "changes are waiting" in client.hear("error")["message"], "they do not pile up"
+    client.heard.clear()
+    other.send("start", prompt="a star")
+    look.set()
+    other.hear("chunk")
+    turn = [wanted.prompt for wanted in seen].index("a star")
+    assert turn <= 3, "a stream looks at one change in its turn, so that the others get theirs"
+    client.send("resume")
+    while client.hear("chunk", "error")["type"] == "error":  # The last ones were left out as well.
+        pass
 
 
 def test_malformed_messages_are_refused(server: Server, client: Client) -> None:

@@ -1,0 +1,70 @@
+"""What the page is for, with the shipped model: a colour that is on the screen goes when it is typed as a negative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from live_page import colours, data, play, ready, until, wait_for_frame
+
+from nasa_video.models import find_preset
+from nasa_video.serve.server import Server
+
+# The world's own habit, so any model of it does so: squares are mostly red, balls blue, triangles green.
+SHAPES = (("square", "red"), ("ball", "blue"), ("triangle", "green"))
+SHOWN = 0.04
+"""Share of the picture from which a colour counts as shown."""
+
+
+@pytest.fixture
+def sprites() -> str:
+    preset = find_preset("sprites")
+    if not preset.present:
+        pytest.skip(f"the shipped weights are missing: {', '.join(preset.needs)}")
+    return "sprites"
+
+
+def colour_goes(page: Any, shape: str, colour: str, seed: int, recompute: bool) -> bool | None:
+    """Whether the colour goes within two chunks, and only beside its unguided twin; None where it was not shown."""
+    ready(page)
+    page.set_checked("#compare", True)
+    page.set_checked("#recompute", recompute)
+    play(page, prompt=f"a big {shape} on a dark background", seed=str(seed))
+    wait_for_frame(page, 12)
+    before = colours(page)[1][colour]
+    if before < SHOWN:
+        return None
+    page.fill("#negative", colour)
+    page.press("#negative", "Enter")
+    until(page, "document.body.dataset.accepted")
+    accepted = int(data(page, "accepted"))
+    assert accepted <= int(data(page, "chunk")) + 2, "it acts on one of the next two chunks"
+    end = 9 + 12 * (accepted + 1)  # Chunk i ends before frame 9 + 12 i.
+    gone = False
+    while not gone:
+        without, guided = (half[colour] for half in colours(page))
+        if int(data(page, "frame")) >= end:
+            break
+        gone = guided < 0.5 * before and without > 0.75 * before
+        page.wait_for_timeout(40)
+    return gone
+
+
+def test_a_colour_goes_within_two_chunks_of_being_typed(
+    serve: Callable[..., Server], open_page: Any, sprites: str
+) -> None:
+    server = serve(models=(sprites,))
+    server.hub.warm_up()
+    outcomes: dict[tuple[str, int], bool | None] = {}
+    for seed in (0, 1):
+        for number, (shape, colour) in enumerate(SHAPES):
+            page = open_page(server.address)
+            page.evaluate("localStorage.clear()")
+            page.reload()
+            outcomes[shape, seed] = colour_goes(page, shape, colour, seed, recompute=(seed + number) % 2 == 1)
+            page.close()
+    shown = [gone for gone in outcomes.values() if gone is not None]
+    print(outcomes)
+    assert len(shown) >= 4, f"the colour is on the screen before: {outcomes}"
+    assert sum(shown) >= len(shown) / 2, f"guidance moves most of them, not every one: {outcomes}"
