@@ -124,8 +124,8 @@ class Delivery:
                 self._send(item)
         finally:
             # After the viewer's pictures, since its first frame starts an ffmpeg; also for one who has left meanwhile.
-            if self.recorder is not None:
-                self.recorder.write(self._recorded(item))
+            if self.recorder is not None and not self.recorder.full:
+                self._record(self.recorder, item)
 
     def idle(self) -> None:
         """Mend an encoder that has died, or change it where the client has asked."""
@@ -204,6 +204,12 @@ class Delivery:
         self._encoder = open_encoder(
             self.kind, self.outgoing, picture.sent_size, picture.fps, first_frame, picture.scale
         )
+
+    def _record(self, recorder: Recorder, item: Made) -> None:
+        recorder.write(self._recorded(item))
+        if recorder.full:
+            kept = f"{recorder.max_frames / recorder.fps:g} s"
+            self.outgoing.say("note", message=f"the first {kept} are kept for download; the timeline goes on")
 
     def _recorded(self, item: Made) -> Frames:
         if item.plain is None:

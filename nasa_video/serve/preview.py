@@ -111,17 +111,17 @@ class Preview:
     Args:
         say: where the address is told.
         port: 0 takes a free one.
-        open_page: opens a browser.
+        open_page: opens a browser; None takes Python's `webbrowser`.
     """
 
     def __init__(
-        self, say: Callable[[str], None], port: int = 0, open_page: Callable[[str], object] = webbrowser.open
+        self, say: Callable[[str], None], port: int = 0, open_page: Callable[[str], object] | None = None
     ) -> None:
         self.ring = Ring()
         self.picture: Picture | None = None
         self.description: dict[str, Any] | None = None
         self.server: Server | None = None
-        self._say, self._port, self._open_page = say, port, open_page
+        self._say, self._port, self._open_page = say, port, open_page or webbrowser.open
         self._thread: threading.Thread | None = None
         self._somebody_came = False
 

@@ -157,6 +157,20 @@ def test_the_download_is_what_was_shown(server: Server, client: Client, shown: l
     path.unlink()
 
 
+def test_a_full_recording_is_said(serve: Callable[..., Server], client_of: Callable[..., Client]) -> None:
+    server = serve(record_seconds=1.0)
+    client = client_of(server)
+    client.start(frames=33)
+    client.watch(3)
+    client.hear("ended")
+    notes = [message["message"] for message in client.heard if message["type"] == "note"]
+    assert notes == ["the first 1 s are kept for download; the timeline goes on"]
+    path = server.hub.folder / "kept.mp4"
+    path.write_bytes(httpx.get(f"{server.address}v1/streams/{client.key}/video.mp4").content)
+    assert len(read_frames(path)) == 12
+    path.unlink()
+
+
 def test_side_by_side_is_the_guided_and_the_unguided_stream(
     client: Client, client_of: Callable[..., Client], server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 import { element } from "./timeline.js";
 
 const KEY = "nasa-video";
-const SUGGESTED = ["red", "blue", "blurry", "snow", "striped background", "border", "watermark", "noisy"];
+const SUGGESTED = ["blue", "red", "blurry", "snow", "striped background", "border", "watermark", "noisy"];
 const $ = (id) => document.getElementById(id);
 
 export class Form {

@@ -1,0 +1,104 @@
+"""`serve`, `generate --preview` and `stream` as one types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from websockets.sync.client import connect
+
+from nasa_video.video.source import read_frames
+
+Run = Callable[..., Any]
+
+
+def test_serve_from_start_to_ctrl_c(model_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nasa_video", "serve", "--model", str(model_folder), "--port", "0"]
+    environment = {**os.environ, "NASA_VIDEO_CACHE": str(tmp_path), "TMPDIR": str(tmp_path), "COLUMNS": "200"}
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        address = ""
+        for line in process.stderr:
+            if found := re.search(r"open (http://localhost:\d+/)", line):
+                address = found.group(1)
+                break
+        assert "ssh -L" in process.stderr.readline(), "how to come from another machine"
+        assert httpx.get(f"{address}healthz").json()["status"] == "ok"
+        with connect(f"{address.replace('http', 'ws')}ws") as viewer:
+            viewer.send('{"type": "start", "prompt": "a ball"}')
+            heard = [json.loads(viewer.recv(60))["type"] for _ in range(3)]
+            assert heard == ["hello", "started", "chunk"]
+            process.send_signal(signal.SIGINT)
+            said = process.stderr.read()
+        assert process.wait(30) == 0
+    assert said == "stopped\n", "also with a viewer, and without a traceback"
+    assert not list(tmp_path.glob("nasa-video-serve-*")), "its recordings are gone"
+
+
+def test_serve_where_another_one_listens(nasa_video: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        outcome = nasa_video("serve", "--model", "{model}", "--port", str(taken.getsockname()[1]))
+    assert outcome.status == 1
+    assert "choose another --port" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_serve_without_its_model(nasa_video: Run) -> None:
+    outcome = nasa_video("serve", "--model", "no/such-model", "--port", "0")
+    assert outcome.status == 1
+    assert "no/such-model" in outcome.stderr
+
+
+def test_a_preview_is_seen_in_the_browser_that_it_opens(
+    nasa_video: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+
+    def look(address: str) -> None:
+        key = ""
+        with connect(f"{address.replace('http', 'ws')}ws") as viewer:
+            viewer.send('{"type": "start", "prompt": "a ball"}')
+            while not ended:
+                item = viewer.recv(60)
+                if isinstance(item, bytes):
+                    continue
+                message = json.loads(item)
+                if message["type"] == "started":
+                    key = message["stream"]
+                elif message["type"] == "chunk":
+                    seen = message["first_frame"] + message["frames"]
+                    viewer.send(json.dumps({"type": "position", "stream": key, "frame": seen}))
+                elif message["type"] == "ended":
+                    ended.append(message["frames"])
+
+    monkeypatch.setattr(webbrowser, "open", lambda address: threading.Thread(target=look, args=(address,)).start())
+    outcome = nasa_video("generate", "a ball", "--model", "{model}", "--preview", "-o", "ball.mp4")
+    assert outcome.status == 0, outcome.stderr
+    assert "preview at http://localhost:" in outcome.stderr
+    assert ended == [len(read_frames(tmp_path / "ball.mp4"))] == [21]
+
+
+def test_stream_into_a_file(nasa_video: Run, tmp_path: Path) -> None:
+    words = ("--neg", "red", "--model", "{model}", "--seconds", "1", "--to", "out.mp4", "--json")
+    outcome = nasa_video("stream", "a ball", *words)
+    assert outcome.status == 0, outcome.stderr
+    assert outcome.json["frames"] == len(read_frames(tmp_path / "out.mp4")) == 12
+
+
+def test_stream_to_nowhere(nasa_video: Run) -> None:
+    outcome = nasa_video("stream", "a ball", "--model", "{model}", "--to", "rtmp://127.0.0.1:1/live/key")
+    assert outcome.status == 1
+    assert "refused" in outcome.stderr
+    assert "key" not in outcome.stderr.replace("keys", "")
