@@ -79,3 +79,16 @@ def saved(page: Any, button: str, path: Path) -> Path:
         page.click(button)
     download.value.save_as(path)
     return path
+
+
+def acting_chunk(page: Any) -> int:
+    """The chunk from which the change that was just made acts; soon, as docs/serve.md says.
+
+    The next chunk that is begun: two after the one on the screen where making one is fast, else three, since chunks are
+    then begun earlier, so that none comes late.
+    """
+    until(page, "document.body.dataset.accepted")
+    accepted, shown = int(data(page, "accepted")), int(data(page, "chunk"))
+    fast = float(page.inner_text("#made").removesuffix(" FPS")) > 4 * 12
+    assert accepted <= shown + (2 if fast else 3)
+    return accepted

@@ -257,6 +257,7 @@ function start() {
   for (const id of ["counter", "made", "first", "change", "share"]) $(id).textContent = "–";
   send({ ...form.start(), media: playable($("media").value) });
   form.store();
+  form.started();
   state("starting", "Making the first pictures …");
 }
 

@@ -18,15 +18,14 @@ export class Form {
   }
 
   listen() {
-    let typing;
     $("prompt").addEventListener("input", () => {
-      clearTimeout(typing);
-      typing = setTimeout(() => $("prompt").value.trim() && this.tell({ prompt: $("prompt").value }), 600);
+      clearTimeout(this.typing);
+      this.typing = setTimeout(() => $("prompt").value.trim() && this.tell({ prompt: $("prompt").value }), 600);
     });
     $("prompt").addEventListener("keydown", (event) => {
       if (event.key === "Enter" && !event.shiftKey) {
         event.preventDefault();
-        clearTimeout(typing);
+        clearTimeout(this.typing);
         this.tell({ prompt: $("prompt").value });
         if (document.body.dataset.running !== "true") $("form").requestSubmit();
       }
@@ -45,11 +44,10 @@ export class Form {
       this.fitScale();
       this.tell({ guidance: $("guidance").value, scale: this.scale });
     });
-    let sliding;
     $("scale").addEventListener("input", () => {
       $("scale-value").textContent = Number($("scale").value);
-      clearTimeout(sliding);
-      sliding = setTimeout(() => this.tell({ scale: this.scale }), 120);
+      clearTimeout(this.sliding);
+      this.sliding = setTimeout(() => this.tell({ scale: this.scale }), 120);
     });
     $("recompute").addEventListener("change", () => this.tell({ recompute: $("recompute").checked }));
     $("dice").addEventListener("click", () => {
@@ -79,6 +77,12 @@ export class Form {
       model: $("model").value || null,
       frames: $("frames").value ? Number($("frames").value) : null,
     };
+  }
+
+  // A start has told everything: what was about to be told would be a change of nothing.
+  started() {
+    clearTimeout(this.typing);
+    clearTimeout(this.sliding);
   }
 
   add(text) {
