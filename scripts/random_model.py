@@ -16,7 +16,7 @@ from nasa_video.models import configs_dir
 
 
 def write_random_model(folder: Path) -> Path:
-    """The folder, with preset.yaml, transformer/ and vae/; the sprites' text encoder and loop."""
+    """The folder, with preset.yaml, transformer/ and vae/; the sprites' text encoder; one step a chunk."""
     torch.manual_seed(0)
     WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=24, in_channels=8, out_channels=8, text_dim=256, freq_dim=16,
@@ -36,6 +36,7 @@ def write_random_model(folder: Path) -> Path:
         },
         "video": {"width": 32, "height": 16, "fps": 12, "frames": 21, "upscale": 2},
     }
+    preset["sampler"] |= {"steps": {1: [1000]}, "default_steps": 1}
     del preset["vocabulary"]
     (folder / "preset.yaml").write_text(yaml.safe_dump(preset))
     return folder
