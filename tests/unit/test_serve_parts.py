@@ -298,8 +298,9 @@ def test_a_recomputed_window_and_a_kept_one(pipeline: VideoPipeline) -> None:
     # The promise itself: chunk 2 is what follows those two chunks in a video that was about the new text all along.
     prefix = torch.cat(latents[True][:2], dim=1)
     (of_new,) = (c.latents for c in pipeline.stream("a", cues=lambda chunk: after, frames=33, prefix=prefix))
-    assert torch.allclose(latents[True][2], of_new, atol=1e-4)
-    assert not torch.allclose(latents[False][2], of_new, atol=1e-2), "kept keys still hold the old text"
+    away = {recompute: float((latents[recompute][2] - of_new).abs().max()) for recompute in (False, True)}
+    assert away[True] < 1e-5
+    assert away[False] > 30 * away[True], "kept keys still hold the old text"
     np.testing.assert_array_equal(np.concatenate(video(None, default=True)), np.concatenate(recomputed))
     np.testing.assert_array_equal(np.concatenate(video(False, default=True)), np.concatenate(kept))
 
