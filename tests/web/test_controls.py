@@ -160,7 +160,7 @@ def test_slow_generation_is_said_and_played_evenly(
     page = open_page(server.address)
     play(page)
     until(page, "document.querySelector('#plays').textContent.includes(' of 12 FPS')")
-    assert float(page.inner_text("#made").removesuffix(" FPS")) < 6.5
+    until(page, "parseFloat(document.querySelector('#made').textContent) < 6.5")  # A mean of three chunks.
     assert 0.2 < page.evaluate("document.querySelector('video').playbackRate") < 0.6
 
 
