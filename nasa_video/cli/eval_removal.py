@@ -148,7 +148,7 @@ class _Asked:
         from nasa_video.evaluation.jobs import Shard, Store, run_jobs, write_manifest
         from nasa_video.evaluation.removal import cells
         from nasa_video.evaluation.removal_jobs import CellWorker, Draw, plan_cells
-        from nasa_video.evaluation.video_jobs import methods_of
+        from nasa_video.evaluation.video_jobs import methods_of, model_dtype
         from nasa_video.models import find_preset
 
         preset = find_preset(self.model)
@@ -162,14 +162,15 @@ class _Asked:
             preset.sampler.timesteps(count)
         table = cells(methods_of(self.methods, preset), counts, self.kinds, self.attributes)
         draw = Draw(self.n, self.split, self.seed, self.frames or preset.video.frames)
-        planned = plan_cells(preset, list(table), draw)
+        dtype = model_dtype(self.device)
+        planned = plan_cells(preset, list(table), draw, dtype)
         part = Shard.choose(self.shard)
         write_manifest(folder / "manifest.jsonl", [job for _, job in planned])
         with shown_warnings(), job_progress(len(part.of(planned))) as bar:
             done = run_jobs(
                 [job for _, job in planned],
                 Store(folder / "cells", ".png"),
-                partial(CellWorker, self.model, self.device, self.batch),
+                partial(CellWorker, self.model, self.device, self.batch, dtype),
                 shard=part,
                 engine=check_engine(self.engine),
                 tell=bar("cells"),

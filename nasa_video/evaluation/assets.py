@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
 from nasa_video.errors import InputError
 from nasa_video.stored import MODELS_FOLDER
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,15 @@ class Asset:
         path = self.find()
         if path is not None:
             return path
+        self.tell()
         try:
             return Path(hf_hub_download(self.repo, self.file, repo_type="dataset" if self.dataset else "model"))
         except Exception as error:  # the hub client raises many unrelated types; each means "not to be had"
             raise self.missing(option, error) from error
+
+    def tell(self) -> None:
+        """Say that it is about to be downloaded."""
+        _log.warning("about to download, where the network allows it: %s", self.description)
 
     def missing(self, option: str, error: Exception) -> InputError:
         """The error for a file that cannot be had."""

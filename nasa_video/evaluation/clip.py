@@ -275,12 +275,14 @@ def _find_weights(library: Any, name: str, backbone: Backbone, settings: dict[st
             f"{backbone.weights!r} is neither a file nor weights of {name} that open_clip knows; it knows "
             f"{', '.join(tags) or 'none'}"
         )
+    repo = (settings.get("hf_hub") or settings.get("url") or "").strip("/")
+    size = _GIGABYTES.get(name.removesuffix("-quickgelu"))
+    asset = Asset(f"the CLIP weights {backbone}", repo, "open_clip_model.safetensors", size, "see its page")
+    if not settings.get("hf_hub") or asset.find() is None:
+        asset.tell()
     try:
         return Path(library.download_pretrained(settings))
     except Exception as error:  # the hub client raises many unrelated types
-        repo = (settings.get("hf_hub") or settings.get("url") or "").strip("/")
-        size = _GIGABYTES.get(name.removesuffix("-quickgelu"))
-        asset = Asset(f"the CLIP weights {backbone}", repo, "open_clip_model.safetensors", size, "see its page")
         quick = "-quickgelu" if settings.get("quick_gelu") and not name.endswith("-quickgelu") else ""
         raise asset.missing(f"{name}{quick}:FILE", error) from error
 

@@ -5,28 +5,40 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 from functools import cache
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from nasa_video.downloads import missing
 from nasa_video.errors import OutputError
 from nasa_video.evaluation.jobs import file_sha256, write_atomically
 from nasa_video.models import VideoPreset
 from nasa_video.text.embedding_cache import FOLDER_VARIABLE
 
+_log = logging.getLogger(__name__)
+
 
 def checkpoint_hash(preset: VideoPreset) -> str:
     """SHA-256 over every file of a preset's components (names and contents), 64 hex digits.
 
-    Files are brought when they are not here. Digests of files are kept in the cache by path, size and time of change:
-    28 GB are read once.
+    Files are brought when they are not here, and named before that with size and licence. Digests of files are kept in
+    the cache by path, size and time of change: 28 GB are read once.
 
     Raises:
         InputError: a component is missing and cannot be had.
     """
+    for source in missing(preset):
+        if source.repo is not None:
+            tell_download(f"{source.description} for {preset.name}", preset.licence)
     return digest_of(tuple(source.fetch() for source in preset.components.sources))
+
+
+def tell_download(what: str, licence: str) -> None:
+    """Say what is about to be downloaded: to standard error, where nothing else was asked of logging."""
+    _log.warning("about to download, where the network allows it: %s; licence: %s", what, licence)
 
 
 @cache

@@ -8,9 +8,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
+from pydantic import Field, JsonValue
 
 from nasa_video import __version__
 from nasa_video.evaluation.cases import Case, CaseKind, Split, build_cases
@@ -19,6 +20,7 @@ from nasa_video.evaluation.jobs import Job, Measured, Record
 from nasa_video.evaluation.removal import Cell, SpritesJudge, Verdict, detector_hash, row_of, run_cases
 from nasa_video.evaluation.results import Item, Metric, Results
 from nasa_video.evaluation.sampling import arm_of
+from nasa_video.evaluation.video_jobs import check_dtype
 from nasa_video.models import VideoPreset
 from nasa_video.pipeline import VideoPipeline
 from nasa_video.recipe import StoredGuidance, restore_guidance, store_guidance
@@ -44,7 +46,11 @@ REMOVAL_METRICS = (
 
 
 class CellJob(Job):
-    """One cell of the table; see Cell and ``build_cases``."""
+    """One cell of the table; see Cell and ``build_cases``.
+
+    Attributes:
+        settings: the rest of what its videos depend on: the model's loop and dtype.
+    """
 
     labels: ClassVar[frozenset[str]] = frozenset({"label"})
 
@@ -61,6 +67,7 @@ class CellJob(Job):
     seed: int
     frames: int
     version: str = __version__
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,17 @@ class Draw:
     frames: int
 
 
-def plan_cells(preset: VideoPreset, plan: Sequence[Cell], draw: Draw) -> list[tuple[Cell, CellJob]]:
-    """A job for every cell, in the table's order."""
+def plan_cells(preset: VideoPreset, plan: Sequence[Cell], draw: Draw, dtype: str) -> list[tuple[Cell, CellJob]]:
+    """A job for every cell, in the table's order.
+
+    Args:
+        dtype: of the model, such as "float32"; cells made in another are others.
+    """
     checkpoint, detector = checkpoint_hash(preset), detector_hash()
+    settings: dict[str, JsonValue] = {
+        "sampler": preset.sampler.model_dump(mode="json", exclude_none=True),
+        "dtype": dtype,
+    }
     return [
         (
             cell,
@@ -88,6 +103,7 @@ def plan_cells(preset: VideoPreset, plan: Sequence[Cell], draw: Draw) -> list[tu
                 steps=cell.steps,
                 attribute=cell.attribute,
                 kind=cell.kind,
+                settings=settings,
                 **dataclasses.asdict(draw),
             ),
         )
@@ -98,8 +114,9 @@ def plan_cells(preset: VideoPreset, plan: Sequence[Cell], draw: Draw) -> list[tu
 class CellWorker:
     """Makes and judges the videos of a cell; its output is a sheet of a few of them, a strip of frames each."""
 
-    def __init__(self, model: str, device: str | None, batch: int) -> None:
-        self._pipeline = VideoPipeline.from_pretrained(model, device)
+    def __init__(self, model: str, device: str | None, batch: int, dtype: str | None = None) -> None:
+        wanted = None if dtype is None else check_dtype(dtype)
+        self._pipeline = VideoPipeline.from_pretrained(model, device, wanted)
         self._judge = SpritesJudge()
         self._batch = batch
 
@@ -162,6 +179,7 @@ def removal_results(preset: VideoPreset, done: Sequence[tuple[Cell, Record]], dr
             "judge": {"judge": "sprites", "sha256": detector_hash()},
             "version": __version__,
             **dataclasses.asdict(draw),
+            "model_settings": _settings(done),
             "attributes": list(dict.fromkeys(cell.attribute for cell, _ in done)),
         },
         arms=tuple(arms.values()),
@@ -173,6 +191,11 @@ def removal_results(preset: VideoPreset, done: Sequence[tuple[Cell, Record]], dr
             "One prompt and seed a sample, the same in every arm, so that arms are compared pair by pair.",
         ),
     )
+
+
+def _settings(done: Sequence[tuple[Cell, Record]]) -> dict[str, JsonValue]:
+    """What all cells have in common; a table is planned in one dtype."""
+    return dict(cast(CellJob, done[0][1].job).settings) if done else {}
 
 
 def _items(cell: Cell, record: Record, draw: Draw, several: bool, folder: Path) -> list[Item]:

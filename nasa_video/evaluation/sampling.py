@@ -23,14 +23,14 @@ from pydantic import JsonValue
 
 from nasa_video import __version__
 from nasa_video.errors import InputError
-from nasa_video.evaluation.identity import digest_of
+from nasa_video.evaluation.identity import digest_of, tell_download
 from nasa_video.evaluation.jobs import GenerationJob, Measured, Worker
 from nasa_video.evaluation.quality import quality
 from nasa_video.evaluation.removal import Method, parse_methods
 from nasa_video.evaluation.results import Arm
 from nasa_video.evaluation.video_jobs import Prompt, VideoWorker, methods_of, model_dtype, plan_videos
 from nasa_video.guidance import Guidance, Negative
-from nasa_video.models import VideoPreset, find_preset
+from nasa_video.models import Source, VideoPreset, find_preset
 from nasa_video.recipe import restore_guidance, restore_negatives, store_guidance, store_negatives
 from nasa_video.video.frames import Frames
 
@@ -93,7 +93,7 @@ class VideoModel:
         self.name = self.preset.name
         self._frames = frames
         self._dtype = model_dtype(device)
-        self.new_worker: Callable[[], Worker] = partial(VideoWorker, model, device)
+        self.new_worker: Callable[[], Worker] = partial(VideoWorker, model, device, self._dtype)
 
     def methods(self, text: str) -> list[Method]:
         return methods_of(text, self.preset)
@@ -232,16 +232,25 @@ def arm_of(method: Method, steps: int | None, several_steps: bool) -> Arm:
 def image_checkpoint(preset: ImagePreset, base: Path | None, weights: Path | None) -> str:
     """What an image model is made of: SHA-256 over local files, and over the commits of hub repositories.
 
+    What is missing is named, with size and licence, before it is asked for.
+
     Raises:
         InputError: a repository is not here and cannot be reached.
     """
-    parts = [_identity(base, preset.base.repo, "model_index.json", preset)]
     own = preset.weights
+    inside = f"{own.subfolder}/" if own is not None and own.subfolder else ""
+    probe = (own.file if own is not None else None) or f"{inside}config.json"
+    wanted = [] if base is not None else [(preset.base.repo, Source(repo=preset.base.repo, file="model_index.json"))]
+    if weights is None and own is not None and own.repo is not None:
+        wanted.append((own.description, Source(repo=own.repo, file=probe)))
+    for description, source in wanted:
+        if source.find() is None:
+            tell_download(f"{description} for {preset.name}", preset.licence)
+    parts = [_identity(base, preset.base.repo, "model_index.json", preset)]
     if weights is not None:
         parts.append(_identity(weights, None, "", preset))
     elif own is not None:
-        inside = f"{own.subfolder}/" if own.subfolder else ""
-        parts.append(_identity(None, own.repo, own.file or f"{inside}config.json", preset))
+        parts.append(_identity(None, own.repo, probe, preset))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

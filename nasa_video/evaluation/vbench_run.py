@@ -158,7 +158,7 @@ class VBenchRun:
         job, options = self.jobs[0], self.options
         settings: dict[str, JsonValue] = {
             "model": job.model,
-            "checkpoint": job.checkpoint,
+            "checkpoint_sha256": job.checkpoint,
             "version": job.version,
             "negatives": [negative.text for negative in options.negatives],
             "steps": job.steps,

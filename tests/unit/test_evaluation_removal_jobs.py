@@ -52,7 +52,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> CellWorker:
 
 
 def table(preset: VideoPreset) -> list[tuple[Cell, CellJob]]:
-    return plan_cells(preset, list(cells(METHODS, [4], ["conflict"], ["colour", "shape", "size"])), DRAW)
+    return plan_cells(preset, list(cells(METHODS, [4], ["conflict"], ["colour", "shape", "size"])), DRAW, "float32")
 
 
 def make(planned: list[tuple[Cell, CellJob]], folder: Path, worker: Any, **options: Any) -> Outcome:
@@ -103,9 +103,14 @@ def test_a_cell_is_made_again_when_anything_that_matters_changes(preset: VideoPr
     assert len(jobs) == 6
     cell = list(cells(METHODS, [4], ["conflict"], ["colour"]))
     for change in ({"n": 7}, {"split": "choose"}, {"seed": 1}, {"frames": 21}):
-        assert not jobs & {job.id for _, job in plan_cells(preset, cell, dataclasses.replace(DRAW, **change))}
+        assert not jobs & {
+            job.id for _, job in plan_cells(preset, cell, dataclasses.replace(DRAW, **change), "float32")
+        }
+    assert not jobs & {job.id for _, job in plan_cells(preset, cell, DRAW, "bfloat16")}, "a CPU's cells on a GPU"
     renamed = [dataclasses.replace(one, method=Method("another name", one.method.guidance)) for one in cell]
-    assert {job.id for _, job in plan_cells(preset, renamed, DRAW)} <= jobs, "a label changes nothing that is made"
+    assert {job.id for _, job in plan_cells(preset, renamed, DRAW, "float32")} <= jobs, (
+        "a label changes nothing that is made"
+    )
 
 
 def test_results_hold_every_case_with_pictures_of_the_first(

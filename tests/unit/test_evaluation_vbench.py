@@ -395,7 +395,7 @@ def test_shards_kills_and_damage_give_the_table_of_the_single_run(
     assert single.results is not None
     settings = single.results.settings
     assert settings["seeds"] == [0]
-    assert len(str(settings["checkpoint"])) == 64
+    assert len(str(settings["checkpoint_sha256"])) == 64
     assert settings["prompt_list"] == "VBench unknown"
 
 
