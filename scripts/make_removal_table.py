@@ -52,7 +52,7 @@ def main(
 ) -> None:
     """Chooses, reports, writes."""
     weights = _weights_hash()
-    folder = folder / weights[:12]
+    folder = folder / _everything_hash()[:12]
     every = [label for labels in CANDIDATES.values() for label in labels]
     chosen_on = _table(folder / "choose", every, [4], choose_attributes.split(","), "choose", choose_n, processes)
     best = {family: _best(chosen_on, labels) for family, labels in CANDIDATES.items()}
@@ -151,6 +151,15 @@ def _best(rows: list[Row], labels: tuple[str, ...]) -> str:
 def _weights_hash() -> str:
     path = files("nasa_video.sprites") / "weights" / "transformer" / "diffusion_pytorch_model.safetensors"
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _everything_hash() -> str:
+    """Of all that a cell depends on: every part of the model, and the detectors that judge it."""
+    from nasa_video.evaluation.identity import checkpoint_hash
+    from nasa_video.evaluation.removal import detector_hash
+    from nasa_video.models import find_preset
+
+    return hashlib.sha256(f"{checkpoint_hash(find_preset('sprites'))}{detector_hash()}".encode()).hexdigest()
 
 
 def _commit() -> str:

@@ -2,8 +2,9 @@
 
 Needs a package index and 3 GB (CPU) to 8 GB (CUDA) in FOLDER, and no weights: temporal_flickering has none. Scores in
 short and Long form, then the default dimensions with random judges (see random_judges.py) to show that their path is
-whole. Further arguments go to `nasa-video eval setup vbench`, such as --torch torch==2.13.0+cpu --torch
-torchvision==0.28.0 on a machine without a GPU. What is there already is used again.
+whole. FOLDER/figures.md has both tables with checkpoint, versions and settings, for docs/vbench.md. Further arguments
+go to `nasa-video eval setup vbench`, such as --torch torch==2.13.0+cpu --torch torchvision==0.28.0 on a machine without
+a GPU. What is there already is used again, videos only of the same checkpoint and settings.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def main() -> None:
         "eval", "vbench", "-o", folder / "long", "--long", "--dimensions", "temporal_flickering", *COMMON, *places
     )
 
+    write_figures(folder)
+
     judges = folder / "random-weights"
     if not judges.exists():
         environment.run([venv / "bin" / "python", Path(__file__).with_name("random_judges.py"), judges])
@@ -47,8 +50,14 @@ def nasa_video(*arguments: str | Path) -> None:
 
 def copy_videos(source: Path, target: Path) -> None:
     """The finished videos of one run for another: it finds them by their jobs and makes none."""
-    if not target.exists():
-        shutil.copytree(source / "videos", target / "videos")
+    shutil.copytree(source / "videos", target / "videos", dirs_exist_ok=True)
+
+
+def write_figures(folder: Path) -> None:
+    """The reports of the two true runs as one document."""
+    reports = [(folder / name / "report.md").read_text(encoding="utf-8") for name in ("short", "long")]
+    (folder / "figures.md").write_text("\n".join(reports), encoding="utf-8")
+    print(f"the tables are in {folder / 'figures.md'}", flush=True)
 
 
 if __name__ == "__main__":
