@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 
 import environment
@@ -22,9 +23,23 @@ def ensure_browser() -> None:
     environment.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"])
 
 
+def ensure_evaluation() -> None:
+    """Install what the tests of CLIP scores and of Ray need, where there are wheels of it; else they are skipped.
+
+    open_clip comes without its dependencies: they bring torchvision, whose usual build is for CUDA and cannot be
+    imported beside the CPU build of torch; transformers would fail at it. open_clip works without it here.
+    """
+    pip = [str(environment.python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for step in (["--no-deps", "open-clip-torch>=3.3", "timm>=1.0"], ["pyarrow>=15"], ["ray>=2.40"]):
+        print("+", " ".join([*pip, *step]), flush=True)
+        if subprocess.run([*pip, *step], check=False).returncode:
+            print(f"no {' '.join(step)} here: the tests that need it are skipped", flush=True)
+
+
 def main() -> None:
     """Format and lint, types, tests; with options, only pytest with them."""
     environment.ensure("[dev,train]")
+    ensure_evaluation()
     ensure_browser()
     module = [environment.python(), "-m"]
     if len(sys.argv) == 1:
