@@ -1,10 +1,10 @@
 """One removal table in every way a run can go: whole, killed and resumed, damaged, in two shards, on Ray.
 
-    python scripts/check_resume.py FOLDER [--n 2] [--kills 3] [--seed 0] [--no-ray]
+    python scripts/check_resume.py FOLDER [--n 2] [--ways killed,damaged,shards,ray] [--kills 3] [--seed 0]
 
 Runs `nasa-video eval removal` on the shipped model each time, in processes of its own: one without a break; one that is
-killed (SIGKILL, at random moments) and started again until it ends; one whose outputs are then cut and changed; two
-shards at once; Ray on this machine (pip install 'nasa-video[ray]'). Every way must give the rows of the first to the
+killed (SIGKILL, at random moments) and started again until it ends; one whose outputs were cut and changed; two shards
+at once; Ray on this machine (pip install 'nasa-video[ray]'). Every way must give the rows of the first to the
 last digit, make no finished cell again, and remake exactly what was damaged. Prints one line a way, and JSON last; ends
 with status 1 where one differs. About two minutes on two free cores.
 """
@@ -41,8 +41,17 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=2, help="videos a cell")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--no-ray", action="store_true")
+    parser.add_argument("--ways", default="killed,damaged,shards,ray", help="comma list")
     asked = parser.parse_args()
+    ways = {
+        "killed": lambda: killed(table, whole, asked.kills, random.Random(asked.seed)),
+        "damaged": lambda: damaged(table, whole),
+        "shards": lambda: shards(table, whole),
+        "ray": lambda: on_ray(table, whole),
+    }
+    chosen = [way.strip() for way in asked.ways.split(",")]
+    if not set(chosen) <= set(ways):
+        parser.error(f"--ways must be among {', '.join(ways)}, got {asked.ways}")
     shutil.rmtree(asked.folder, ignore_errors=True)
     table = Table(asked.folder, asked.n)
     start = time.monotonic()
@@ -51,13 +60,8 @@ def main() -> None:
     print(f"whole: {CELLS} cells in {seconds:.0f} s", flush=True)
     told: dict[str, Any] = {"seconds": round(seconds, 1), "cells": CELLS, "n": asked.n}
     try:
-        told["killed"] = killed(table, whole, asked.kills, random.Random(asked.seed))
-        told["damaged"] = damaged(table, whole)
-        told["shards"] = shards(table, whole)
-        if not asked.no_ray:
-            same(table.run("ray", "--engine", "ray"), whole, "Ray")
-            print("ray: the same rows", flush=True)
-            told["ray"] = True
+        for way in chosen:
+            told[way] = ways[way]()
     except Wrong as error:
         print(f"WRONG: {error}", file=sys.stderr)
         print(json.dumps({**told, "wrong": str(error)}))
@@ -118,10 +122,13 @@ def killed(table: Table, whole: Rows, kills: int, rng: random.Random) -> dict[st
     while len(done) < kills:
         before = table.finished("killed")
         process = table.start("killed")
-        # Counted from the first cell on, which begins long after the process. Most kills fall into a cell's making.
-        while not table.working("killed", process) and process.poll() is None:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 1.5 * seconds))
+        # The next cell or the one after it, and a random moment of it or of what follows.
+        target = min(len(before) + rng.randrange(2), CELLS - 1)
+        while process.poll() is None and (
+            len(table.finished("killed")) < target or not table.working("killed", process)
+        ):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1.2 * seconds))
         ended = process.poll() is not None
         if not ended:
             os.killpg(process.pid, signal.SIGKILL)
@@ -141,7 +148,8 @@ def killed(table: Table, whole: Rows, kills: int, rng: random.Random) -> dict[st
 
 def damaged(table: Table, whole: Rows) -> dict[str, Any]:
     """Cut one output, change another, spoil a record: these three are made again, and nothing else."""
-    cells = table.folder / "killed" / "cells"
+    shutil.copytree(table.folder / "whole", table.folder / "damaged")
+    cells = table.folder / "damaged" / "cells"
     pictures = sorted(cells.glob("*.png"))
     pictures[0].write_bytes(pictures[0].read_bytes()[:100])
     content = bytearray(pictures[1].read_bytes())
@@ -149,9 +157,9 @@ def damaged(table: Table, whole: Rows) -> dict[str, Any]:
     pictures[1].write_bytes(content)
     record = pictures[2].with_suffix(".json")
     record.write_text(record.read_text()[:50])
-    before = table.finished("killed")
-    same(table.run("killed"), whole, "the run with damaged outputs")
-    after = table.finished("killed")
+    before = table.finished("damaged")
+    same(table.run("damaged"), whole, "the run with damaged outputs")
+    after = table.finished("damaged")
     remade = sorted(name for name in after if after[name] != before.get(name))
     expected = sorted(path.with_suffix(".json").name for path in pictures[:3])
     if remade != expected:
@@ -172,6 +180,13 @@ def shards(table: Table, whole: Rows) -> dict[str, Any]:
         raise Wrong(f"two shards left {len(before)} of {CELLS} cells")
     print("shards: two at once; the same rows", flush=True)
     return {"count": 2}
+
+
+def on_ray(table: Table, whole: Rows) -> dict[str, Any]:
+    """The cells spread over Ray's actors on this machine."""
+    same(table.run("ray", "--engine", "ray"), whole, "Ray")
+    print("ray: the same rows", flush=True)
+    return {"cells": len(table.finished("ray"))}
 
 
 def same(rows: Rows, whole: Rows, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,15 @@ from nasa_video.evaluation.clip import Backbone, Clip
 from nasa_video.evaluation.jobs import file_sha256
 from nasa_video.evaluation.judges import Judge, Question
 from nasa_video.evaluation.measuring import Measurement, Measurements, answers, cosines
-from nasa_video.evaluation.prompt_files import Pair, Removal, sample_pairs, style_prompts
+from nasa_video.evaluation.prompt_files import (
+    PAIRS,
+    PROMPTS_A_STYLE,
+    STYLES,
+    Pair,
+    Removal,
+    sample_pairs,
+    style_prompts,
+)
 from nasa_video.evaluation.removal_jobs import QUALITY_METRICS, REMOVAL_METRICS
 from nasa_video.evaluation.results import Item, Metric, Results
 from nasa_video.evaluation.sampling import Planned, Sample
@@ -138,7 +147,7 @@ def hpsv2(version: str, prompts: HpsPrompts, checkpoint: Path | None, device: st
         },
         (
             "One picture a prompt; the i-th prompt of the run has the seed --seed + i, in every arm.",
-            *_limited(prompts.limit, "the published scores are over all 800 prompts of a style"),
+            *_hps_shortened(samples),
         ),
     )
 
@@ -153,6 +162,18 @@ def _hps_samples(prompts: HpsPrompts) -> tuple[list[Sample], dict[str, JsonValue
             seed = prompts.seed + len(samples)
             samples.append(Sample(f"{style}/{index:05d}/{seed}", text, prompts.negative, seed, style))
     return samples, sources
+
+
+def _hps_shortened(samples: Sequence[Sample]) -> list[str]:
+    """A note where prompts are not all of HPSv2's, whatever the reason: an option, or a file that holds fewer."""
+    counts = Counter(sample.group for sample in samples)
+    if all(counts[style] == PROMPTS_A_STYLE for style in STYLES):
+        return []
+    told = ", ".join(f"{style} over {counts[style]}" for style in counts)
+    return [
+        f"{told} prompts only: not comparable, the published scores are over {PROMPTS_A_STYLE} prompts of each of "
+        f"{len(STYLES)} styles."
+    ]
 
 
 def negopt(pairs: Sequence[Pair], source: Path, n: int, seed: int, backbone: Backbone, device: str | None) -> Benchmark:
@@ -191,7 +212,7 @@ def negopt(pairs: Sequence[Pair], source: Path, n: int, seed: int, backbone: Bac
         (
             "CLIP+ is the cosine of picture and prompt, CLIP− that of picture and negative prompt; both depend on the "
             "CLIP model, and the paper names none.",
-            *_limited(None if n >= 30_000 else n, "the paper draws 30,000 pairs"),
+            *_limited(None if n >= PAIRS else n, f"the paper draws {PAIRS:,} pairs"),
         ),
     )
 

@@ -26,7 +26,9 @@ if importlib.util.find_spec("open_clip") is None:  # not imported here: that may
 from nasa_video.cli.evaluate import evaluate
 from nasa_video.errors import InputError
 from nasa_video.evaluation.clip import Backbone, Clip, Fit, import_open_clip
+from nasa_video.evaluation.picture_scores import _hps_shortened
 from nasa_video.evaluation.prompt_files import (
+    STYLES,
     Pair,
     negopt_pairs,
     removal_prompts,
@@ -166,7 +168,7 @@ def test_hpsv2_end_to_end(scorer: tuple[Path, Path], image_model: Path, tmp_path
     assert found.settings["hps_version"] == "v2"
     assert found.settings["scorer"]["sha256"] == clip.identity["sha256"]  # type: ignore[index, call-overload]
     assert found.settings["prompts_a_style"] == 3
-    assert any("over 3 only" in note for note in found.notes)
+    assert any("anime over 3, photo over 3 prompts only: not comparable" in note for note in found.notes)
     changed = [d for d in said["differences"] if d["metric"] == "hpsv2"]
     assert changed[0]["raised"] + changed[0]["lowered"] == 6, "the negative acts in every picture"
 
@@ -175,6 +177,13 @@ def test_hpsv2_end_to_end(scorer: tuple[Path, Path], image_model: Path, tmp_path
     assert run(*words)["scores"] == said["scores"], "a rerun is the same table"
     assert {path for path, time in pictures.items() if path.stat().st_mtime_ns != time} == {broken}
     assert "<img" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_only_all_of_hpsv2s_prompts_are_called_comparable() -> None:
+    whole = [Sample(f"{style}/{i}", "a fox", "", i, style) for style in STYLES for i in range(800)]
+    assert not _hps_shortened(whole)
+    assert "photo over 799" in _hps_shortened(whole[:-1])[0], "a file that holds fewer, without --limit"
+    assert "anime over 800" in _hps_shortened(whole[:800])[0], "a style alone"
 
 
 def test_negopt_end_to_end(scorer: tuple[Path, Path], image_model: Path, tmp_path: Path) -> None:
