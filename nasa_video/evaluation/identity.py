@@ -30,7 +30,7 @@ def checkpoint_hash(preset: VideoPreset) -> str:
     Raises:
         InputError: a component is missing and cannot be had.
     """
-    for source in missing(preset):
+    for source in missing(preset.components.sources):
         if source.repo is not None:
             tell_download(f"{source.description} for {preset.name}", preset.licence)
     return digest_of(tuple(source.fetch() for source in preset.components.sources))

@@ -225,7 +225,8 @@ def arm_of(method: Method, steps: int | None, several_steps: bool) -> Arm:
     """The arm of a method at a step count, which is named where there are several."""
     stored = store_guidance(method.guidance)
     label = f"{method.label}, {steps} steps" if several_steps else method.label
-    settings: dict[str, JsonValue] = dict(stored.settings) if stored else {}
+    # As JSON has them: a schedule holds tuples.
+    settings: dict[str, JsonValue] = stored.model_dump(mode="json")["settings"] if stored else {}
     return Arm(label=label, method=method.name, scale=method.scale, steps=steps, settings=settings)
 
 
