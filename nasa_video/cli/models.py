@@ -99,9 +99,13 @@ def check(
     as_json: AsJsonOption = False,
 ) -> None:
     """Say what is missing, and whether this machine can run it. Exit status 1 when something is missing."""
+    from nasa_video.image.presets import image_presets
     from nasa_video.models import find_preset
     from nasa_video.readiness import readiness
 
+    if name in image_presets():
+        _check_image(name, (width, height, frames, device, memory), as_json)
+        return
     report = readiness(find_preset(name), width, height, frames, device, memory)
     if as_json:
         emit_json(report.to_json())
@@ -109,6 +113,30 @@ def check(
         for line in report.lines():
             typer.echo(line)
     if report.missing:
+        raise typer.Exit(1)
+
+
+def _check_image(name: str, options: tuple[Any, ...], as_json: bool) -> None:
+    """What an image model lacks; its memory is not estimated."""
+    from nasa_video.errors import InputError
+    from nasa_video.image.presets import image_presets
+
+    if any(option is not None for option in options):
+        raise InputError(f"{name} is an image model, for which only missing files are checked: leave out the options")
+    preset = image_presets()[name]
+    if as_json:
+        emit_json({"model": name, "licence": preset.licence, "source": preset.source, "missing": preset.missing})
+    else:
+        typer.echo(f"{name}: {preset.title}. Licence: {preset.licence}")
+        typer.echo(f"read from: {preset.source}")
+        for part in preset.missing:
+            typer.echo(f"missing: {part}")
+        typer.echo(
+            f"its first picture brings what the hub has: nasa-video image PROMPT --neg … --model {name}"
+            if preset.missing
+            else "complete on this machine"
+        )
+    if preset.missing:
         raise typer.Exit(1)
 
 

@@ -118,16 +118,22 @@ class ImagePreset(Strict):
         return [self.base.repo, *([] if self.weights is None else [self.weights.description])]
 
     @property
-    def present(self) -> bool:
-        """Whether its files are on this machine."""
-        sources = [Source(repo=self.base.repo, file="model_index.json")]
+    def missing(self) -> list[str]:
+        """The parts that are not on this machine, for people."""
+        absent = []
+        if Source(repo=self.base.repo, file="model_index.json").find() is None:
+            absent.append(self.base.repo)
         own = self.weights
         if own is not None:
-            if own.repo is None:
-                return False
             inside = f"{own.subfolder}/" if own.subfolder else ""
-            sources.append(Source(repo=own.repo, file=own.file or f"{inside}config.json"))
-        return all(source.find() is not None for source in sources)
+            if own.repo is None or Source(repo=own.repo, file=own.file or f"{inside}config.json").find() is None:
+                absent.append(own.description)
+        return absent
+
+    @property
+    def present(self) -> bool:
+        """Whether its files are on this machine."""
+        return not self.missing
 
     def make_guidance(self, method: str = "nasa", scale: float | None = None) -> Guidance:
         """A method with this model's settings.

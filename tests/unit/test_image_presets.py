@@ -155,6 +155,24 @@ def test_missing_weights_are_explained(name: str, monkeypatch: pytest.MonkeyPatc
         ImagePipeline.from_preset(preset, base=bases["sd"] / "unet", weights=bases["sd"], device="cpu")
 
 
+def test_models_check_names_what_an_image_model_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from nasa_video.cli.models import models
+
+    monkeypatch.setenv("NASA_VIDEO_MODELS", str(tmp_path))
+    result = CliRunner().invoke(models, ["check", "dmd2-sd15", "--json"])
+    assert result.exit_code == 1
+    missing = json.loads(result.stdout.strip().splitlines()[-1])["missing"]
+    assert missing[0] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert missing[1].startswith("tianweiy/DMD2/model/sdv1.5/")
+    (tmp_path / "stable-diffusion-v1-5/stable-diffusion-v1-5").mkdir(parents=True)
+    (tmp_path / "stable-diffusion-v1-5/stable-diffusion-v1-5/model_index.json").write_text("{}")
+    result = CliRunner().invoke(models, ["check", "dmd2-sd15"])
+    assert result.exit_code == 1
+    assert result.output.count("missing:") == 1
+    for args in (["pull", "flux-schnell"], ["check", "flux-schnell", "--width", "64"]):
+        assert "image model" in str(CliRunner().invoke(models, args).exception)
+
+
 def test_wrong_weights_are_explained(bases: dict[str, Path], tmp_path: Path) -> None:
     preset = find_image_preset("dmd2-sdxl-1step")
     path = tmp_path / "unet.bin"
