@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from nasa_video import VideoPipeline
+from nasa_video import Nasa, VideoPipeline
 from nasa_video.errors import InputError
+from nasa_video.video.sinks import open_sink
 from nasa_video.video.source import read_frames
 
 Run = Callable[..., Any]
@@ -77,6 +80,33 @@ def test_the_plan_knows_the_window_and_the_given_frames(nasa_video: Run, monkeyp
     nasa_video("extend", "a.mp4", "a red star", "--frames", "240", "--window", "0", *MODEL, "-o", "c.mp4")
     held = [plan.run.latent_frames if plan.run.sampler.window_frames is None else 9 for plan in planned]
     assert held == [9, 12, 81], "a window of 9; 45 frames; 81 given and 240 new ones"
+
+
+def _resident() -> int:
+    gc.collect()
+    row = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmRSS"))
+    return int(row.split()[1]) * 1024
+
+
+@pytest.mark.slow
+def test_a_long_video_is_written_as_it_goes_and_takes_no_more_memory(pipeline: VideoPipeline, tmp_path: Path) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("resident memory is read from /proc")
+    settings = pipeline.preset.sampler.with_window(0, 0, "absolute")
+    chunks = pipeline.with_sampler(settings).stream(
+        "a red star", negative="red", guidance=Nasa(0.5), endless=True, steps=1, rollout=33, width=64, height=48
+    )
+    taken, written = {}, {}
+    with open_sink(str(tmp_path / "long.mp4"), 12, {}) as sink:
+        for index, chunk in enumerate(itertools.islice(chunks, 240)):
+            sink.write(chunk.frames)
+            if index in (80, 239):
+                taken[index] = _resident()
+                written[index] = sum(path.stat().st_size for path in tmp_path.iterdir())
+    # 159 chunks are 1,908 frames: kept as pictures they would be 18 MB, and 70 MB as the decoder makes them.
+    assert taken[239] - taken[80] < 6_000_000
+    assert written[239] > 2 * written[80] > 0
+    assert len(read_frames(tmp_path / "long.mp4", 2870, 7)) == 7
 
 
 def test_a_source_and_a_prefix_may_wait_on_the_host(pipeline: VideoPipeline) -> None:
