@@ -70,6 +70,7 @@ class Recipe(Strict):
     timeline: Timeline | None = None
     recompute_window: bool = False
     fold_padding: bool = True
+    decoder: str = "full"
     compare: bool = False
     rollout: int | None = None
     window: StoredWindow = StoredWindow()
@@ -77,6 +78,13 @@ class Recipe(Strict):
     loras: tuple[StoredLora, ...] = ()
     placement: Placement = Placement()
     version: str = ""
+
+    @property
+    def anything_negative(self) -> bool:
+        """Whether there is something to steer away from, at any time of the video."""
+        return bool(self.negatives) or (
+            self.timeline is not None and any(entry.negatives for entry in self.timeline.timeline)
+        )
 
     @classmethod
     def of_metadata(cls, metadata: dict[str, Any], source: str) -> Recipe:

@@ -55,7 +55,7 @@ def batch(
     weights: WeightsOption = None,
     offload: OffloadOption = None,
     lora: LoraOption = None,
-    decoder: DecoderOption = "full",
+    decoder: DecoderOption = None,
     compiled: CompileOption = "off",
     shard: Annotated[
         str | None, typer.Option(help="i/n: this process's share.", show_default="of torchrun or Slurm, else all")

@@ -54,7 +54,7 @@ def extend(
     weights: WeightsOption = None,
     offload: OffloadOption = None,
     lora: LoraOption = None,
-    decoder: DecoderOption = "full",
+    decoder: DecoderOption = None,
     compiled: CompileOption = "off",
     window: WindowOption = None,
     sink: SinkOption = None,

@@ -85,7 +85,7 @@ def generate(
     fold: Annotated[
         bool | None, typer.Option(help="Compute equal padding keys once (exact).", show_default="fold")
     ] = None,
-    decoder: DecoderOption = "full",
+    decoder: DecoderOption = None,
     attention: Annotated[str, typer.Option(help="sdpa or xformers.")] = "sdpa",
     memory: MemoryOption = None,
     weights: WeightsOption = None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,9 +17,10 @@ from rich.progress import Progress
 from causvid_adapter.parallel import parallelise
 from nasa_video import __version__
 from nasa_video.attention import AttentionError, Backend
+from nasa_video.cli.writing import guarded, report, take_part, write
 from nasa_video.director import PromptWarning
 from nasa_video.distributed import Processes
-from nasa_video.errors import InputError, NasaVideoError
+from nasa_video.errors import InputError
 from nasa_video.guidance import Guidance, ScaleSchedule
 from nasa_video.loading import DecoderKind, choose_device, default_dtype
 from nasa_video.models import DEFAULT_MODEL, find_preset
@@ -29,6 +29,7 @@ from nasa_video.placement import Placement, WeightKind
 from nasa_video.planning import PlanRequest, make_plan
 from nasa_video.recipe import (
     Recipe,
+    StoredLora,
     StoredWindow,
     parse_lora,
     restore_guidance,
@@ -38,13 +39,8 @@ from nasa_video.recipe import (
 )
 from nasa_video.resume import ResumeLog
 from nasa_video.start import Start, StoredStart, read_start
-from nasa_video.steering import Effect
 from nasa_video.timeline import Cue, CueOf, Timeline, parse_negative
-from nasa_video.video.compare import Excerpt, contact_sheet, side_by_side
-from nasa_video.video.frames import Frames
 from nasa_video.video.metadata import read_metadata
-from nasa_video.video.sheet import save_sheet, sheet_path
-from nasa_video.video.sinks import open_sink
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class Request:
     neg_padding: bool | None = None
     fold: bool | None = None
     attention: str = "sdpa"
-    decoder: str = "full"
+    decoder: str | None = None
     resume: bool = False
     memory: str | None = None
     weights: str | None = None
@@ -121,23 +117,8 @@ def run(
     if request.compiled not in ("off", "on", "graphs"):
         raise InputError(f"--compile must be off, on or graphs, got {request.compiled!r}")
     placement = _placement(request, stored, timeline, name, say)
-    try:
-        pipeline = load(
-            name,
-            request.device,
-            attention=cast(Backend, request.attention),
-            fold_padding=_fold(request, stored),
-            loras=[(Path(lora.path), lora.scale) for lora in loras],
-            decoder=cast(DecoderKind, request.decoder),
-            placement=placement,
-            decode_ahead=request.decode_ahead,
-            compiled=cast(CompileKind, request.compiled),
-        )
-    except (AttentionError, ValueError) as error:
-        raise InputError(str(error)) from error
-    if request.split:
-        parallelise(pipeline.model)
     window = request.window.over(stored.window if stored else StoredWindow())
+    pipeline = _load(request, stored, name, loras, placement, load)
     pipeline = pipeline.with_sampler(window.of(pipeline.preset.sampler))
     recipe = _resolve(request, stored, timeline, name, pipeline)
     recipe = recipe.model_copy(update={"loras": loras, "placement": placement, "window": window})
@@ -150,18 +131,18 @@ def run(
         log, start = _resumed(output, recipe, start)
     cues = _cues(recipe, pipeline)
     warn_of_unknown_words(pipeline, recipe)
-    chunks = _stream(pipeline, recipe, cues, start)
+    chunks = guarded(_stream(pipeline, recipe, cues, start), recipe)
     unguided = None
     if recipe.compare:
-        unguided = _stream(pipeline, recipe, lambda chunk: cues(chunk).unguided, start)
+        unguided = guarded(_stream(pipeline, recipe, lambda chunk: cues(chunk).unguided, start), recipe)
     if watch is not None:
         chunks, unguided = watch(pipeline, recipe, chunks, unguided)
     if request.rank > 0:
-        return _take_part(chunks, unguided, recipe)
-    written = _write(chunks, unguided, recipe, pipeline, output, make_progress, start, log)
+        return take_part(chunks, unguided, recipe)
+    written = write(chunks, unguided, recipe, pipeline, output, make_progress, start, log)
     if log is not None:
         log.close()
-    _report(written, recipe, say)
+    report(written, recipe, say)
     return {
         "output": written.output,
         "frames": written.frames,
@@ -169,10 +150,37 @@ def run(
         "seconds": round(written.seconds, 3),
         "seed": recipe.seed,
         "model": recipe.model,
-        "guidance": recipe.guidance.method if recipe.guidance and _anything_negative(recipe) else "none",
+        "guidance": recipe.guidance.method if recipe.guidance and recipe.anything_negative else "none",
         "effect": dataclasses.asdict(written.effect) if written.effect else None,
         "contact_sheet": written.contact_sheet,
     }
+
+
+def _load(
+    request: Request,
+    stored: Recipe | None,
+    name: str,
+    loras: tuple[StoredLora, ...],
+    placement: Placement,
+    load: Callable[..., VideoPipeline],
+) -> VideoPipeline:
+    try:
+        pipeline = load(
+            name,
+            request.device,
+            attention=cast(Backend, request.attention),
+            fold_padding=_fold(request, stored),
+            loras=[(Path(lora.path), lora.scale) for lora in loras],
+            decoder=_decoder(request, stored),
+            placement=placement,
+            decode_ahead=request.decode_ahead,
+            compiled=cast(CompileKind, request.compiled),
+        )
+    except (AttentionError, ValueError) as error:
+        raise InputError(str(error)) from error
+    if request.split:
+        parallelise(pipeline.model)
+    return pipeline
 
 
 def _placement(
@@ -201,7 +209,7 @@ def _placement(
             memory=request.memory,
             weights=cast(WeightKind | None, request.weights),
             offload=request.offload,
-            tiny_decoder=request.decoder == "tiny",
+            tiny_decoder=_decoder(request, stored) == "tiny",
             processes=Processes.of_environment().world if request.split else 1,
             prompts=_texts(request, stored, timeline),
             overlapped=request.decode_ahead > 0,
@@ -257,6 +265,7 @@ def _resolve(
         timeline=timeline,
         recompute_window=request.recompute or bool(stored and stored.recompute_window),
         fold_padding=_fold(request, stored),
+        decoder=_decoder(request, stored),
         compare=request.compare or bool(stored and stored.compare),
         rollout=request.rollout if request.rollout is not None or stored is None else stored.rollout,
         start=request.start or (stored.start if stored else None),
@@ -266,7 +275,7 @@ def _resolve(
 
 
 def _guidance(request: Request, stored: Recipe | None, recipe: Recipe, pipeline: VideoPipeline) -> Guidance | None:
-    negative = _anything_negative(recipe)
+    negative = recipe.anything_negative
     if request.guidance == "none":
         if negative:
             raise InputError("--guidance none leaves the negative prompts without effect; leave out one of the two")
@@ -292,18 +301,16 @@ def _guidance(request: Request, stored: Recipe | None, recipe: Recipe, pipeline:
     return dataclasses.replace(guidance, **changes)
 
 
-def _anything_negative(recipe: Recipe) -> bool:
-    return bool(recipe.negatives) or (
-        recipe.timeline is not None and any(entry.negatives for entry in recipe.timeline.timeline)
-    )
-
-
 def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
 def _fold(request: Request, stored: Recipe | None) -> bool:
     return bool(_first(request.fold, stored and stored.fold_padding, True))
+
+
+def _decoder(request: Request, stored: Recipe | None) -> DecoderKind:
+    return cast(DecoderKind, _first(request.decoder, stored and stored.decoder, "full"))
 
 
 def _without_surrogates(text: str) -> str:
@@ -350,114 +357,6 @@ def _stream(pipeline: VideoPipeline, recipe: Recipe, cues: CueOf, start: Start |
         shown_prefix=start.shown_prefix if start else 0,
         rollout=recipe.rollout,
     )
-
-
-def _take_part(chunks: Iterator[Chunk], unguided: Iterator[Chunk] | None, recipe: Recipe) -> dict[str, Any]:
-    """Make the same calls as the process that writes, in the same order."""
-    for _ in _guarded(chunks, recipe):
-        if unguided is not None:
-            next(unguided)
-    return {}
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a run left behind."""
-
-    output: str
-    frames: int
-    seconds: float
-    effect: Effect | None
-    contact_sheet: str | None
-
-
-def _write(
-    chunks: Iterator[Chunk],
-    unguided: Iterator[Chunk] | None,
-    recipe: Recipe,
-    pipeline: VideoPipeline,
-    output: str,
-    make_progress: Callable[[], Progress],
-    start: Start | None,
-    log: ResumeLog | None,
-) -> Written:
-    sheet = (Excerpt(), Excerpt())
-    place = None
-    if unguided is not None and output != "-":
-        place = sheet_path(output)
-    size = pipeline.preset.sampler.frames_per_chunk
-    total = pipeline.check_frames(recipe.frames) // size
-    if start is not None and start.prefix is not None:
-        total -= (start.prefix.shape[1] - start.shown_prefix) // size
-    upscale = pipeline.preset.video.upscale
-
-    def beside(plain: Frames, guided: Frames) -> Frames:
-        sheet[0].add(plain)
-        sheet[1].add(guided)
-        return side_by_side([plain, guided], ["without", _label(recipe)], scale=upscale)
-
-    effect: Effect | None = None
-    began = time.perf_counter()
-    # Videos side by side are enlarged before their labels are drawn, not after.
-    with (
-        open_sink(output, recipe.fps, recipe.to_metadata(), scale=1 if unguided is not None else upscale) as sink,
-        make_progress() as progress,
-    ):
-        task = progress.add_task("generating", total=total, fps=0.0)
-        if start is not None and len(start.lead):
-            sink.write(start.lead if unguided is None else beside(start.lead, start.lead))
-        for chunk in _guarded(chunks, recipe):
-            sink.write(chunk.frames if unguided is None else beside(next(unguided).frames, chunk.frames))
-            effect = chunk.effect
-            if log is not None:
-                log.add(chunk.index, chunk.latents)
-            progress.update(task, advance=1, fps=sink.num_frames / (time.perf_counter() - began))
-        if effect is not None:
-            sink.metadata["effect"] = dataclasses.asdict(effect)
-    seconds = time.perf_counter() - began
-    if place is not None:
-        rows = [("without", sheet[0].frames), (_label(recipe), sheet[1].frames)]
-        labelled = [(f"{recipe.prompt}   |   {label}", frames) for label, frames in rows]
-        save_sheet(contact_sheet(labelled, numbers=sheet[0].numbers), place)
-    return Written(output, sink.num_frames, seconds, effect, str(place) if place else None)
-
-
-def _guarded(chunks: Iterator[Chunk], recipe: Recipe) -> Iterator[Chunk]:
-    """The chunks, with running out of memory turned into an error that says what to change."""
-    try:
-        yield from chunks
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise NasaVideoError(_no_memory(recipe)) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error) and "out of memory" not in str(error).lower():
-            raise
-        raise NasaVideoError(_no_memory(recipe)) from error
-
-
-def _no_memory(recipe: Recipe) -> str:
-    return (
-        f"not enough memory for {recipe.width} x {recipe.height}; half of each side takes about a quarter: "
-        f"--width {recipe.width // 2} --height {recipe.height // 2}; fewer --frames help a model without a window"
-    )
-
-
-def _label(recipe: Recipe) -> str:
-    if recipe.guidance is None or not _anything_negative(recipe):
-        return "the same, no negative given"
-    terms = ", ".join(n.text if n.weight == 1 else f"{n.text} ({n.weight:g})" for n in recipe.negatives)
-    return f"{recipe.guidance.method.upper()} {recipe.guidance.settings['scale']:g}, negative: {terms or 'timeline'}"
-
-
-def _report(written: Written, recipe: Recipe, say: Callable[[str], None]) -> None:
-    rate = written.frames / written.seconds if written.seconds else math.inf
-    say(f"{written.output}: {written.frames} frames in {written.seconds:.1f} s ({rate:.1f} FPS), seed {recipe.seed}")
-    if written.contact_sheet:
-        say(f"{written.contact_sheet}: contact sheet")
-    if written.effect is not None:
-        say(
-            f"effect of the negative: attention changed by {written.effect.relative_change:.0%}, "
-            f"negative share {written.effect.negative_share:.1%}"
-        )
 
 
 def warn_of_unknown_words(pipeline: VideoPipeline, recipe: Recipe) -> None:

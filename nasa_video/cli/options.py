@@ -32,7 +32,9 @@ WeightsOption = Annotated[
 LoraOption = Annotated[
     list[str] | None, typer.Option("--lora", help="LoRA FILE or FILE:SCALE; may be given more than once.")
 ]
-DecoderOption = Annotated[str, typer.Option(help="full, or tiny: a fast decoder for previews.")]
+DecoderOption = Annotated[
+    str | None, typer.Option(help="full, or tiny: a fast decoder for previews.", show_default="full")
+]
 CompileOption = Annotated[str, typer.Option("--compile", help="off, on (torch.compile) or graphs (and CUDA graphs).")]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Keep what is needed to go on after a kill, and go on where it is there.")

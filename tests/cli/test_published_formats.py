@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -131,6 +132,10 @@ def test_the_tiny_decoder_makes_as_many_frames_from_the_same_latents(
     videos = {name: read_frames(f"{name}.mp4").astype(int) for name in ("normalized", "raw", "full")}
     assert len({video.shape for video in videos.values()}) == 1
     assert abs(videos["normalized"] - videos["raw"]).mean() > 1
+    assert nasa_video("generate", "--from", "raw.mp4", "-o", "again.mp4").status == 0
+    assert Path("again.mp4").read_bytes() == Path("raw.mp4").read_bytes()
+    assert nasa_video("generate", "--from", "raw.mp4", "--decoder", "full", "-o", "other.mp4").status == 0
+    assert np.array_equal(read_frames("other.mp4"), videos["full"])
     without = preset_file(tmp_path, parts, True, transformer=source)
     for option, message in (("tiny", "has no tiny decoder"), ("huge", "must be full or tiny")):
         done = nasa_video("generate", "a fox", "--decoder", option, "--model", without)

@@ -59,7 +59,7 @@ def test_another_recipe_does_not_go_on_from_the_log(nasa_video: Run) -> None:
         raise KeyboardInterrupt
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(generation, "_write", stop)
+    patch.setattr(generation, "write", stop)
     nasa_video("generate", "a star", "--model", "{model}", "--resume", "-o", "a.mp4")
     patch.undo()
     assert Path("a.mp4.resume/recipe.json").exists()
