@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,10 @@ class Recipe(Strict):
 
 
 def store_guidance(guidance: Guidance | None) -> StoredGuidance | None:
-    """The method with all its settings."""
-    return None if guidance is None else StoredGuidance(method=guidance.name, settings=dataclasses.asdict(guidance))
+    """The method with all its settings, as JSON has them: what is read back is equal to what was stored."""
+    if guidance is None:
+        return None
+    return StoredGuidance(method=guidance.name, settings=json.loads(json.dumps(dataclasses.asdict(guidance))))
 
 
 def restore_guidance(stored: StoredGuidance | None) -> Guidance | None:

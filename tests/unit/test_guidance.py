@@ -28,6 +28,7 @@ from nasa_video.guidance import (
     vsf,
     weakened,
 )
+from nasa_video.recipe import StoredGuidance, restore_guidance, store_guidance
 from nasa_video.steering import EffectMeter, PromptKeys, Steering, check_negative
 
 SHAPE = (2, 5, 3, 8)
@@ -299,3 +300,16 @@ def test_the_meter_averages_what_layers_did() -> None:
     assert meter.effect.negative_share == pytest.approx(sum(parts) / 2, rel=1e-5)
     meter.reset()
     assert meter.effect is None
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Nasa(0.8, schedule=ScaleSchedule(step_scales=(1, 0.5), layer_scales=(0, 1))), Nag(), Vsf(), ClassifierFree()],
+    ids=lambda method: method.name,
+)
+def test_a_stored_method_comes_back_from_json_equal(method: Guidance) -> None:
+    stored = store_guidance(method)
+    assert stored is not None
+    read = StoredGuidance.model_validate_json(stored.model_dump_json())
+    assert read == stored, "a resumed run compares its recipe with the one on disk"
+    assert restore_guidance(read) == method
