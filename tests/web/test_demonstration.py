@@ -51,6 +51,22 @@ def colour_goes(page: Any, shape: str, colour: str, seed: int, recompute: bool) 
     return gone
 
 
+def test_the_measure_sees_each_half(browser: Any) -> None:
+    page = browser.new_page()
+    page.set_content("<video hidden></video><canvas width=64 height=32></canvas>")
+    page.evaluate("""() => {
+      const context = document.querySelector("canvas").getContext("2d");
+      for (const [colour, left, width] of [["#e01010", 0, 16], ["#808080", 16, 16], ["#1020e0", 32, 32]]) {
+        context.fillStyle = colour;
+        context.fillRect(left, 0, width, 32);
+      }
+    }""")
+    left, right = colours(page)
+    page.close()
+    assert left == pytest.approx({"red": 0.5, "green": 0, "blue": 0}, abs=0.02)
+    assert right == pytest.approx({"red": 0, "green": 0, "blue": 1}, abs=0.02)
+
+
 def test_a_colour_goes_within_two_chunks_of_being_typed(
     serve: Callable[..., Server], open_page: Any, sprites: str
 ) -> None:
