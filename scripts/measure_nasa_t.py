@@ -1,43 +1,57 @@
-"""Measures NASA-T on the shipped model: tables 5 and 3 of arXiv 2412.02687 in small, over several training seeds.
+"""Measures NASA-T on the sprites model: tables 5 and 3 of arXiv 2412.02687 in small, over several training seeds.
 
-    python scripts/measure_nasa_t.py --output runs/nasa-t          the experiment; stop and start it as you like
-    python scripts/measure_nasa_t.py --output runs/try --iterations 2 --n 2 --seeds 0 --accuracy-prompts 2
+    python scripts/measure_nasa_t.py --output runs/nasa-t --docs docs      the experiment; stop and start it as you like
+    python scripts/measure_nasa_t.py --output runs/nasa-t --weights FOLDER on other weights: transformer/, vae/,
+                                                                           teacher/transformer/, detector.safetensors
+    python scripts/measure_nasa_t.py --output runs/try --iterations 2 --n 2 --captions 4 --seeds 0 --attributes blurry
 
 Every arm trains the same student with the negative in other places, from the same weights and on the same draws of a
-seed; then all are judged by the removal table's detectors, and on held-out captions without a negative. Trainings go on
-from their checkpoints, measurements from their journals. Tables are written anew whenever an arm is ready.
+seed; then all are judged by the removal table's cases, and on held-out captions. Arms run side by side, one thread
+each. Trainings go on from their checkpoints, measurements from their journals. The report, docs/nasa_t_results.md, is
+written anew whenever an arm is ready; what a person wrote in it as a judgement stays.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
+import multiprocessing
 import os
+import shlex
 import statistics
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import nasa_t_report as report
 import typer
 
 if TYPE_CHECKING:
+    from nasa_video.evaluation.held_out import Observer, World
+    from nasa_video.evaluation.removal import Method
     from nasa_video.pipeline import VideoPipeline
     from nasa_video.training.nasa_t.settings import VideoSettings
 
 ROOT = Path(__file__).resolve().parent.parent
-# Read by the C library when a process starts: large blocks are kept, which makes CPU training several times faster.
-ALLOCATOR = {
+# Read by the C library and by OpenMP when a process starts: large blocks are kept, which makes CPU training several
+# times faster; an arm computes on one thread.
+ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "200000000",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "OMP_NUM_THREADS": "1",
 }
-# Quantiles of Student's t at 97.5 % for 1 to 9 degrees of freedom.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-COLUMNS = ("removed", "held", "both", "out_of_range", "sharpness", "flicker")
-START = "student"
-BEST = "student+teacher"
+KINDS = ("unmentioned", "stated", "conflict")
+WHOLE = (report.STUDENT, report.BEST)
+"""Arms of table 3, measured at every step count and with every inference."""
+Row = dict[str, Any]
+Job = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -45,18 +59,69 @@ class Experiment:
     """What is asked for."""
 
     output: Path
-    student: str
-    teacher: Path | None
+    weights: Path | None
     iterations: int
+    batch: int
     seeds: tuple[int, ...]
-    placements: tuple[str, ...]
     steps: tuple[int, ...]
     n: int
-    kinds: tuple[str, ...]
-    attributes: tuple[str, ...] | None
-    methods: str
-    accuracy_prompts: int
-    batch: int
+    captions: int
+    attributes: tuple[str, ...]
+    cfg: str
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Every model: the shipped one and the arms, seed after seed, those that take longest first."""
+        arms = sorted(report.PLACEMENTS, key=lambda arm: arm not in WHOLE)
+        return [*((arm, seed) for seed in self.seeds for arm in arms), (report.SHIPPED, None)]
+
+    @property
+    def detector(self) -> Path | None:
+        """The detector's weights, where they are not the shipped ones."""
+        return None if self.weights is None else self.weights / "detector.safetensors"
+
+    @property
+    def student(self) -> str:
+        """The shipped preset, or one of the given weights."""
+        return "sprites" if self.weights is None else str(self.output / "student")
+
+    @property
+    def command(self) -> str:
+        """What makes the same again, in a folder of its own."""
+        words = {
+            "iterations": self.iterations, "batch": self.batch, "seeds": ",".join(map(str, self.seeds)),
+            "steps": ",".join(map(str, self.steps)), "n": self.n, "captions": self.captions,
+            "attributes": ",".join(self.attributes), "cfg": self.cfg,
+        }  # fmt: skip
+        options = shlex.join(word for name, value in words.items() for word in (f"--{name}", str(value)))
+        return f"python scripts/measure_nasa_t.py --output runs/nasa-t --docs docs {options}"
+
+    def prepare(self) -> None:
+        """Write the preset of the given weights.
+
+        Raises:
+            InputError: a part of them is missing.
+        """
+        import yaml
+
+        from nasa_video.errors import InputError
+        from nasa_video.models import configs_dir
+
+        self.output.mkdir(parents=True, exist_ok=True)
+        if self.weights is None:
+            return
+        root = self.weights.absolute()
+        parts = ("transformer", "vae", "teacher/transformer", "detector.safetensors")
+        missing = [part for part in parts if not (root / part).exists()]
+        if missing:
+            raise InputError(
+                f"{root} has no {', '.join(missing)}; give the weights' folder of scripts/train_sprites.py"
+            )
+        preset = yaml.safe_load((configs_dir() / "video" / "sprites.yaml").read_text(encoding="utf-8"))
+        preset["components"] |= {part: {"path": str(root / part)} for part in ("transformer", "vae")}
+        folder = Path(self.student)
+        folder.mkdir(exist_ok=True)
+        (folder / "preset.yaml").write_text(yaml.safe_dump(preset, sort_keys=False), encoding="utf-8")
 
     def settings(self, placement: str, seed: int) -> VideoSettings:
         """The shipped config with an arm's placement and seed."""
@@ -65,67 +130,168 @@ class Experiment:
 
         shipped = load_settings(ROOT / "configs" / "train" / "nasa-t-sprites.yaml")
         assert isinstance(shipped, VideoSettings)
+        run = {"seed": seed, "iterations": self.iterations, "batch_size": self.batch, "sheet_every": self.iterations}
         update: dict[str, Any] = {
             "student": self.student,
             "negatives": shipped.negatives.model_copy(update={"placement": placement}),
-            "run": shipped.run.model_copy(
-                update={"seed": seed, "iterations": self.iterations, "batch_size": self.batch}
-            ),
+            "run": shipped.run.model_copy(update=run),
             "fake_warmup": min(shipped.fake_warmup, self.iterations // 4),
         }
-        if self.teacher is not None:
-            update["teacher"] = Source(path=self.teacher)
+        if self.weights is not None:
+            update["teacher"] = Source(path=self.weights.absolute() / "teacher" / "transformer")
         return shipped.model_copy(update=update)
 
-    def train(self, placement: str, seed: int) -> Path:
-        """The model's folder of an arm, trained where it is not there yet."""
+    def start(self) -> str:
+        """Eight letters that follow from the weights that every arm starts from."""
         from nasa_video.models import find_preset
-        from nasa_video.training.nasa_t.fleet import Fleet
-        from nasa_video.training.nasa_t.run import train
-        from nasa_video.training.nasa_t.start import start_game
 
-        settings = self.settings(placement, seed)
-        # weights in the name: after a new training of the shipped model nothing goes on from the old one
-        start = fingerprint(find_preset(self.student).components.transformer.fetch(), settings.teacher.fetch())
-        folder = self.output / "arms" / f"{placement}-{seed}-{start}"
-        finished = folder / "finished.json"
-        wanted = settings.model_dump(mode="json")
-        if finished.exists() and json.loads(finished.read_text(encoding="utf-8")) == wanted:
-            return folder / "model"
-        fleet = Fleet(precision=settings.run.precision)
-        tell = _teller(f"{placement}, seed {seed}")
-        model = train(settings, start_game(settings, fleet, folder), folder, fleet, tell)
-        finished.write_text(json.dumps(wanted), encoding="utf-8")
-        return model
+        return fingerprint(
+            find_preset(self.student).components.transformer.fetch(), self.settings("all", 0).teacher.fetch()
+        )
 
-    def measure(
-        self, arm: str, seed: int | None, model: str, steps: tuple[int, ...], methods: str
-    ) -> list[dict[str, Any]]:
-        """Rows of the removal table of one model, averaged over the attributes, and its accuracy."""
-        from nasa_video.evaluation.removal import SpritesJudge, cells, parse_methods, removal_table
-        from nasa_video.evaluation.report import summary
-        from nasa_video.pipeline import VideoPipeline
 
-        pipeline = VideoPipeline.from_pretrained(model)
-        plan = list(cells(parse_methods(methods, pipeline), steps, self.kinds, self.attributes))  # type: ignore[arg-type]
-        folder = self.output / "measured"
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"{arm}-{seed}-{fingerprint(pipeline.preset.components.transformer.fetch())}"
-        rows = removal_table(
-            pipeline, plan, SpritesJudge(), n=self.n, split="report", frames=pipeline.preset.video.frames, batch=16,
-            journal=folder / f"{name}.jsonl",
-        )  # fmt: skip
-        accuracies = {count: self._accuracy(pipeline, folder / f"{name}-accuracy.json", count) for count in steps}
-        return [{"arm": arm, "seed": seed, **row, "accuracy": accuracies[row["steps"]]} for row in summary(rows)]
+def train_arm(experiment: Experiment, placement: str, seed: int) -> tuple[Path, float]:
+    """The model's folder of an arm, trained where it is not there yet, and the processor minutes that it took."""
+    from nasa_video.training.nasa_t.fleet import Fleet
+    from nasa_video.training.nasa_t.run import train
+    from nasa_video.training.nasa_t.start import start_game
 
-    def _accuracy(self, pipeline: VideoPipeline, path: Path, steps: int) -> float:
-        """Share of what held-out captions state that the videos show, without a negative."""
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        key = f"{steps}/{self.accuracy_prompts}"
-        if key not in stored:
-            stored[key] = accuracy(pipeline, self.accuracy_prompts, steps)
-            path.write_text(json.dumps(stored), encoding="utf-8")
-        return float(stored[key])
+    settings = experiment.settings(placement, seed)
+    # weights in the name: after a new training of the shipped model nothing goes on from the old one
+    folder = experiment.output / "arms" / f"{placement}-{seed}-{experiment.start()}"
+    finished, spent = folder / "finished.json", folder / "minutes.json"
+    wanted = settings.model_dump(mode="json")
+    before = float(json.loads(spent.read_text(encoding="utf-8"))) if spent.exists() else 0.0
+    if finished.exists() and json.loads(finished.read_text(encoding="utf-8")) == wanted:
+        return folder / "model", before
+    began = time.process_time()
+    tell = _teller(f"{placement}, seed {seed}", lambda: _write(spent, before + (time.process_time() - began) / 60))
+    fleet = Fleet(precision=settings.run.precision)
+    model = train(settings, start_game(settings, fleet, folder), folder, fleet, tell)
+    _write(finished, wanted)
+    return model, float(json.loads(spent.read_text(encoding="utf-8")))
+
+
+def measure(experiment: Experiment, arm: str, seed: int | None, model: str) -> list[Row]:
+    """A row for every inference and step count of one model."""
+    from nasa_video.evaluation.removal import parse_methods
+    from nasa_video.pipeline import VideoPipeline
+
+    pipeline = VideoPipeline.from_pretrained(model)
+    whole = arm in WHOLE
+    labels = f"none,nasa,{experiment.cfg}" if whole else "none,nasa"
+    counts = experiment.steps if whole or arm == report.SHIPPED else (max(experiment.steps),)
+    name = f"{arm}-{seed}-{fingerprint(pipeline.preset.components.transformer.fetch())}"
+    folder = experiment.output / "measured"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for count in counts:
+        for method in parse_methods(labels, pipeline):
+            removal = _removal(experiment, pipeline, method, count, folder / f"{name}.jsonl")
+            asked = _held_out(experiment, pipeline, method, count, folder / f"{name}-captions.json")
+            rows.append({"arm": arm, "seed": seed, "label": method.label, "steps": count, **removal, **asked})
+    return rows
+
+
+def _removal(experiment: Experiment, pipeline: VideoPipeline, method: Method, steps: int, journal: Path) -> Row:
+    """Shares of the removal table, mean over attributes and kinds of case, and by kind."""
+    from nasa_video.evaluation.removal import cells, removal_table
+    from nasa_video.evaluation.report import summary
+
+    plan = list(cells([method], [steps], KINDS, experiment.attributes))  # type: ignore[arg-type]
+    rows = removal_table(
+        pipeline, plan, _judge(experiment.detector), n=experiment.n, split="report",
+        frames=pipeline.preset.video.frames, batch=min(24, experiment.n), journal=journal,
+    )  # fmt: skip
+    kinds = {row["case"]: {name: row[name] for name in ("removed", "held", "both")} for row in summary(rows)}
+    means = {name: statistics.fmean(kind[name] for kind in kinds.values()) for name in ("removed", "held", "both")}
+    return {**means, "kinds": kinds}
+
+
+def _held_out(experiment: Experiment, pipeline: VideoPipeline, method: Method, steps: int, path: Path) -> Row:
+    """Accuracy and looks on held-out captions; kept in a file."""
+    from nasa_video.evaluation.held_out import held_out
+
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    key = f"{method.label}/{steps}/{experiment.captions}"
+    if key not in stored:
+        observer, world = _observer(experiment.detector), _world(experiment.detector)
+        stored[key] = held_out(pipeline, method, steps, experiment.captions, observer, world).row()
+        _write(path, stored)
+    return {name: value for name, value in stored[key].items() if name != "n"}
+
+
+@cache
+def _judge(detector: Path | None) -> Any:
+    from nasa_video.evaluation.removal import SpritesJudge
+
+    return SpritesJudge(detector)
+
+
+@cache
+def _observer(detector: Path | None) -> Observer:
+    from nasa_video.evaluation.held_out import Observer
+
+    return Observer(detector)
+
+
+@cache
+def _world(detector: Path | None) -> World:
+    from nasa_video.evaluation.held_out import rendered_world
+    from nasa_video.models import find_preset
+
+    return rendered_world(_observer(detector), 192, find_preset("sprites").video.frames)
+
+
+def do_job(experiment: Experiment, arm: str, seed: int | None) -> dict[str, Any]:
+    """Train and measure one model; returns its rows and the processor minutes of both."""
+    import torch
+
+    torch.set_num_threads(1)
+    model, training = (experiment.student, 0.0) if seed is None else train_arm(experiment, arm, seed)
+    began = time.process_time()
+    rows = measure(experiment, arm, seed, str(model))
+    spent = experiment.output / "measured" / f"{arm}-{seed}-{experiment.start()}-minutes.json"
+    before = float(json.loads(spent.read_text(encoding="utf-8"))) if spent.exists() else 0.0
+    measuring = before + (time.process_time() - began) / 60
+    _write(spent, measuring)
+    print(f"{arm}, seed {seed}: {training:.1f} processor minutes training, {measuring:.1f} measuring", flush=True)
+    return {"rows": rows, "minutes": (training, measuring)}
+
+
+def _do(task: tuple[Experiment, Job]) -> dict[str, Any]:
+    return do_job(task[0], *task[1])
+
+
+def run(experiment: Experiment, processes: int, docs: Path) -> None:
+    """Every job, and the report after each."""
+    experiment.prepare()
+    world = _world(experiment.detector)
+    facts: dict[str, Any] = {
+        "iterations": experiment.iterations, "batch": experiment.batch, "n": experiment.n,
+        "captions": experiment.captions, "attributes": ", ".join(experiment.attributes), "steps": experiment.steps,
+        "cfg": experiment.cfg, "weights": experiment.start(), "commit": _commit(), "command": experiment.command,
+        "world": {"sharpness": world.sharpness, "flicker": world.flicker},
+    }  # fmt: skip
+    tasks = [(experiment, job) for job in experiment.jobs]
+    done: list[dict[str, Any]] = []
+    # processes that stay: each imports, loads and renders once
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for outcome in pool.imap_unordered(_do, tasks) if processes > 1 else map(_do, tasks):
+            done.append(outcome)
+            minutes = [sum(entry["minutes"][part] for entry in done) for part in (0, 1)]
+            write_report(experiment, done, facts | {"jobs": (len(done), len(tasks)), "minutes": minutes}, docs)
+    print(f"{docs / 'nasa_t_results.md'}")
+
+
+def write_report(experiment: Experiment, done: list[dict[str, Any]], facts: dict[str, Any], docs: Path) -> None:
+    """The report, its plot and every row, as far as they are."""
+    rows = [row for entry in done for row in entry["rows"]]
+    docs.mkdir(parents=True, exist_ok=True)
+    _write(docs / "nasa_t_results.json", {**facts, "rows": rows})
+    path = docs / "nasa_t_results.md"
+    path.write_text(report.document(rows, facts, report.kept_judgement(path)), encoding="utf-8")
+    report.plot(rows, experiment.steps, experiment.cfg, docs / "images" / "nasa_t.png")
 
 
 def fingerprint(*folders: Path) -> str:
@@ -137,139 +303,56 @@ def fingerprint(*folders: Path) -> str:
     return digest.hexdigest()[:8]
 
 
-def accuracy(pipeline: VideoPipeline, prompts: int, steps: int) -> float:
-    """Share of the stated attributes that the detectors find."""
-    import numpy as np
-
-    from nasa_video.evaluation.removal import SpritesJudge
-    from nasa_video.training.assessment import held_out_prompts
-
-    judge, cases = SpritesJudge(), held_out_prompts(prompts, seed=20261123)
-    right = total = 0
-    for start in range(0, len(cases), 16):
-        part = cases[start : start + 16]
-        seeds = range(start, start + len(part))
-        chunks = pipeline.stream_batch([case.text for case in part], seeds=list(seeds), steps=steps)
-        videos = np.concatenate([chunk.frames for chunk in chunks], axis=1)
-        for case, labels in zip(part, judge(list(videos)), strict=True):
-            right += sum(labels[attribute] == value for attribute, value in case.stated.items())
-            total += len(case.stated)
-    return right / total
+def _write(path: Path, value: Any) -> None:
+    """JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
-def over_seeds(values: list[float]) -> str:
-    """Mean with the 95 % interval of Student's t over training seeds."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    quantile = T_QUANTILES[len(values) - 2] if len(values) <= len(T_QUANTILES) + 1 else 1.96
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.3f} ± {half:.3f}"
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def table(rows: list[dict[str, Any]], title: str) -> str:
-    """A Markdown table: one line an arm, method, step count and kind of case; intervals are over training seeds."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["arm"], row["label"], row["steps"], row["case"]), []).append(row)
-    columns = (*COLUMNS, "accuracy")
-    lines = [f"## {title}", "", "| model | inference | steps | case | seeds | " + " | ".join(columns) + " |"]
-    lines.append("|---" * (5 + len(columns)) + "|")
-    for key, group in groups.items():
-        cells = [over_seeds([row[column] for row in group]) for column in columns]
-        lines.append("| " + " | ".join(map(str, (*key, len(group), *cells))) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def write_tables(experiment: Experiment, rows: list[dict[str, Any]]) -> None:
-    """Both tables and every row, as far as they are."""
-    most = max(experiment.steps)
-    five = [row for row in rows if row["steps"] == most and not row["label"].startswith("cfg")]
-    three = [row for row in rows if row["arm"] in (START, BEST)]
-    text = (
-        f"# NASA-T on {experiment.student}\n\n{experiment.iterations} iterations of {experiment.batch} clips an arm, "
-        f'n = {experiment.n} a cell; ± is 95 % of Student\'s t over training seeds. "accuracy": what held-out captions '
-        "state and the video shows, without a negative.\n\n"
-        + table(five, "Where the negative goes while training (table 5 of the paper)")
-        + "\n"
-        + table(three, "Student, NASA-I, NASA-T, both, CFG (table 3 of the paper)")
-    )
-    experiment.output.mkdir(parents=True, exist_ok=True)
-    (experiment.output / "results.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    (experiment.output / "nasa_t.md").write_text(text, encoding="utf-8")
-
-
-def _teller(name: str) -> Any:
+def _teller(name: str, spend: Callable[[], None]) -> Any:
     def tell(step: int, steps: int, values: dict[str, float]) -> None:
         if step == 1 or step % 10 == 0 or step == steps:
+            spend()
             text = "  ".join(f"{key} {value:.3g}" for key, value in values.items())
             print(f"{name}: {step} of {steps}  {text}", flush=True)
 
     return tell
 
 
-def _run(experiment: Experiment) -> None:
-    rows = experiment.measure(START, None, experiment.student, experiment.steps, experiment.methods)
-    write_tables(experiment, rows)
-    attention_only = ",".join(m for m in experiment.methods.split(",") if not m.strip().startswith("cfg"))
-    for seed in experiment.seeds:
-        for placement in experiment.placements:
-            model = experiment.train(placement, seed)
-            whole = placement == BEST  # the arm of table 3: every step count, and CFG beside it
-            steps = experiment.steps if whole else (max(experiment.steps),)
-            methods = experiment.methods if whole else attention_only
-            rows += experiment.measure(placement, seed, str(model), steps, methods)
-            write_tables(experiment, rows)
-    print(f"{experiment.output}/nasa_t.md")
-
-
 def main(
-    output: Annotated[Path, typer.Option(help="Folder of checkpoints, journals and tables.")],
-    student: Annotated[
-        str, typer.Option(help="Preset or folder of the student that every arm begins with.")
-    ] = "sprites",
-    teacher: Annotated[
-        Path | None, typer.Option(help="Folder of the teacher's weights; the shipped ones if none.")
+    output: Annotated[Path, typer.Option(help="Folder of checkpoints and journals.")],
+    docs: Annotated[Path | None, typer.Option(help="Folder of the report.", show_default="OUTPUT")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights' folder of scripts/train_sprites.py; else shipped.")
     ] = None,
-    iterations: Annotated[int, typer.Option(min=1, help="Of each arm.")] = 80,
-    batch: Annotated[int, typer.Option(min=1, help="Clips of an iteration.")] = 12,
+    iterations: Annotated[int, typer.Option(min=1, help="Of each arm.")] = 60,
+    batch: Annotated[int, typer.Option(min=1, help="Rollouts of an iteration.")] = 12,
     seeds: Annotated[str, typer.Option(help="Comma list of training seeds.")] = "0,1,2",
-    placements: Annotated[str, typer.Option(help="Comma list; the rows of table 5.")] = (
-        "nowhere,teacher,teacher+fake,student+teacher,all"
-    ),
-    steps: Annotated[str, typer.Option(help="Comma list of step counts of table 3.")] = "1,2,4",
-    n: Annotated[int, typer.Option("--n", min=1, help="Videos a cell.")] = 32,
-    kinds: Annotated[str, typer.Option(help="Comma list of unmentioned, stated, conflict.")] = (
-        "unmentioned,stated,conflict"
-    ),
-    attributes: Annotated[str, typer.Option(help="Comma list of attributes.")] = (
-        "colour,background,shape,weather,count,blurry,border"
-    ),
-    methods: Annotated[str, typer.Option(help="Comma list of METHOD[:SCALE].")] = "none,nasa,nasa:0.5,cfg:2",
-    accuracy_prompts: Annotated[int, typer.Option(min=1, help="Held-out captions.")] = 96,
+    steps: Annotated[str, typer.Option(help="Comma list of step counts of table 3; table 5 takes the most.")] = "1,2,4",
+    n: Annotated[int, typer.Option("--n", min=1, help="Videos of a removal cell.")] = 24,
+    captions: Annotated[int, typer.Option(min=2, help="Held-out captions.")] = 72,
+    attributes: Annotated[str, typer.Option(help="Comma list of attributes.")] = "colour,background,blurry",
+    cfg: Annotated[str, typer.Option(help="cfg:SCALE of table 3; the paper has 1.5.")] = "cfg:1.5",
+    processes: Annotated[int, typer.Option(min=1, help="Arms side by side.")] = os.cpu_count() or 1,
 ) -> None:
-    """Train every arm and measure it."""
-    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+    """Train every arm, measure it, report."""
+    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
     sys.path.insert(0, str(ROOT))
-    kinds_, attributes_ = _words(kinds), _words(attributes)
-    seeds_, steps_ = (tuple(int(word) for word in _words(text)) for text in (seeds, steps))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     experiment = Experiment(
-        output=output,
-        student=student,
-        teacher=teacher,
-        iterations=iterations,
-        seeds=seeds_,
-        placements=_words(placements),
-        steps=steps_,
-        n=n,
-        kinds=kinds_,
-        attributes=attributes_ or None,
-        methods=methods,
-        accuracy_prompts=accuracy_prompts,
-        batch=batch,
-    )
-    _run(experiment)
+        output=output, weights=weights, iterations=iterations, batch=batch,
+        seeds=tuple(map(int, _words(seeds))), steps=tuple(map(int, _words(steps))), n=n, captions=captions,
+        attributes=_words(attributes), cfg=cfg,
+    )  # fmt: skip
+    run(experiment, processes, docs or output)
 
 
 def _words(text: str) -> tuple[str, ...]:

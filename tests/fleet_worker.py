@@ -22,22 +22,28 @@ from nasa_video.training.nasa_t.video import VideoGame
 from nasa_video.training.nasa_t.video_parts import VideoParts
 
 STEPS = 3
+LORA = {"rank": 2, "scaling": 2}
 SMALL = {
     "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 10,
     "freq_dim": 16, "ffn_dim": 40, "num_layers": 2,
 }  # fmt: skip
 
 
+def precision(lora: bool) -> str:
+    """Adapters are trained as on GPUs: the base waits in bfloat16, they and their gradients are float32."""
+    return "bf16" if lora else "fp32"
+
+
 def settings(accumulate: int, shard: bool, lora: bool) -> VideoSettings:
-    adapter = {"rank": 2, "scaling": 2} if lora else None
+    adapter = LORA if lora else None
     data: dict[str, Any] = {
         "kind": "video", "title": "tiny", "student": "sprites", "teacher": {"path": "none"},
         "student_lora": adapter, "fake_lora": adapter, "prompts": {"kind": "file"},
         "negatives": {"placement": "student+teacher", "texts": {"kind": "file"}},
         "step_counts": [2], "latent_frames": 6, "fake_updates": 1,
         "student_optimiser": {"rate": 1e-3}, "fake_optimiser": {"rate": 1e-3},
-        "run": {"iterations": STEPS, "batch_size": 1, "accumulate": accumulate, "precision": "fp32", "shard": shard,
-                "gradient_checkpointing": True, "sheet_samples": 0},
+        "run": {"iterations": STEPS, "batch_size": 1, "accumulate": accumulate, "shard": shard,
+                "precision": precision(lora), "gradient_checkpointing": True, "sheet_samples": 0},
     }  # fmt: skip
     parsed = parse_settings(data, "worker")
     assert isinstance(parsed, VideoSettings)
@@ -46,7 +52,8 @@ def settings(accumulate: int, shard: bool, lora: bool) -> VideoSettings:
 
 def new_game(fleet: Fleet, accumulate: int, lora: bool) -> VideoGame:
     torch.manual_seed(4)
-    student, teacher = (CausalWan(WanTransformer3DModel(**SMALL)) for _ in range(2))
+    dtype = torch.bfloat16 if lora else torch.float32
+    student, teacher = (CausalWan(WanTransformer3DModel(**SMALL).to(dtype)) for _ in range(2))
     parts = VideoParts(find_preset("sprites"), student, teacher, HashEncoder(8, 10), (4, 4, 6))
     return VideoGame(settings(accumulate, fleet.shard, lora), parts, PROMPTS, NEGATIVES, fleet)
 
@@ -54,13 +61,13 @@ def new_game(fleet: Fleet, accumulate: int, lora: bool) -> VideoGame:
 def main(folder: Path) -> None:
     for shard in (False, True):
         for lora in (False, True):
-            fleet = Fleet(shard, "fp32", cpu=True)
+            fleet = Fleet(shard, precision(lora), cpu=True)
             game = new_game(fleet, 1, lora)
             game.iterate(1)
             checkpoint = folder / f"{shard}-{lora}.checkpoint"
             save(game.settings, game, checkpoint, 1, fleet)
             game = new_game(fleet, 1, lora)  # and on from the checkpoint
-            for step in range(resume(game.settings, game, checkpoint) + 1, STEPS + 1):
+            for step in range(resume(game.settings, game, checkpoint, fleet) + 1, STEPS + 1):
                 game.iterate(step)
             state = game.players["student"].state_dict()
             game.export(folder / f"{shard}-{lora}")

@@ -46,6 +46,12 @@ def run(
         Path | None, typer.Option(help="Negative prompts, one a line, instead of the config's.")
     ] = None,
     iterations: Annotated[int | None, typer.Option(help="Instead of the config's.", min=1)] = None,
+    shard: Annotated[
+        bool | None,
+        typer.Option(
+            "--shard/--no-shard", help="Spread weights over the processes, or not.", show_default="the config's"
+        ),
+    ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Compute on the CPU although there is a GPU.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the true sizes and run a step on tiny networks; nothing is loaded.")
@@ -54,9 +60,10 @@ def run(
 ) -> None:
     """Train, or go on where the run in the folder stopped.
 
-    Several processes: accelerate launch --num_processes N -m nasa_video train CONFIG
+    Several GPUs: accelerate launch --num_processes N -m nasa_video train CONFIG. Several processes on CPUs: torchrun
+    --nproc-per-node N -m nasa_video train CONFIG --cpu.
     """
-    settings = _with_options(_load(config), prompts, negatives, iterations)
+    settings = _with_options(_load(config), prompts, negatives, iterations, shard)
     from nasa_video.training.nasa_t.fleet import Fleet
 
     fleet = Fleet(settings.run.shard and not dry_run, settings.run.precision, cpu)
@@ -109,18 +116,21 @@ def _load(config: Path) -> Settings:
     return load_settings(config)
 
 
-def _with_options(settings: Settings, prompts: Path | None, negatives: Path | None, iterations: int | None) -> Settings:
-    """The settings with what the command line says instead."""
-    from nasa_video.training.nasa_t.settings import FileList
+def _with_options(
+    settings: Settings, prompts: Path | None, negatives: Path | None, iterations: int | None, shard: bool | None
+) -> Settings:
+    """The settings with what the command line says instead, checked anew."""
+    from nasa_video.training.nasa_t.settings import FileList, parse_settings
 
     update: dict[str, Any] = {}
     if prompts is not None:
         update["prompts"] = FileList(kind="file", path=prompts)
     if negatives is not None:
         update["negatives"] = settings.negatives.model_copy(update={"texts": FileList(kind="file", path=negatives)})
-    if iterations is not None:
-        update["run"] = settings.run.model_copy(update={"iterations": iterations})
-    return settings.model_copy(update=update)
+    run = {name: value for name, value in (("iterations", iterations), ("shard", shard)) if value is not None}
+    if run:
+        update["run"] = settings.run.model_copy(update=run)
+    return parse_settings(settings.model_copy(update=update).model_dump(), "the command line's settings")
 
 
 def _train(settings: Settings, fleet: Fleet, folder: Path) -> Path:

@@ -91,12 +91,12 @@ class Judge(Protocol):
 
 
 class SpritesJudge:
-    """The shipped detectors of the sprites world."""
+    """The detectors of the sprites world: the shipped ones, or those of a file."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Path | None = None) -> None:
         from nasa_video.sprites.detectors import Detector
 
-        self._detector = Detector.load()
+        self._detector = Detector.load(weights)
 
     def __call__(self, videos: Sequence[Frames]) -> list[dict[str, str]]:
         import torch

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_wan import any_wan, preset_file, write_generator
 
+from nasa_video.models import configs_dir
 from nasa_video.video.source import read_frames
 
 Run = Callable[..., Any]
@@ -207,3 +208,27 @@ def test_a_checkpoint_that_is_none_is_named(nasa_video: Run, parts: Path, tmp_pa
     done = nasa_video("generate", "a fox", "--model", str(parts / "Wan2.1_VAE.pth"))
     assert "no Wan generator: it looks like a Wan VAE" in " ".join(done.stderr.split())
     assert "checkpoint file" in nasa_video("generate", "a fox", "--model", "none.safetensors").stderr
+
+
+@pytest.mark.parametrize("form", ["causvid", "self-forcing"])
+def test_training_starts_from_a_published_form(nasa_video: Run, parts: Path, tmp_path: Path, form: str) -> None:
+    """NASA-T by adapters, as configs/train has it: from a generator of this form, against a teacher of Wan's."""
+    source = write_generator(form, tmp_path)
+    preset = preset_file(tmp_path, parts, original=True, transformer=source)
+    shipped = yaml.safe_load((configs_dir() / "train" / f"nasa-t-{form}.yaml").read_text())
+    shipped |= {"student": preset, "teacher": source, "step_counts": [2], "latent_frames": 3, "fake_warmup": 0}
+    for name in ("student_lora", "fake_lora"):
+        shipped[name] |= {"rank": 2, "scaling": 2}
+    shipped["run"] |= {"iterations": 2, "accumulate": 1, "shard": False, "sheet_samples": 1}
+    shipped["student_optimiser"]["rate"] = 1e-2
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(shipped))
+    (tmp_path / "prompts.txt").write_text("a red fox\na cat\n")
+    (tmp_path / "negatives.txt").write_text("fog\nrain\n")
+    lists = ("--prompts", "prompts.txt", "--negatives", "negatives.txt")
+    done = nasa_video("train", "own.yaml", "-o", "run", *lists, "--cpu")
+    assert done.status == 0, done.stderr
+    assert Path("run/sheets/000002.png").exists()
+    for output, model in (("before", preset), ("after", "run/model")):
+        done = nasa_video("generate", "a fox", "--neg", "fog", "--model", model, "-o", f"{output}.mp4")
+        assert done.status == 0, done.stderr
+    assert (read_frames("before.mp4") != read_frames("after.mp4")).any()

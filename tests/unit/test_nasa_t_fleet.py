@@ -14,6 +14,7 @@ import fleet_worker as worker
 
 from nasa_video.errors import InputError
 from nasa_video.training.nasa_t.fleet import Fleet
+from nasa_video.training.nasa_t.run import resume
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,10 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_two_processes_come_to_the_weights_of_one(states: Path, lora: bool) -> None:
-    game = worker.new_game(Fleet(precision="fp32", cpu=True), 2, lora)
+    game = worker.new_game(Fleet(precision=worker.precision(lora), cpu=True), 2, lora)
+    if lora:
+        kinds = {p.dtype for p in game.networks.student.parameters()}
+        assert kinds == {torch.bfloat16, torch.float32}
     before = {name: p.detach().clone() for name, p in game.players["student"].trained.items()}
     for step in range(1, worker.STEPS + 1):
         game.iterate(step)
@@ -44,6 +48,26 @@ def test_two_processes_come_to_the_weights_of_one(states: Path, lora: bool) -> N
             off = sum(float((found[kind][n] - p.detach()).square().sum()) for n, p in expected.items()) ** 0.5
             moved = sum(float((p.detach() - before[n]).square().sum()) for n, p in expected.items()) ** 0.5
             assert off < 0.02 * moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_one_process_goes_on_where_two_stopped(states: Path, shard: bool) -> None:
+    fleet = Fleet(precision="fp32", cpu=True)
+    game = worker.new_game(fleet, 2, False)
+    before = {name: p.detach().clone() for name, p in game.players["student"].trained.items()}
+    checkpoint = states / f"{shard}-False.checkpoint"
+    assert resume(game.settings, game, checkpoint, fleet) == 1
+    for step in range(2, worker.STEPS + 1):
+        game.iterate(step)
+    found = torch.load(states / f"{shard}-False.pt", weights_only=True)["trained"]
+    trained = game.players["student"].trained
+    off = sum(float((found[n] - p.detach()).square().sum()) for n, p in trained.items()) ** 0.5
+    moved = sum(float((p.detach() - before[n]).square().sum()) for n, p in trained.items()) ** 0.5
+    assert off < 0.02 * moved
+    half = worker.new_game(fleet, 1, False)
+    with pytest.raises(InputError, match="2 passes"):
+        resume(half.settings, half, checkpoint, fleet)
 
 
 @pytest.mark.slow

@@ -66,6 +66,13 @@ def test_an_unguided_start_has_no_direction(family, prediction) -> None:
 
 
 @pytest.mark.parametrize("family", SIZES)
+def test_an_unguided_start_gives_the_student_no_gradient(family) -> None:
+    game = new_game(family, negatives={"placement": "nowhere", "kappa": (1, 1)})
+    assert game.iterate(1)["student gradient"] == 0
+    assert game.iterate(2)["student gradient"] > 0  # the LoRA teacher has learnt the student's pictures
+
+
+@pytest.mark.parametrize("family", SIZES)
 @torch.no_grad()
 def test_the_trained_students_nasa_is_the_one_that_is_shipped(family) -> None:
     game = new_game(family)

@@ -13,7 +13,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from causvid_adapter import CausalWan, FlowMatchSchedule
+from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule
 from nasa_video.attention import SdpaAttend
 from nasa_video.backbones import wan
 from nasa_video.errors import InputError
@@ -102,17 +102,31 @@ def test_cached_chunks_are_one_masked_pass_under_nasa(new_wan, new_context, new_
     assert distance(torch.cat(parts, 1), masked) < 1e-5
 
 
-def test_a_chunks_loss_reaches_no_earlier_chunk(new_wan, new_context) -> None:
-    for checkpointing in (False, True):
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("window", "exit_step"), [(None, 0), (None, 1), (4, 1)])
+def test_a_chunks_loss_reaches_no_earlier_chunk(new_wan, new_context, window, exit_step, checkpointing) -> None:
+    for chunk in (1, 2):
         model, steering = student_of(new_wan())
         if checkpointing:
             model.transformer.enable_gradient_checkpointing()
         noise = torch.randn(1, 6, *LATENT, requires_grad=True)
+        own = slice(2 * chunk, 2 * chunk + 2)
         with steered(steering, torch.tensor([0.5])):
-            clip = roll_out(model, contexts_of(new_context), noise, plan(), torch.Generator().manual_seed(0))
-            (gradient,) = torch.autograd.grad(clip[:, 4:].square().sum(), noise)
-        assert gradient[:, 4:].abs().max() > 0
-        assert gradient[:, :4].abs().max() == 0
+            generator = torch.Generator().manual_seed(0)
+            clip = roll_out(model, contexts_of(new_context), noise, plan(window, exit_step), generator)
+            (gradient,) = torch.autograd.grad(clip[:, own].square().sum(), noise)
+        assert gradient[:, own].abs().max() > 0
+        assert gradient[:, : own.start].abs().max() == 0
+
+
+def test_an_earlier_chunk_changes_a_later_one(new_wan, new_context) -> None:
+    """The gate above would also hold if chunks did not see each other."""
+    model, steering = student_of(new_wan())
+    noise, context = torch.randn(1, 6, *LATENT), contexts_of(new_context)
+    other = torch.cat([noise[:, :2] + 1, noise[:, 2:]], 1)
+    with torch.no_grad(), steered(steering, torch.tensor([0.5])):
+        clips = [roll_out(model, context, x, plan(), torch.Generator().manual_seed(0)) for x in (noise, other)]
+    assert (clips[0][:, 4:] - clips[1][:, 4:]).abs().max() > 1e-3
 
 
 def test_an_unguided_start_has_no_direction(new_game) -> None:
@@ -125,6 +139,8 @@ def test_an_unguided_start_has_no_direction(new_game) -> None:
         )
         clip = torch.randn(2, 6, *LATENT)
         assert game.direction(clip, contexts, seeded(1)).abs().max() == 0
+        assert game.iterate(1)["student gradient"] == 0
+        assert game.iterate(2)["student gradient"] > 0  # the fake score has learnt the student's clips
 
 
 def test_guidance_and_another_fake_give_a_direction(new_game) -> None:
@@ -186,6 +202,30 @@ def test_a_pass_outside_its_scope_is_refused(new_wan, new_context, new_latents) 
         loss = model(new_latents(2), 500.0, contexts_of(new_context)).sum()
     with pytest.raises(RuntimeError, match="one scope"):
         loss.backward()
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_rollout_is_what_the_sampler_makes(new_wan, new_context, distance, window) -> None:
+    """What training sees is what `generate` shows: the same chunks from the same noise, under the shipped NASA."""
+    transformer, noise = new_wan(), torch.randn(1, 8, *LATENT)
+    positive, negative = new_context([3], seed=1), new_context([2], seed=2)
+    timesteps, generator = (1000.0, 600.0), torch.Generator().manual_seed(0)
+
+    def source(frames: range, draw: int) -> Tensor:
+        chunk = noise[:, frames.start : frames.stop]
+        return chunk if draw == 0 else torch.randn(chunk.shape, generator=generator)
+
+    pos, neg = (wan.prompt_keys(transformer, context, padding=True) for context in (positive, negative))
+    steering = Steering(SdpaAttend(), 2, Nasa(0.6), pos, [(neg, 1.0)])
+    schedule = FlowMatchSchedule(1.0, timesteps)
+    with wan.install(transformer, steering):
+        sampler = ChunkSampler(CausalWan(transformer), schedule, 2, window)
+        expected = torch.cat(list(sampler.stream(None, source, num_frames=8)), 1)
+    model, training = student_of(transformer)
+    with torch.no_grad(), steered(training, torch.tensor([0.6])):
+        both = doubled(positive.embeds, negative.embeds)
+        actual = roll_out(model, both, noise, plan(window, 1), torch.Generator().manual_seed(0))
+    assert distance(actual, expected) < 1e-5
 
 
 # -- gradient checkpointing over a rolling cache
@@ -294,6 +334,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(new_game, tmp_path: Path, kind: 
     changed = whole.settings.model_copy(update={"step_counts": (1,)})
     with pytest.raises(InputError, match="step_counts"):
         train(changed, whole, tmp_path / "parts", whole.fleet)
+    checkpoint = tmp_path / "parts" / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(InputError, match="is broken"):
+        train(gone_on.settings, gone_on, tmp_path / "parts", gone_on.fleet)
 
 
 def test_what_a_run_writes_is_a_model(new_game, tmp_path: Path) -> None:

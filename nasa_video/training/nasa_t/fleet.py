@@ -20,8 +20,9 @@ from nasa_video.errors import InputError
 class Fleet:
     """Where this process computes, and what it shares with the others.
 
-    Start several with ``accelerate launch --num_processes N`` or ``torchrun``; accelerate reads their environment and
-    opens the process group (gloo on CPUs). Models are sharded by PyTorch's own ``fully_shard``, because accelerate
+    Start several with ``accelerate launch --num_processes N`` on GPUs or ``torchrun`` anywhere (accelerate's launcher
+    starts several processes on CPUs through MPI only); accelerate reads their environment and opens the process group
+    (gloo on CPUs). Models are sharded by PyTorch's own ``fully_shard``, because accelerate
     shards on accelerators only, and what no CPU can run no test here can hold.
 
     Args:
@@ -43,7 +44,7 @@ class Fleet:
         if shard and not dist.is_initialized():
             raise InputError(
                 "run.shard needs several processes: start with accelerate launch --num_processes N -m nasa_video "
-                "train CONFIG, or set run.shard to false"
+                "train CONFIG (torchrun --nproc-per-node N on CPUs), or give --no-shard"
             )
         self._mesh = init_device_mesh(self.device.type, (self.size,)) if shard else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +15,11 @@ from nasa_video.training.nasa_t.player import Player
 from nasa_video.training.nasa_t.settings import Settings
 
 Report = Callable[[int, int, dict[str, float]], None]
-# What may change when a run goes on: none of it has a part in the numbers of an iteration.
-FREE_TO_CHANGE = ("iterations", "checkpoint_every", "sheet_every", "sheet_samples", "draw_every", "text_cache")
+# What may change when a run goes on: none of it has a part in the numbers of an iteration (of accumulate and the number
+# of processes only the product has).
+FREE_TO_CHANGE = (
+    "iterations", "checkpoint_every", "sheet_every", "sheet_samples", "draw_every", "text_cache", "accumulate", "shard",
+)  # fmt: skip
 
 
 class Game(Protocol):
@@ -49,7 +53,7 @@ def train(settings: Settings, game: Game, folder: Path, fleet: Fleet, report: Re
         InputError: the folder holds a run of other settings.
     """
     run = settings.run
-    start = resume(settings, game, folder / "checkpoint.pt")
+    start = resume(settings, game, folder / "checkpoint.pt", fleet)
     if start > run.iterations:
         raise InputError(f"{folder} holds {start} iterations and {run.iterations} are asked for; raise run.iterations")
     fleet.wait()
@@ -83,17 +87,25 @@ def save(settings: Settings, game: Game, path: Path, step: int, fleet: Fleet) ->
     """Write everything that goes on changing, whole or not at all; every process has to call this."""
     state = {name: player.state_dict() for name, player in game.players.items()}
     if fleet.leads:
-        save_state(path, {"step": step, "settings": settings.model_dump(mode="json"), "players": state})
+        passes = settings.run.accumulate * fleet.size
+        plain = settings.model_dump(mode="json")
+        save_state(path, {"step": step, "passes": passes, "settings": plain, "players": state})
     fleet.wait()
 
 
-def resume(settings: Settings, game: Game, path: Path) -> int:
+def resume(settings: Settings, game: Game, path: Path, fleet: Fleet) -> int:
     """Take over a checkpoint where there is one; returns the iterations done.
 
+    Other processes may go on, sharded or not, as long as an update is summed over as many passes.
+
     Raises:
-        InputError: it was made with other settings, which are named.
+        InputError: it was made with other settings, which are named, or more or fewer passes; or it is broken.
     """
-    state = load_state(path)
+    try:
+        state = load_state(path)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} is broken ({reason}); remove it to start anew, or choose another folder") from error
     if state is None:
         return 0
     changed = differences(state["settings"], settings.model_dump(mode="json"))
@@ -101,6 +113,12 @@ def resume(settings: Settings, game: Game, path: Path) -> int:
         raise InputError(
             f"{path.parent} holds a run of other settings ({', '.join(changed)}); choose another folder, or put the "
             "settings back"
+        )
+    passes = settings.run.accumulate * fleet.size
+    if state["passes"] != passes:
+        raise InputError(
+            f"{path.parent} holds a run of {state['passes']} passes an update (processes times run.accumulate), and "
+            f"this would be {passes}; change one of them so that the product is {state['passes']}"
         )
     for name, player in game.players.items():
         player.load_state_dict(state["players"][name])
