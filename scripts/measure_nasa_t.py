@@ -3,7 +3,7 @@
     python scripts/measure_nasa_t.py --output runs/nasa-t --docs docs      the experiment; stop and start it as you like
     python scripts/measure_nasa_t.py --output runs/nasa-t --weights FOLDER on other weights: transformer/, vae/,
                                                                            teacher/transformer/, detector.safetensors
-    python scripts/measure_nasa_t.py --output runs/try --iterations 2 --n 2 --captions 4 --seeds 0 --attributes blurry
+    python scripts/measure_nasa_t.py --output runs/try --iterations 2 --n 2 --captions 4 --seeds 0 --placements nowhere
 
 Every arm trains the same student with the negative in other places, from the same weights and on the same draws of a
 seed; then all are judged by the removal table's cases, and on held-out captions. Arms run side by side, one thread
@@ -67,12 +67,13 @@ class Experiment:
     n: int
     captions: int
     attributes: tuple[str, ...]
+    placements: tuple[str, ...]
     cfg: str
 
     @property
     def jobs(self) -> list[Job]:
         """Every model: the shipped one and the arms, seed after seed, those that take longest first."""
-        arms = sorted(report.PLACEMENTS, key=lambda arm: arm not in WHOLE)
+        arms = sorted(self.placements, key=lambda arm: arm not in WHOLE)
         return [*((arm, seed) for seed in self.seeds for arm in arms), (report.SHIPPED, None)]
 
     @property
@@ -339,6 +340,7 @@ def main(
     n: Annotated[int, typer.Option("--n", min=1, help="Videos of a removal cell.")] = 24,
     captions: Annotated[int, typer.Option(min=2, help="Held-out captions.")] = 72,
     attributes: Annotated[str, typer.Option(help="Comma list of attributes.")] = "colour,background,blurry",
+    placements: Annotated[str, typer.Option(help="Comma list of table 5's rows.")] = ",".join(report.PLACEMENTS),
     cfg: Annotated[str, typer.Option(help="cfg:SCALE of table 3; the paper has 1.5.")] = "cfg:1.5",
     processes: Annotated[int, typer.Option(min=1, help="Arms side by side.")] = os.cpu_count() or 1,
 ) -> None:
@@ -350,7 +352,7 @@ def main(
     experiment = Experiment(
         output=output, weights=weights, iterations=iterations, batch=batch,
         seeds=tuple(map(int, _words(seeds))), steps=tuple(map(int, _words(steps))), n=n, captions=captions,
-        attributes=_words(attributes), cfg=cfg,
+        attributes=_words(attributes), placements=_words(placements), cfg=cfg,
     )  # fmt: skip
     run(experiment, processes, docs or output)
 

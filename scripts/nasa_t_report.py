@@ -243,10 +243,10 @@ def plot(rows: Sequence[Row], steps: Sequence[int], cfg: str, path: Path) -> Non
             _line(panel, steps, lambda n, a=arm, b=label: [r[measure] for r in _pick(rows, a, b, n)], name)  # noqa: B023
         panel.set(xlabel="steps", ylabel="removed and held" if measure == "both" else measure, title="table 3")
         panel.set_xticks(sorted(steps))
-    panels[0].legend(fontsize=7)
-    panels[2].legend(fontsize=7)
     for panel in panels:
         panel.grid(alpha=0.3)
+        if panel is not panels[1] and panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
