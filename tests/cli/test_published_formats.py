@@ -216,7 +216,7 @@ def test_training_starts_from_a_published_form(nasa_video: Run, parts: Path, tmp
     source = write_generator(form, tmp_path)
     preset = preset_file(tmp_path, parts, original=True, transformer=source)
     shipped = yaml.safe_load((configs_dir() / "train" / f"nasa-t-{form}.yaml").read_text())
-    shipped |= {"student": preset, "teacher": source, "step_counts": [2], "latent_frames": 3, "fake_warmup": 0}
+    shipped |= {"student": preset, "teacher": source, "step_counts": [2], "latent_frames": 6, "fake_warmup": 0}
     for name in ("student_lora", "fake_lora"):
         shipped[name] |= {"rank": 2, "scaling": 2}
     shipped["run"] |= {"iterations": 2, "accumulate": 1, "shard": False, "sheet_samples": 1}

@@ -203,7 +203,7 @@ class VideoGame:
             return
         vae = self.parts.vae.to(self.fleet.device)
         latents = torch.stack(clips, 1).flatten(0, 1)
-        frames = [StreamingDecoder(vae).decode(denormalize(vae, one)).float() for one in latents.split(4)]
+        frames = [StreamingDecoder(vae).decode(denormalize(vae, one)).float().cpu() for one in latents.split(4)]
         pictures = torch.cat(frames)
         contact_sheet(pictures, path, zoom=max(1, 128 // pictures.shape[-1]))
         path.with_suffix(".txt").write_text(
