@@ -13,6 +13,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from causvid_adapter import CausalWan
+from causvid_adapter.checkpoint import _cast
 from nasa_video.models import find_preset
 from nasa_video.training.nasa_t.dry_run import NEGATIVES, PROMPTS, HashEncoder
 from nasa_video.training.nasa_t.fleet import Fleet
@@ -29,13 +30,16 @@ SMALL = {
 }  # fmt: skip
 
 
-def precision(lora: bool) -> str:
-    """Adapters are trained as on GPUs: the base waits in bfloat16, they and their gradients are float32."""
-    return "bf16" if lora else "fp32"
+KINDS = ("full", "lora", "bf16")
+"""What is trained: everything; adapters; float32 adapters on a base in bfloat16 under autocast, as on GPUs."""
 
 
-def settings(accumulate: int, shard: bool, lora: bool) -> VideoSettings:
-    adapter = LORA if lora else None
+def precision(kind: str) -> str:
+    return "bf16" if kind == "bf16" else "fp32"
+
+
+def settings(accumulate: int, shard: bool, kind: str) -> VideoSettings:
+    adapter = None if kind == "full" else LORA
     data: dict[str, Any] = {
         "kind": "video", "title": "tiny", "student": "sprites", "teacher": {"path": "none"},
         "student_lora": adapter, "fake_lora": adapter, "prompts": {"kind": "file"},
@@ -43,36 +47,39 @@ def settings(accumulate: int, shard: bool, lora: bool) -> VideoSettings:
         "step_counts": [2], "latent_frames": 6, "fake_updates": 1,
         "student_optimiser": {"rate": 1e-3}, "fake_optimiser": {"rate": 1e-3},
         "run": {"iterations": STEPS, "batch_size": 1, "accumulate": accumulate, "shard": shard,
-                "precision": precision(lora), "gradient_checkpointing": True, "sheet_samples": 0},
+                "precision": precision(kind), "gradient_checkpointing": True, "sheet_samples": 0},
     }  # fmt: skip
     parsed = parse_settings(data, "worker")
     assert isinstance(parsed, VideoSettings)
     return parsed
 
 
-def new_game(fleet: Fleet, accumulate: int, lora: bool) -> VideoGame:
+def new_game(fleet: Fleet, accumulate: int, kind: str) -> VideoGame:
     torch.manual_seed(4)
-    dtype = torch.bfloat16 if lora else torch.float32
-    student, teacher = (CausalWan(WanTransformer3DModel(**SMALL).to(dtype)) for _ in range(2))
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    models = [WanTransformer3DModel(**SMALL) for _ in range(2)]
+    for model in models:
+        _cast(model, dtype)
+    student, teacher = map(CausalWan, models)
     parts = VideoParts(find_preset("sprites"), student, teacher, HashEncoder(8, 10), (4, 4, 6))
-    return VideoGame(settings(accumulate, fleet.shard, lora), parts, PROMPTS, NEGATIVES, fleet)
+    return VideoGame(settings(accumulate, fleet.shard, kind), parts, PROMPTS, NEGATIVES, fleet)
 
 
 def main(folder: Path) -> None:
     for shard in (False, True):
-        for lora in (False, True):
-            fleet = Fleet(shard, precision(lora), cpu=True)
-            game = new_game(fleet, 1, lora)
+        for kind in KINDS:
+            fleet = Fleet(shard, precision(kind), cpu=True)
+            game = new_game(fleet, 1, kind)
             game.iterate(1)
-            checkpoint = folder / f"{shard}-{lora}.checkpoint"
+            checkpoint = folder / f"{shard}-{kind}.checkpoint"
             save(game.settings, game, checkpoint, 1, fleet)
-            game = new_game(fleet, 1, lora)  # and on from the checkpoint
+            game = new_game(fleet, 1, kind)  # and on from the checkpoint
             for step in range(resume(game.settings, game, checkpoint, fleet) + 1, STEPS + 1):
                 game.iterate(step)
             state = game.players["student"].state_dict()
-            game.export(folder / f"{shard}-{lora}")
+            game.export(folder / f"{shard}-{kind}")
             if fleet.leads:
-                torch.save({"trained": state["trained"], "shadow": state["shadow"]}, folder / f"{shard}-{lora}.pt")
+                torch.save({"trained": state["trained"], "shadow": state["shadow"]}, folder / f"{shard}-{kind}.pt")
             fleet.wait()
 
 
