@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
 import socket
@@ -72,7 +73,9 @@ class Server(uvicorn.Server):
     def serve_until_stopped(self) -> None:
         """Serve; returns after Ctrl-C or a call from another thread that sets ``should_exit``."""
         try:
-            self.run([self.listener])
+            # When everything has ended in order, uvicorn raises the Ctrl-C that made it end once more.
+            with contextlib.suppress(KeyboardInterrupt):
+                self.run([self.listener])
         finally:
             self.listener.close()
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 import signal
 import socket
-import subprocess
-import sys
+import tempfile
 import threading
 import webbrowser
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from nasa_video.video.source import read_frames
@@ -24,26 +24,30 @@ from nasa_video.video.source import read_frames
 Run = Callable[..., Any]
 
 
-def test_serve_from_start_to_ctrl_c(model_folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "nasa_video", "serve", "--model", str(model_folder), "--port", "0"]
-    environment = {**os.environ, "NASA_VIDEO_CACHE": str(tmp_path), "TMPDIR": str(tmp_path), "COLUMNS": "200"}
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stderr is not None
-        address = ""
-        for line in process.stderr:
-            if found := re.search(r"open (http://localhost:\d+/)", line):
-                address = found.group(1)
-                break
-        assert "ssh -L" in process.stderr.readline(), "how to come from another machine"
-        assert httpx.get(f"{address}healthz").json()["status"] == "ok"
-        with connect(f"{address.replace('http', 'ws')}ws") as viewer:
-            viewer.send('{"type": "start", "prompt": "a ball"}')
-            heard = [json.loads(viewer.recv(60))["type"] for _ in range(3)]
-            assert heard == ["hello", "started", "chunk"]
-            process.send_signal(signal.SIGINT)
-            said = process.stderr.read()
-        assert process.wait(30) == 0
-    assert said == "stopped\n", "also with a viewer, and without a traceback"
+def test_serve_from_start_to_ctrl_c(nasa_video: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    heard: list[str] = []
+
+    def look(address: str) -> None:
+        try:
+            heard.append(httpx.get(f"{address}healthz", timeout=60).json()["status"])
+            with connect(f"{address.replace('http', 'ws')}ws", open_timeout=60) as viewer:
+                viewer.send('{"type": "start", "prompt": "a ball"}')
+                heard.extend(json.loads(viewer.recv(60))["type"] for _ in range(3))
+                os.kill(os.getpid(), signal.SIGINT)
+                with contextlib.suppress(ConnectionClosed):
+                    while True:
+                        viewer.recv(60)
+        except BaseException as error:
+            heard.append(repr(error))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(webbrowser, "open", lambda address: threading.Thread(target=look, args=(address,)).start())
+    outcome = nasa_video("serve", "--model", "{model}", "--port", "0", "--open")
+    assert heard == ["ok", "hello", "started", "chunk"]
+    assert outcome.status == 0
+    assert "ssh -L" in outcome.stderr, "how to come from another machine"
+    assert outcome.stderr.endswith("stopped\n"), "also with a viewer, and without a traceback"
     assert not list(tmp_path.glob("nasa-video-serve-*")), "its recordings are gone"
 
 
