@@ -43,6 +43,8 @@ from nasa_video.serve.server import Server
 from nasa_video.serve.settings import ServeSettings
 
 NEGATIVES = ("red", "blue", "blurry", "snow", "border")
+POOLS = ("asyncio_", "AnyIO worker")
+"""Names of threads that asyncio and AnyIO keep for the next call; each pool has a limit of its own."""
 PATIENCE = 60.0
 """Seconds that a visitor waits in the line."""
 
@@ -182,12 +184,16 @@ class HeapInfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in _names]
 
 
-def measure() -> dict[str, float]:
+def measure() -> dict[str, Any]:
     """What this process holds; the heap's part only with glibc."""
     gc.collect()
     process = psutil.Process()
-    held: dict[str, float] = {
-        "threads": threading.active_count(),
+    names = [thread.name for thread in threading.enumerate()]
+    pooled = sum(name.startswith(POOLS) for name in names)
+    held: dict[str, Any] = {
+        "threads": len(names) - pooled,
+        "pool_threads": pooled,
+        "thread_names": sorted(names),
         "processes": len(process.children()),
         "files": process.num_fds(),
         "python_blocks": sys.getallocatedblocks(),
@@ -279,7 +285,7 @@ def run(options: argparse.Namespace, model: str) -> dict[str, Any]:
     }
 
 
-def leaks(before: dict[str, float], rounds: list[dict[str, float]]) -> list[str]:
+def leaks(before: dict[str, Any], rounds: list[dict[str, Any]]) -> list[str]:
     """What is more after the last round than it may be."""
     first, last = rounds[0], rounds[-1]
     leaked = [name for name in ("threads", "processes") if last[name] > before[name]]
