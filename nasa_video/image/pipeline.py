@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from nasa_video.guidance import ClassifierFree, Guidance, Negative
 from nasa_video.image.presets import ImagePreset, Weights
 from nasa_video.image.straight_flow import StraightFlowScheduler
 from nasa_video.integration.guided import guided
+from nasa_video.models import MODELS_FOLDER, Source
 from nasa_video.steering import Effect
 
 PIPELINES: dict[str, Any] = {
@@ -158,10 +160,16 @@ class _Base:
     """Where the parts that are not the preset's own come from."""
 
     def __init__(self, preset: ImagePreset, folder: Path | None) -> None:
-        self.place = str(folder) if folder is not None else preset.base.repo
+        self.place = str(folder) if folder is not None else _place(preset.base.repo)
         self.options = {} if folder is not None or preset.base.variant is None else {"variant": preset.base.variant}
         if folder is not None and not (folder / "model_index.json").is_file():
             raise InputError(f"{folder} is no pipeline in diffusers' layout: it has no model_index.json")
+
+
+def _place(repo: str) -> str:
+    """Where to load a repository from: NASA_VIDEO_MODELS if it has it, otherwise the hub or its cache."""
+    root = os.environ.get(MODELS_FOLDER)
+    return str(Path(root, repo)) if root and Path(root, repo).is_dir() else repo
 
 
 def _load_denoiser(preset: ImagePreset, own: Weights, base: _Base, given: Path | None, dtype: torch.dtype) -> Any:
@@ -169,7 +177,7 @@ def _load_denoiser(preset: ImagePreset, own: Weights, base: _Base, given: Path |
     if given is not None and not given.exists():
         raise InputError(f"{given} does not exist; --weights takes a folder of the {name} or a file with its tensors")
     if (given is not None and given.is_dir()) or (given is None and own.kind == "folder"):
-        place = str(given) if given is not None else str(own.repo)
+        place = str(given) if given is not None else _place(str(own.repo))
         variant = {"variant": own.variant} if given is None and own.variant else {}
         with _explained(f"the weights {own.description} of {preset.name}", preset, place):
             return model.from_pretrained(
@@ -226,6 +234,9 @@ def _load_lora(pipe: Any, preset: ImagePreset, own: Weights, given: Path | None)
 def _download(preset: ImagePreset, own: Weights) -> Path:
     assert own.repo is not None
     assert own.file is not None
+    here = Source(repo=own.repo, file=own.file).find()
+    if here is not None:
+        return here
     with _explained(f"the weights {own.description} of {preset.name}", preset, own.repo):
         return Path(hf_hub_download(own.repo, own.file))
 
@@ -248,7 +259,10 @@ def _explained(what: str, preset: ImagePreset, place: str) -> Iterator[None]:
         online = (
             ""
             if Path(place).exists()
-            else ("; download it where there is a network and set HF_HOME, or give folders with --base and --weights")
+            else (
+                "; download it where there is a network and set HF_HOME, or NASA_VIDEO_MODELS to a folder of "
+                "owner/name, or give folders with --base and --weights"
+            )
         )
         gate = " It is gated: accept its licence on the hub, then `hf auth login`." if preset.family == "flux" else ""
         reason = " ".join(str(error).split())[:300]

@@ -4,6 +4,8 @@ pipe = guided_flux_blocks().init_pipeline("black-forest-labs/FLUX.1-schnell")
 pipe.load_components(torch_dtype=torch.bfloat16)
 pipe.update_components(guider=NasaGuidance(scale=0.5))
 image = pipe(prompt="a fox", negative_prompt="blurry", output="images")
+
+Kontext: ``guided_flux_blocks(FluxKontextAutoBlocks())``.
 """
 
 # B batch, L text tokens, E text dim, P pooled dim
@@ -14,11 +16,12 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
-from diffusers.modular_pipelines import FluxAutoBlocks
-from diffusers.modular_pipelines.flux.denoise import FluxLoopDenoiser
+from diffusers.modular_pipelines import FluxAutoBlocks, FluxKontextAutoBlocks
+from diffusers.modular_pipelines.flux.denoise import FluxKontextLoopDenoiser, FluxLoopDenoiser
 from diffusers.modular_pipelines.flux.encoders import FluxTextEncoderStep
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 
+from nasa_video.errors import InputError
 from nasa_video.integration.guider import NasaGuidance
 
 NEGATIVE_FIELDS = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -76,19 +79,19 @@ class FluxNegativeTextEncoderStep(FluxTextEncoderStep):  # type: ignore[misc]
         return components, state
 
 
-class FluxGuidedLoopDenoiser(FluxLoopDenoiser):  # type: ignore[misc]
-    """Runs the transformer under the guider."""
+class _GuidedLoop:
+    """Runs the transformer of the loop block behind it under the guider."""
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
         """The transformer and the guider."""
-        return [*super().expected_components, guider_spec()]
+        return [*super().expected_components, guider_spec()]  # type: ignore[misc]
 
     @property
     def inputs(self) -> list[Any]:
         """Those of FLUX, the number of steps and the negative's embeddings."""
         names = ("num_inference_steps", *NEGATIVE_FIELDS)
-        return [*super().inputs, *(InputParam(name) for name in names)]
+        return [*super().inputs, *(InputParam(name) for name in names)]  # type: ignore[misc]
 
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: torch.Tensor) -> Any:
@@ -98,7 +101,7 @@ class FluxGuidedLoopDenoiser(FluxLoopDenoiser):  # type: ignore[misc]
         (batch,) = guider.prepare_inputs_from_block_state(block_state, GUIDER_FIELDS)
         guider.prepare_models(components.transformer)
         try:
-            components, block_state = super().__call__(components, block_state, i, t)
+            components, block_state = super().__call__(components, block_state, i, t)  # type: ignore[misc]
         finally:
             guider.cleanup_models(components.transformer)
         batch.noise_pred = block_state.noise_pred
@@ -106,9 +109,28 @@ class FluxGuidedLoopDenoiser(FluxLoopDenoiser):  # type: ignore[misc]
         return components, block_state
 
 
-def guided_flux_blocks() -> FluxAutoBlocks:
-    """FLUX's blocks for text and image to image, with a guider and a negative prompt."""
-    blocks = FluxAutoBlocks()
+class FluxGuidedLoopDenoiser(_GuidedLoop, FluxLoopDenoiser):  # type: ignore[misc]
+    """FLUX's, guided."""
+
+
+class FluxKontextGuidedLoopDenoiser(_GuidedLoop, FluxKontextLoopDenoiser):  # type: ignore[misc]
+    """Kontext's, guided: the rows of the picture that is edited are image rows like the others."""
+
+
+def guided_flux_blocks(blocks: FluxAutoBlocks | FluxKontextAutoBlocks | None = None) -> Any:
+    """FLUX's blocks (text and image to image) or Kontext's, with a guider and a negative prompt.
+
+    Raises:
+        InputError: these blocks have another loop.
+    """
+    blocks = FluxAutoBlocks() if blocks is None else blocks
+    loop = blocks.sub_blocks["denoise"].sub_blocks["denoise"].sub_blocks
+    if isinstance(loop["denoiser"], FluxKontextLoopDenoiser):
+        loop["denoiser"] = FluxKontextGuidedLoopDenoiser()
+    elif isinstance(loop["denoiser"], FluxLoopDenoiser):
+        loop["denoiser"] = FluxGuidedLoopDenoiser()
+    else:
+        name = type(blocks).__name__
+        raise InputError(f"{name} has no loop of FLUX or Kontext; give FluxAutoBlocks() or FluxKontextAutoBlocks()")
     blocks.sub_blocks.insert("negative_text_encoder", FluxNegativeTextEncoderStep(), 1)
-    blocks.sub_blocks["denoise"].sub_blocks["denoise"].sub_blocks["denoiser"] = FluxGuidedLoopDenoiser()
     return blocks

@@ -50,6 +50,7 @@ class AttentionGuidanceGuider(BaseGuidance):  # type: ignore[misc]
         self._negative: tuple[Tensor | None, Tensor | None] = (None, None)
         self._backbones: dict[int, tuple[nn.Module, Backbone, Tensor]] = {}
         self._installed = ExitStack()
+        self._told = False
 
     def method(self) -> AttentionGuidance:
         """The guidance with the settings of this guider's config."""
@@ -131,6 +132,7 @@ class AttentionGuidanceGuider(BaseGuidance):  # type: ignore[misc]
 
     def _backbone(self, denoiser: nn.Module, embeds: Tensor, pooled: Tensor | None) -> Backbone:
         """The denoiser's backbone with the negative's keys, made once a prompt."""
+        self._tell_of_padding(denoiser)
         known = self._backbones.get(id(denoiser))
         # A config may have been changed between two runs: the first step makes everything anew.
         backbone = (
@@ -144,6 +146,17 @@ class AttentionGuidanceGuider(BaseGuidance):  # type: ignore[misc]
         elif pooled is not None:  # streams of joint attention are dropped when it comes off
             backbone.use([NegativeContext(embeds, pooled=pooled)])
         return backbone
+
+    def _tell_of_padding(self, denoiser: nn.Module) -> None:
+        """Once: the negative's padding cannot be left out where the pipeline does not say which tokens it is."""
+        own = getattr(denoiser, "_orig_mod", denoiser)
+        if self._told or self.method().negative_padding or "Wan" in type(own).__name__:
+            return
+        self._told = True
+        logger.warning(
+            "negative_padding=False has no effect here: this pipeline does not say which tokens of the negative prompt "
+            "are padding, so that all of them take part; set negative_padding=True to say so"
+        )
 
 
 class NasaGuidance(AttentionGuidanceGuider):

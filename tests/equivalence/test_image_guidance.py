@@ -247,6 +247,37 @@ def test_several_weighted_negatives(kind: str) -> None:
         assert not torch.allclose(tiny.draw(pipe, kind), one, rtol=1e-3, atol=1e-4)
 
 
+def mixed(attn: Any, guidance: Any, q: Tensor, texts: Sequence[dict[str, Tensor]], masks: Any, weights: Any) -> Tensor:
+    """Several negatives: for NASA and NAG one branch that is their weighted mean, for VSF one prompt of all keys."""
+    found = [scores(attn, q, text["to_k"], mask) for text, mask in zip(texts, masks, strict=True)]
+    values = [heads(attn, text["to_v"]) for text in texts]
+    if isinstance(guidance, Vsf):
+        flipped = [-guidance.scale * w * v for w, v in zip(weights, values[1:], strict=True)]
+        joined = torch.cat([found[0], *(s + guidance.bias for s in found[1:])], dim=-1).softmax(-1)
+        return merge(joined @ torch.cat([values[0], *flipped], dim=2))
+    z_pos, *branches = (merge(s.softmax(-1) @ v) for s, v in zip(found, values, strict=True))
+    z_neg = sum(w * z for w, z in zip(weights, branches, strict=True)) / sum(weights)
+    if isinstance(guidance, Nasa):
+        return z_pos - guidance.scale * z_neg
+    far = guidance.scale * z_pos - (guidance.scale - 1) * z_neg
+    ratio = far.abs().sum(-1, keepdim=True) / z_pos.abs().sum(-1, keepdim=True)
+    return guidance.alpha * far * ratio.clamp(max=guidance.tau) / ratio + (1 - guidance.alpha) * z_pos
+
+
+@pytest.mark.parametrize("guidance", GUIDANCES, ids=lambda g: g.name)
+@pytest.mark.parametrize("kind", ["pixart", "sd"])
+def test_several_negatives_are_the_formula(kind: str, guidance: Any) -> None:
+    pipe = tiny.PIPES[kind]()
+    masks = text_masks(pipe, kind, "a fox", NEGATIVE, "ugly, red")
+    texts = [captured(pipe, kind, text).seen for text in (NEGATIVE, "ugly, red")]
+    with Capture(tiny.denoiser(pipe)) as run, guided(pipe, [NEGATIVE, Negative("ugly, red", 0.5)], guidance):
+        tiny.draw(pipe, kind)
+    for layer, (attn, seen) in enumerate(zip(run.layers, run.seen, strict=True)):
+        own = [seen, *(text[layer] for text in texts)]
+        wanted = mixed(attn, guidance, seen["to_q"], own, masks, (1.0, 0.5))
+        torch.testing.assert_close(seen["out"], wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_schedule_of_steps_and_layers(kind: str) -> None:
     pipe = tiny.PIPES[kind]()
@@ -271,16 +302,40 @@ def add_lora(model: Any, targets: Sequence[str]) -> None:
     model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=list(targets), init_lora_weights=False), "a")
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "wan"])
+@pytest.mark.parametrize("kind", CROSS)
 def test_lora_also_changes_the_negative(kind: str) -> None:
     pipe = tiny.PIPES[kind]()
+    masks = text_masks(pipe, kind, "a fox", NEGATIVE)
     add_lora(tiny.denoiser(pipe), ["to_q", "to_k", "to_v"])
     name = "attention_kwargs" if kind == "wan" else "cross_attention_kwargs"
-    for call in ({}, {name: {"scale": 0.3}}):
+    for call in ({},) if kind == "pixart" else ({}, {name: {"scale": 0.3}}):  # PixArt's pipeline takes no scale
         negative, run = captured(pipe, kind, NEGATIVE, **call), captured(pipe, kind, "a fox", Nasa(0.7), **call)
         for attn, seen, other in zip(run.layers, run.seen, negative.seen, strict=True):
-            wanted = expected(attn, Nasa(0.7), seen["to_q"], seen, other, (None, None))
+            wanted = expected(attn, Nasa(0.7), seen["to_q"], seen, other, masks)
             torch.testing.assert_close(seen["out"], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_published_few_step_lora_of_wan(tmp_path: Path) -> None:
+    """A step distillation LoRA in its published naming, through the pipeline's own loader."""
+    from safetensors.torch import save_file
+
+    pipe = tiny.wan_pipe()
+    plain = tiny.draw(pipe, "wan")
+    g, state = torch.Generator().manual_seed(0), {}
+    for part in ("self_attn", "cross_attn"):
+        for name in "qkvo":
+            for block in range(2):
+                key = f"diffusion_model.blocks.{block}.{part}.{name}"
+                state[f"{key}.lora_down.weight"] = torch.randn(2, 24, generator=g)
+                state[f"{key}.lora_up.weight"] = torch.randn(24, 2, generator=g)
+                state[f"{key}.alpha"] = torch.tensor(2.0)
+    save_file(state, tmp_path / "few_steps.safetensors")
+    pipe.load_lora_weights(str(tmp_path), weight_name="few_steps.safetensors")
+    assert not torch.allclose(tiny.draw(pipe, "wan"), plain)
+    negative, run = captured(pipe, "wan", NEGATIVE), captured(pipe, "wan", "a fox", Nasa(0.7))
+    for attn, seen, other in zip(run.layers, run.seen, negative.seen, strict=True):
+        wanted = expected(attn, Nasa(0.7), seen["to_q"], seen, other, (None, None))
+        torch.testing.assert_close(seen["out"], wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ALL)

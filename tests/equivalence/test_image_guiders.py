@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks, Wan22Blocks, WanBlocks
+from diffusers.modular_pipelines import (
+    FluxKontextAutoBlocks,
+    StableDiffusionXLAutoBlocks,
+    Wan22Blocks,
+    WanBlocks,
+    WanImage2VideoAutoBlocks,
+)
+from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -126,6 +133,85 @@ def test_wan22_guides_both_transformers() -> None:
          output="latents")  # fmt: skip
     assert first.effect is not None
     assert second.effect is not None
+
+
+def test_kontext_is_guided_with_and_without_a_picture() -> None:
+    classic, _ = modular("flux")
+    pipe = guided_flux_blocks(FluxKontextAutoBlocks()).init_pipeline()
+    parts = {name: part for name, part in classic.components.items() if name in pipe._component_specs}
+    pipe.update_components(**{name: part for name, part in parts.items() if part is not None})
+    pipe.set_progress_bar_config(disable=True)
+    model, noise = classic.transformer, noise_of("flux")
+    for call in ({}, {"image": Image.new("RGB", (16, 16), "red"), "_auto_resize": False}):
+        pipe.update_components(guider=NasaGuidance(scale=0.0))
+        (plain,) = predictions(model, lambda call=call: draw(pipe, "flux", noise, negative_prompt="blurry", **call))
+        pipe.update_components(guider=NasaGuidance(scale=0.7))
+        (ours,) = predictions(model, lambda call=call: draw(pipe, "flux", noise, negative_prompt="blurry", **call))
+        assert not torch.allclose(ours, plain, rtol=1e-3, atol=1e-4)
+        assert pipe.guider.effect is not None
+        if not call:
+            with guided(classic, "blurry", Nasa(0.7)):
+                run = lambda: tiny.draw(classic, "flux", latents=noise, num_inference_steps=1)  # noqa: E731
+                (theirs,) = predictions(model, run)
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="WanBlocks has no loop"):
+        guided_flux_blocks(WanBlocks())
+
+
+def test_image_to_image_of_sdxl_is_guided() -> None:
+    _, pipe = modular("sdxl")
+    guider = NasaGuidance(scale=0.7)
+    pipe.update_components(guider=guider)
+    call = {"image": Image.new("RGB", (16, 16), "red"), "strength": 0.9, "height": 16, "width": 16}
+    picture = lambda **more: pipe(  # noqa: E731
+        prompt="a fox", num_inference_steps=2, output="latents", generator=torch.Generator().manual_seed(0),
+        **call, **more,
+    )  # fmt: skip
+    guided_picture = picture(negative_prompt="blurry")
+    assert guider.effect is not None
+    pipe.update_components(guider=NasaGuidance(scale=0.0))
+    assert not torch.allclose(picture(negative_prompt="blurry"), guided_picture, rtol=1e-3, atol=1e-4)
+
+
+def test_image_to_video_of_wan_is_guided() -> None:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    classic = tiny.wan_pipe(in_channels=36, image_dim=4, added_kv_proj_dim=24)
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=4, projection_dim=4, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+        intermediate_size=16, patch_size=16,
+    )  # fmt: skip
+    pipe = WanImage2VideoAutoBlocks().init_pipeline()
+    names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
+    pipe.update_components(
+        **{name: classic.components[name] for name in names},
+        image_encoder=CLIPVisionModel(vision).eval(),
+        image_processor=CLIPImageProcessor(crop_size=32, size=32),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    videos = []
+    for scale in (0.0, 0.7):
+        pipe.update_components(guider=NasaGuidance(scale=scale))
+        videos.append(pipe(
+            prompt="a fox", negative_prompt="blurry", image=Image.new("RGB", (16, 16), "red"), num_inference_steps=1,
+            num_frames=5, height=16, width=16, output="latents", generator=torch.Generator().manual_seed(0),
+        ))  # fmt: skip
+    assert pipe.guider.effect is not None
+    assert not torch.allclose(*videos, rtol=1e-3, atol=1e-4)
+
+
+def test_padding_that_cannot_be_left_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nasa_video.integration import guider
+
+    said: list[str] = []
+    monkeypatch.setattr(guider.logger, "warning", said.append)
+    for kind, number in (("sdxl", 1), ("wan", 1)):  # Wan's padding is seen in its zeros: no second warning
+        _, pipe = modular(kind)
+        pipe.update_components(guider=VsfGuidance())
+        for _ in range(2):
+            draw(pipe, kind, noise_of(kind), negative_prompt="blurry")
+        assert len([one for one in said if "negative_padding" in one]) == number
 
 
 def test_config_survives_saving(tmp_path: Path) -> None:

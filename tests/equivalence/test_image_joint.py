@@ -149,6 +149,35 @@ def test_formula_is_a_plain_two_stream_pass(formula: str) -> None:
     assert not torch.allclose(ours, flux(**inputs()).sample, rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_lora_also_changes_the_negatives_stream() -> None:
+    from peft import LoraConfig
+
+    flux = model()
+    with guided(flux, negative(1), Nasa(0.6)):
+        before = flux(**inputs()).sample
+    torch.manual_seed(1)
+    targets = ["to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "proj_mlp", "ff_context.net.2"]
+    flux.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    with guided(flux, negative(1), Nasa(0.6)):
+        ours = flux(**inputs()).sample
+    assert not torch.allclose(ours, before, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours, reference(flux, "F3", 0.6, negative(1)), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_several_negatives_share_the_scale() -> None:
+    """In one layer: F3 with two negatives subtracts the weighted mean of their text outputs."""
+    q, attend = keys(9, 11).k, SdpaAttend()
+    pos, image = keys(1, 5), keys(3, 11)
+    negatives = [(keys(2, 4), 1.0), (keys(4, 6), 0.5)]
+    (z_text, lse_text), (z_image, lse_image) = attend.with_lse(q, pos), attend.with_lse(q, image)
+    mass = torch.sigmoid(lse_text - lse_image)
+    mean = (attend(q, negatives[0][0]) + 0.5 * attend(q, negatives[1][0])) / 1.5
+    z = PositiveMass()(Nasa(0.7), q, pos, negatives, image, attend).z
+    torch.testing.assert_close(z, mass * (z_text - 0.7 * mean) + (1 - mass) * z_image)
+
+
 def keys(seed: int, tokens: int) -> TextKeys:
     g = torch.Generator().manual_seed(seed)
     return TextKeys(torch.randn(2, tokens, 3, 8, generator=g), torch.randn(2, tokens, 3, 8, generator=g))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,29 @@ def load(name: str, bases: dict[str, Path], folder: Path) -> ImagePipeline:
     )
 
 
+def publish(preset: Any, root: Path) -> None:
+    """Tiny weights where the preset says that its files are: owner/name, subfolder, file, variant."""
+    base = root / preset.base.repo
+    tiny.PIPES[preset.family]().save_pretrained(base, variant=preset.base.variant)
+    if preset.family == "pixart":
+        rename_class(base / "model_index.json")
+        rename_class(base / "transformer" / "config.json")
+    own = preset.weights
+    if own is None:
+        return
+    place = root / own.repo / (own.file or own.subfolder or "")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    made = write_weights(preset, root)
+    assert made is not None
+    if own.kind == "folder":
+        shutil.copytree(made, place, dirs_exist_ok=True)
+        if own.variant is not None:
+            name = "diffusion_pytorch_model"
+            (place / f"{name}.safetensors").rename(place / f"{name}.{own.variant}.safetensors")
+    else:
+        shutil.copy(made, place)
+
+
 def pixels(picture: Image.Image) -> bytes:
     return picture.tobytes()
 
@@ -127,6 +151,26 @@ def test_builds_and_draws(name: str, bases: dict[str, Path], tmp_path: Path) -> 
     if wrong:
         with pytest.raises(InputError, match="runs in"):
             pipeline.draw("a fox", steps=wrong, **size)
+
+
+PUBLIC = [name for name, preset in image_presets().items() if preset.weights is None or preset.weights.repo]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_builds_from_the_published_files(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As they lie on the hub, in a folder of owner/name: nothing else is asked for."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("NASA_VIDEO_MODELS", str(tmp_path))
+    preset = find_image_preset(name)
+    assert not preset.present
+    publish(preset, tmp_path)
+    assert preset.present
+    pipe = ImagePipeline.from_preset(preset, device="cpu").pipe
+    if preset.weights is None:
+        return
+    plain = tiny.PIPES[preset.family]()
+    weights = (next(p for n, p in tiny.denoiser(one).named_parameters() if "attn2.to_k" in n) for one in (pipe, plain))
+    assert not torch.equal(*weights)  # the preset's own, not the base's
 
 
 def _time(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
