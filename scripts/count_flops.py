@@ -193,7 +193,7 @@ def explained(rows: Mapping[str, Row]) -> dict[str, str]:
     """The counted figures that the explanations name."""
     named = {"pixart": "PixArt-alpha 512", "sd15": "SD 1.5, 512", "sd21": "SD 2.1, 512", "sdxl": "SDXL 1024"}
     flux = rows["FLUX.1-schnell 1024"]
-    figures = {f"f{i}": per_cent(flux.methods[f"NASA F{i}"], flux.plain) for i in (1, 3)}
+    figures = {f"f{i}": per_cent(flux.methods[f"NASA F{i}"], flux.plain) for i in (1, 2)}
     for name, title in named.items():
         row = rows[title]
         figures[name] = per_cent(row.methods["NASA"], row.plain)
@@ -246,7 +246,7 @@ Why these are not {paper} %:
 
 FLUX has no cross-attention, and here guidance is not cheap: the negative has a text stream of its own (256
 tokens beside 4,096 of the image) through every block, with its projections, MLPs and its own queries over the
-whole picture: nearly all of F3's {f3}. F2 and F3 add only Q_image x K_text-, since the image's part of the
+whole picture: nearly all of F2's {f2}. F2 and F3 add only Q_image x K_text-, since the image's part of the
 softmax is shared. F1 (and NAG, which is published that way) computes a second attention of the image over
 [negative text; image], hence {f1}. VSF appends the negative's keys to the one softmax. NAG's public code runs
 the single blocks' whole sequence twice, and its authors report +87 % of time.

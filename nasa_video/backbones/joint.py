@@ -117,14 +117,12 @@ class PositiveMass:
 
 @dataclass(frozen=True)
 class JoinedKeys:
-    """VSF as published for joint attention: one softmax over [T+; I; T-], the values of T- flipped.
-
-    For NASA and NAG: the whole positive output against the negative's text part, unweighed.
-    """
+    """VSF as published for joint attention: one softmax over [T+; I; T-], the values of T- flipped."""
 
     def check(self, guidance: AttentionGuidance) -> None:
         if not isinstance(guidance, Vsf):
-            raise InputError(f"JoinedKeys() is VSF's formula; for {guidance.name} use PositiveMass() or WholeOutput()")
+            other = "NegativeMass()" if isinstance(guidance, Nasa) else "WholeOutput()"
+            raise InputError(f"JoinedKeys() is VSF's formula; for {guidance.name} use {other}")
 
     def __call__(
         self,
@@ -139,12 +137,12 @@ class JoinedKeys:
 
 
 def default_joint(guidance: AttentionGuidance) -> JointFormula:
-    """What each method's authors published; for NASA F3, for the reasons of docs/joint_attention.md."""
+    """What each method's authors published; for NASA, which was not, F2, by the measurements of docs/joint_attention.md."""
     if isinstance(guidance, Nag):
         return WholeOutput()
     if isinstance(guidance, Vsf):
         return JoinedKeys()
-    return PositiveMass()
+    return NegativeMass()
 
 
 def join_keys(text: TextKeys, image: TextKeys) -> TextKeys:

@@ -162,7 +162,7 @@ def test_lora_also_changes_the_negatives_stream() -> None:
     with guided(flux, negative(1), Nasa(0.6)):
         ours = flux(**inputs()).sample
     assert not torch.allclose(ours, before, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(ours, reference(flux, "F3", 0.6, negative(1)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, reference(flux, "F2", 0.6, negative(1)), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -251,6 +251,7 @@ def test_refusals() -> None:
     with pytest.raises(InputError, match="max_sequence_length"), guided(flux, long, Nasa(0.5)):
         flux(**inputs())
     assert not flux.context_embedder._forward_hooks
+    assert default_joint(Nasa()) == NegativeMass()
     assert default_joint(Nag()) == WholeOutput()
     assert default_joint(Vsf()) == JoinedKeys()
 
