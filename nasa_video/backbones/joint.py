@@ -137,12 +137,15 @@ class JoinedKeys:
 
 
 def default_joint(guidance: AttentionGuidance) -> JointFormula:
-    """What each method's authors published; for NASA, which was not, F2, by the measurements of docs/joint_attention.md."""
+    """What each method's authors published; for NASA, which was not, F2 by the measurements of docs/joint_attention.md.
+
+    A method of your own gets F3, the only formula that has a meaning for every method of cross-attention.
+    """
     if isinstance(guidance, Nag):
         return WholeOutput()
     if isinstance(guidance, Vsf):
         return JoinedKeys()
-    return NegativeMass()
+    return NegativeMass() if isinstance(guidance, Nasa) else PositiveMass()
 
 
 def join_keys(text: TextKeys, image: TextKeys) -> TextKeys:
