@@ -125,10 +125,20 @@ def _check_image(name: str, options: tuple[Any, ...], as_json: bool) -> None:
         raise InputError(f"{name} is an image model, for which only missing files are checked: leave out the options")
     preset = image_presets()[name]
     if as_json:
-        emit_json({"model": name, "licence": preset.licence, "source": preset.source, "missing": preset.missing})
+        emit_json(
+            {
+                "model": name,
+                "licence": preset.licence,
+                "source": preset.source,
+                "note": preset.note,
+                "missing": preset.missing,
+            }
+        )
     else:
         typer.echo(f"{name}: {preset.title}. Licence: {preset.licence}")
         typer.echo(f"read from: {preset.source}")
+        if preset.note:
+            typer.echo(f"note: {preset.note}")
         for part in preset.missing:
             typer.echo(f"missing: {part}")
         typer.echo(

@@ -81,6 +81,7 @@ class ImagePipeline:
             raise InputError(
                 f"the model {preset.name} needs your own weights, because no public checkpoint is known "
                 f"({preset.weights.missing}): give them with --weights FOLDER (diffusers' layout) or FILE"
+                f"{_noted(preset)}"
             )
         source = _Base(preset, base)
         parts: dict[str, Any] = {}
@@ -265,6 +266,12 @@ def _explained(what: str, preset: ImagePreset, place: str) -> Iterator[None]:
                 "owner/name, or give folders with --base and --weights"
             )
         )
-        gate = " It is gated: accept its licence on the hub, then `hf auth login`." if preset.family == "flux" else ""
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{what} could not be loaded{online} ({type(error).__name__}: {reason}).{gate}") from error
+        raise InputError(
+            f"{what} could not be loaded{online} ({type(error).__name__}: {reason}){_noted(preset) if online else ''}"
+        ) from error
+
+
+def _noted(preset: ImagePreset) -> str:
+    """What a person should know of a preset, behind the message that it cannot be loaded."""
+    return f" (of this model: {preset.note})" if preset.note else ""

@@ -199,6 +199,25 @@ def test_missing_weights_are_explained(name: str, monkeypatch: pytest.MonkeyPatc
         ImagePipeline.from_preset(preset, base=bases["sd"] / "unet", weights=bases["sd"], device="cpu")
 
 
+def test_presets_of_sd21_know_that_it_left_the_hub(
+    monkeypatch: pytest.MonkeyPatch, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    from nasa_video.cli.models import models
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("NASA_VIDEO_MODELS", str(tmp_path))
+    assert not any(preset.base.repo.startswith("stabilityai/stable-diffusion-2") for preset in image_presets().values())
+    preset = find_image_preset("sbv2-sd21")
+    weights = write_weights(preset, tmp_path)
+    for given in (None, weights):  # without the weights, and with them but without the base
+        with pytest.raises(InputError, match=r"took Stable Diffusion 2\.1 from the hub.* --base FOLDER"):
+            ImagePipeline.from_preset(preset, weights=given, device="cpu")
+    assert ImagePipeline.from_preset(preset, base=bases["sd"], weights=weights, device="cpu").preset is preset
+    assert "a community's copy" in CliRunner().invoke(models, ["check", "sbv2-sd21"]).output
+    with pytest.raises(InputError, match=r"thuanz123/swiftbrush .*all parts of the pipeline included"):
+        ImagePipeline.from_preset(find_image_preset("swiftbrush-v1"), device="cpu")
+
+
 def test_models_check_names_what_an_image_model_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from nasa_video.cli.models import models
 
