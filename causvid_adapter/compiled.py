@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from causvid_adapter.errors import CausvidAdapterError
 from causvid_adapter.model import CausalWan
@@ -24,13 +27,36 @@ def compile_generator(
         backend: of torch.compile.
 
     Raises:
-        CausvidAdapterError: CUDA graphs without CUDA; or the weights are offloaded, which no graph can follow.
+        CausvidAdapterError: CUDA graphs without CUDA; no C++ compiler for a CPU; or the weights are offloaded, which no
+            graph can follow. At the first call: this machine cannot compile the model.
     """
     if cuda_graphs and model.device.type != "cuda":
         raise CausvidAdapterError(f"CUDA graphs need CUDA, the model is on {model.device.type}; compile without them")
     if hasattr(model.transformer.blocks[0], "_diffusers_hook"):
         raise CausvidAdapterError("offloaded blocks cannot be compiled; leave out one of the two")
+    if backend == "inductor" and model.device.type == "cpu" and not has_compiler():
+        raise CausvidAdapterError(
+            "compiling on a CPU needs a C++ compiler, and none was found; install one (g++ or clang++, on Debian: "
+            "apt-get install g++), name it in the environment variable CXX, or go on without compiling"
+        )
     model.static_cache = True
     model.cuda_graphs = cuda_graphs
     mode: dict[str, Any] = {"mode": "reduce-overhead"} if cuda_graphs else {"backend": backend}
-    model.transformer.forward = torch.compile(model.transformer.forward, fullgraph=True, **mode)
+    compiled = torch.compile(model.transformer.forward, fullgraph=True, **mode)
+
+    def forward(*inputs: Any, **options: Any) -> Any:
+        try:
+            return compiled(*inputs, **options)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).strip().partition("\n\n")[0].split())[:300]
+            raise CausvidAdapterError(
+                f"torch.compile failed on this machine ({reason}); go on without compiling"
+            ) from error
+
+    model.transformer.forward = forward
+
+
+def has_compiler() -> bool:
+    """Whether this machine can compile what torch.compile writes for a CPU."""
+    named = os.environ.get("CXX")
+    return any(map(shutil.which, (named,) if named else ("g++", "clang++", "cl")))

@@ -8,13 +8,12 @@ to ten times as long as this one (measured, torch 2.13: 37 against 11 ms for 144
 
 from __future__ import annotations
 
-import shutil
-
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 
 from causvid_adapter import CausalWan
+from causvid_adapter.compiled import has_compiler
 
 
 def matrix_attention(q_BSHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, mask: Tensor | None) -> Tensor:
@@ -60,7 +59,7 @@ def trainable(transformer: nn.Module) -> CausalWan:
 
 def compile_blocks(model: CausalWan) -> None:
     """Compiles the transformer's blocks in place, for fixed shapes; without a C++ compiler a CPU goes on without."""
-    if model.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+    if model.device.type == "cpu" and not has_compiler():
         return
     # each block is compiled once a kind of batch: with and without a mask, one text a clip and one a chunk
     torch._dynamo.config.recompile_limit = 8 * model.num_layers
