@@ -46,7 +46,7 @@ def compile_generator(
 
     def forward(*inputs: Any, **options: Any) -> Any:
         try:
-            return compiled(*inputs, **options)
+            return compiled(*inputs, **options)  # type: ignore[no-untyped-call]
         except TorchDynamoException as error:
             reason = " ".join(str(error).strip().partition("\n\n")[0].split())[:300]
             raise CausvidAdapterError(

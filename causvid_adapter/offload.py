@@ -24,7 +24,8 @@ def offload_blocks(model: CausalWan, device: torch.device, folder: Path | None =
 
     Args:
         device: where it computes.
-        folder: keeps the weights in files there; None keeps them in the host's memory.
+        folder: keeps the weights in files there; None keeps them in the host's memory. On a CPU what is read may lie at
+            an address for which kernels sum in another order: the last digits can differ.
     """
     apply_group_offloading(
         model.transformer,
