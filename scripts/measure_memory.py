@@ -2,8 +2,10 @@
 
     python scripts/measure_memory.py --model causvid --width 416 --height 240 --frames 21
 
+    python scripts/measure_memory.py --model longlive --width 208 --height 128 --frames 165     # a rolling window
+
 The run is a process of its own on the CPU; what it takes is its peak resident memory less what it had when everything
-was imported. Prints one line a phase, and last one JSON object.
+was imported. Prints one line a phase, for a window what it took while the window rolled, and last one JSON object.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,16 @@ class Wanted:
     weights: str = "plain"
     dtype: str = "bfloat16"
     decode: int = 1  # 0 leaves out the VAE, which takes most of a CPU's time at full resolution
+    window: int = -1  # latent frames; 0 is none, -1 the model's own
+    sink: int = -1
+
+    def preset(self) -> Any:
+        """The model's, with the window that was asked for."""
+        from nasa_video.models import find_preset
+
+        preset = find_preset(self.model)
+        window, sink = (None if frames < 0 else frames for frames in (self.window, self.sink))
+        return preset.model_copy(update={"sampler": preset.sampler.with_window(window, sink, None)})
 
 
 def resident(peak: bool = False) -> int:
@@ -49,27 +60,26 @@ class Phases:
         self.base = resident()
         self.peaks: dict[str, int] = {}
 
-    def run(self, name: str, work: Callable[[], Any]) -> Any:
-        """Do the work, and note the most that was taken meanwhile."""
+    def end(self, name: str) -> int:
+        """A phase is over: note the most that was taken since the last one was."""
+        taken = resident(peak=True) - self.base
+        self.peaks[name] = max(self.peaks.get(name, 0), taken)
         CLEAR.write_text("5")
-        result = work()
-        self.peaks[name] = max(self.peaks.get(name, 0), resident(peak=True) - self.base)
-        return result
+        return taken
 
 
-def child(wanted: Wanted) -> dict[str, int]:
-    """Make the model and the video; the peak of each phase in bytes."""
+def child(wanted: Wanted) -> dict[str, Any]:
+    """Make the model and the video; the peak of each phase in bytes, and those of each chunk."""
     import torch
 
     from nasa_video.bench.random_model import RandomText, random_generator, random_vae
     from nasa_video.loading import FullDecoder
-    from nasa_video.models import find_preset
     from nasa_video.pipeline import VideoPipeline
     from nasa_video.placement import Placement, place, quantise
     from nasa_video.planning import transformer_config, vae_config
 
     dtype = getattr(torch, wanted.dtype)
-    preset = find_preset(wanted.model)
+    preset = wanted.preset()
     config, vae = transformer_config(preset), vae_config(preset)
     assert config is not None
     # Whatever the libraries load at their first use is not of the run.
@@ -82,36 +92,31 @@ def child(wanted: Wanted) -> dict[str, int]:
     FullDecoder(random_vae({**vae, "base_dim": 4})).decode(torch.zeros(1, 2, vae["z_dim"], 4, 4))
 
     phases = Phases()
+    passes: list[int] = []
 
     class Watched(FullDecoder):
         def decode(self, latents: torch.Tensor, clamp: bool = True) -> torch.Tensor:
-            if not wanted.decode:
-                height, width = latents.shape[-2] * 8, latents.shape[-1] * 8
-                return torch.zeros(1).expand(1, 4 * latents.shape[1] - 3, 3, height, width)
-            frames: torch.Tensor = phases.run("decoding", lambda: super(Watched, self).decode(latents, clamp))
-            CLEAR.write_text("5")  # what follows is a pass of the model
-            return frames
+            passes.append(phases.end("a pass of the model"))
+            if wanted.decode:
+                return super().decode(latents, clamp)
+            height, width = latents.shape[-2] * 8, latents.shape[-1] * 8
+            return torch.zeros(1).expand(1, 4 * latents.shape[1] - 3, 3, height, width)
 
-    def build() -> VideoPipeline:
-        text = RandomText(preset.components.text_encoder.max_tokens, config["text_dim"])
-        model = place(random_generator(config, dtype=dtype), Placement(weights=wanted.weights), torch.device("cpu"))  # type: ignore[arg-type]
-        sizes = vae if wanted.decode else {**vae, "base_dim": 4}
-        return VideoPipeline(model, random_vae(sizes), text, preset, new_decoder=Watched)
-
-    pipeline = phases.run("loading", build)
+    text = RandomText(preset.components.text_encoder.max_tokens, config["text_dim"])
+    model = place(random_generator(config, dtype=dtype), Placement(weights=wanted.weights), torch.device("cpu"))  # type: ignore[arg-type]
+    sizes = vae if wanted.decode else {**vae, "base_dim": 4}
+    pipeline = VideoPipeline(model, random_vae(sizes), text, preset, new_decoder=Watched)
+    phases.end("loading")
     phases.peaks["weights"] = resident() - phases.base
     steps = {wanted.steps: preset.sampler.timesteps(preset.sampler.default_steps)[: wanted.steps]}
     pipeline.preset = preset.model_copy(
         update={"sampler": preset.sampler.model_copy(update={"steps": steps, "default_steps": wanted.steps})}
     )
-    CLEAR.write_text("5")
     chunks = pipeline.stream("a red fox in the snow", negative="blurry", width=wanted.width, height=wanted.height,
                              frames=wanted.frames)  # fmt: skip
-    for _ in chunks:
-        pass
-    phases.peaks["a pass of the model"] = resident(peak=True) - phases.base
+    decoded = [phases.end("decoding" if wanted.decode else "a pass of the model") for _ in chunks]
     phases.peaks["history"] = resident() - phases.base - phases.peaks["weights"]
-    return phases.peaks
+    return {**phases.peaks, "chunks": [max(pair) for pair in zip(passes, decoded, strict=True)]}
 
 
 def plan(wanted: Wanted) -> Any:
@@ -121,11 +126,10 @@ def plan(wanted: Wanted) -> Any:
     import torch
 
     from nasa_video.memory import estimate
-    from nasa_video.models import find_preset
     from nasa_video.planning import PlanRequest, make_plan
 
     request = PlanRequest(wanted.width, wanted.height, wanted.frames, weights=wanted.weights, prompts=())  # type: ignore[arg-type]
-    made = make_plan(find_preset(wanted.model), torch.device("cpu"), getattr(torch, wanted.dtype), request)
+    made = make_plan(wanted.preset(), torch.device("cpu"), getattr(torch, wanted.dtype), request)
     assert made is not None
     # Folded: the words and one more.
     return estimate(replace(made.run, text_encoder=0, text_tokens=2 * 22, decoded=bool(wanted.decode)))
@@ -140,12 +144,16 @@ def measure(wanted: Wanted) -> dict[str, Any]:
     peaks = json.loads(done.stdout.splitlines()[-1])
     needs = plan(wanted)
     peaks.setdefault("decoding", 0)
+    sampler = wanted.preset().sampler
+    full = (sampler.window_frames or 0) // sampler.frames_per_chunk  # chunks that fit into the window
+    rolling = peaks["chunks"][full:] if full else []
     measured = max(peaks["a pass of the model"], peaks["decoding"])
     return {
         **asdict(wanted),
         "planned": {**asdict(needs), **needs.phases, "peak": needs.peak},
         "measured": {**peaks, "peak": measured},
         "ratio": needs.peak / measured,
+        "rolling": {"chunks": len(rolling), "smallest": min(rolling), "largest": max(rolling)} if rolling else None,
     }
 
 
@@ -165,6 +173,9 @@ def main() -> None:
     print(f"{'':22}{'plan':>10}{'measured':>12}")
     for name, key in (("weights", "weights"), ("a pass of the model",) * 2, ("decoding",) * 2, ("peak",) * 2):
         print(f"{name:22}{result['planned'][key] / 1e9:>8.2f}GB{result['measured'][key] / 1e9:>10.2f}GB")
+    if rolling := result["rolling"]:
+        print(f"{rolling['chunks']} chunks after the window was full: from {rolling['smallest'] / 1e9:.3f} to "
+              f"{rolling['largest'] / 1e9:.3f} GB")  # fmt: skip
     print(f"the plan is {100 * (result['ratio'] - 1):+.1f} % off the measured peak")
     print(json.dumps(result))
 
