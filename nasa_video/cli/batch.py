@@ -13,17 +13,8 @@ import yaml
 from pydantic import Field, ValidationError
 
 from nasa_video.cli.console import chunk_progress, emit_json, say, shown_warnings
-from nasa_video.cli.options import (
-    AsJsonOption,
-    CompileOption,
-    DecoderOption,
-    DeviceOption,
-    LoraOption,
-    MemoryOption,
-    ModelOption,
-    OffloadOption,
-    WeightsOption,
-)
+from nasa_video.cli.option_groups import LoadOptions, grouped
+from nasa_video.cli.options import AsJsonOption
 from nasa_video.errors import InputError
 from nasa_video.models import Strict
 
@@ -46,17 +37,11 @@ class BatchJob(Strict):
     name: str | None = Field(default=None, pattern=r"^[\w][\w.-]*$")
 
 
+@grouped
 def batch(
     jobs: Annotated[Path, typer.Argument(help="YAML or JSON list, or JSON lines: prompt, negatives, seed, name …")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the videos.")],
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    memory: MemoryOption = None,
-    weights: WeightsOption = None,
-    offload: OffloadOption = None,
-    lora: LoraOption = None,
-    decoder: DecoderOption = None,
-    compiled: CompileOption = "off",
+    load: LoadOptions,
     shard: Annotated[
         str | None, typer.Option(help="i/n: this process's share.", show_default="of torchrun or Slurm, else all")
     ] = None,
@@ -67,19 +52,8 @@ def batch(
     from nasa_video.distributed import Processes
     from nasa_video.evaluation.jobs import Shard
 
-    wanted = [(name, job) for name, job in named_jobs(jobs)]
-    own = Shard.choose(shard).of(wanted)
-    device = Processes.of_environment().device(device)
-    shared = Request(
-        model=model,
-        device=device,
-        memory=memory,
-        weights=weights,
-        offload=offload,
-        loras=tuple(lora or ()),
-        decoder=decoder,
-        compiled=compiled,
-    )
+    own = Shard.choose(shard).of(named_jobs(jobs))
+    shared = Request(**load.asked | {"device": Processes.of_environment().device(load.device)})
     with shown_warnings():
         result = run_batch(own, output, shared, say)
     if as_json:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from nasa_video.cli.console import say
+from nasa_video.cli.options import DeviceOption
 
 
 def serve(
@@ -26,9 +27,7 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="A name besides localhost by which browsers call the server.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one")
-    ] = None,
+    device: DeviceOption = None,
     attention: Annotated[str, typer.Option(help="sdpa or xformers.")] = "sdpa",
     streams: Annotated[int, typer.Option(min=1, help="Videos made at once, each with its own key-value cache.")] = 4,
     waiting: Annotated[int, typer.Option(min=0, help="Videos that may wait for a place.")] = 32,
