@@ -34,10 +34,10 @@ from typing import Any
 
 import httpx
 import psutil
-from random_model import write_random_model
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+from nasa_video.bench.random_model import write_tiny_model
 from nasa_video.models import find_preset
 from nasa_video.serve.server import Server
 from nasa_video.serve.settings import ServeSettings
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = run(options, options.model or str(write_random_model(Path(folder))))
+        report = run(options, options.model or str(write_tiny_model(Path(folder), default_steps=1)))
     text = json.dumps(report)
     if options.output:
         options.output.write_text(text + "\n")

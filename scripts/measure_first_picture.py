@@ -21,8 +21,8 @@ from typing import Any
 
 import psutil
 from load_test import open_socket, settle
-from random_model import write_random_model
 
+from nasa_video.bench.random_model import write_tiny_model
 from nasa_video.serve.delivery import Picture
 from nasa_video.serve.hub import Hub
 from nasa_video.serve.outgoing import Outgoing
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--media", nargs="+", default=[*PICTURES], choices=[*PICTURES])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = options.model or str(write_random_model(Path(folder)))
+        model = options.model or str(write_tiny_model(Path(folder), default_steps=1))
         server = Server(ServeSettings(models=(model,)), port=0, make_hub=TimedHub)
         server.hub.warm_up()
         thread = threading.Thread(target=server.serve_until_stopped, daemon=True)

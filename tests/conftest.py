@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 
-from nasa_video.models import configs_dir
+from nasa_video.bench.random_model import write_tiny_model
 from nasa_video.text import TextContext
 
 LATENT = (4, 4, 6)
@@ -121,30 +120,7 @@ def distance() -> Callable[[Tensor, Tensor], float]:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with preset.yaml, transformer/ and vae/; random weights, the sprites' sizes of text and pictures."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=24, in_channels=8, out_channels=8, text_dim=256, freq_dim=16,
-        ffn_dim=64, num_layers=2,
-    ).save_pretrained(folder / "transformer")  # fmt: skip
-    AutoencoderKLWan(
-        base_dim=4, z_dim=8, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], patch_size=2,
-        in_channels=12, out_channels=12, latents_mean=[0.0] * 8, latents_std=[1.0] * 8, scale_factor_spatial=8,
-    ).save_pretrained(folder / "vae")  # fmt: skip
-    preset = yaml.safe_load((configs_dir() / "video" / "sprites.yaml").read_text())
-    preset |= {
-        "name": "tiny",
-        "components": {
-            "transformer": {"path": "transformer"},
-            "vae": {"path": "vae"},
-            "text_encoder": {"kind": "wordllama", "max_tokens": 24},
-        },
-        "video": {"width": 32, "height": 16, "fps": 12, "frames": 21, "upscale": 2},
-    }
-    preset["sampler"] |= {"steps": {2: [1000, 750], 1: [1000]}, "default_steps": 2}
-    del preset["vocabulary"]
-    (folder / "preset.yaml").write_text(yaml.safe_dump(preset))
-    return folder
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", default_steps=2)
 
 
 @pytest.fixture
