@@ -39,7 +39,7 @@ def serve(
     keep: Annotated[float, typer.Option(min=0, help="Seconds that finished things are kept for download.")] = 600,
     max_frames: Annotated[int, typer.Option(min=1, help="Longest job, and longest stream that is not endless.")] = 1200,
     messages: Annotated[float, typer.Option(min=1, help="Messages a second from one viewer, on average.")] = 30,
-    posts: Annotated[float, typer.Option(min=1, help="Requests a second that change something, of all.")] = 5,
+    posts: Annotated[float, typer.Option(min=1, help="Requests a second that change something, from one address.")] = 5,
     browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Show videos while they are made, in a browser; prompts and negatives can be changed while they play."""

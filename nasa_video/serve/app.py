@@ -21,7 +21,7 @@ from nasa_video.serve.jobs import Job
 from nasa_video.serve.protocol import VideoRequest
 from nasa_video.serve.security import OPEN_PATHS, Guard, cookie_name, same_token
 from nasa_video.serve.session import Session
-from nasa_video.serve.throttle import Bucket
+from nasa_video.serve.throttle import Buckets, client_of
 from nasa_video.serve.worker import Busy
 
 _TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
@@ -98,11 +98,11 @@ def _add_information(app: FastAPI, hub: Hub) -> None:
 
 
 def _add_login(app: FastAPI, hub: Hub) -> None:
-    attempts = Bucket(1)
+    attempts = Buckets(1)
 
     @app.post("/login", summary="Exchange the server's token for a cookie", status_code=204)
     async def login(login: Login, request: Request) -> Response:
-        if not attempts.take():
+        if not attempts.take(client_of(request.scope)):
             raise HTTPException(429, "too many attempts; wait a few seconds")
         token = hub.settings.token
         if token is not None and not same_token(login.token, token):

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nasa_video.serve.settings import MAX_MESSAGE_BYTES, ServeSettings
-from nasa_video.serve.throttle import Bucket
+from nasa_video.serve.throttle import Buckets, client_of
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/login", "/docs", "/favicon.svg"})
 """What needs no token: the page itself, which holds no secret, and what it needs to ask for one."""
@@ -34,7 +34,7 @@ class Guard:
         self.token = settings.token
         self.open_paths = open_paths
         self.allowed_hosts = frozenset(name.lower() for name in (*settings.allowed_hosts, "localhost"))
-        self._posts = Bucket(settings.posts_per_second)
+        self._posts = Buckets(settings.posts_per_second)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -67,7 +67,7 @@ class Guard:
                 return 400, "the length of the body is no number"
             if int(headers.get("content-length", "0")) > MAX_MESSAGE_BYTES:
                 return 413, f"a body has at most {MAX_MESSAGE_BYTES} bytes"
-            if not self._posts.take():
+            if not self._posts.take(client_of(scope)):
                 return 429, "too many requests; wait a second"
         return None
 

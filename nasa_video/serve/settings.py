@@ -38,7 +38,7 @@ class ServeSettings:
         keep_seconds: how long they are kept.
         record_seconds: how much of a stream is recorded for download; 0 records nothing.
         messages_per_second: of one client, on average; twice as many at once.
-        posts_per_second: of all clients together, likewise.
+        posts_per_second: that change something, of one client address, likewise.
     """
 
     models: tuple[str, ...] = (DEFAULT_MODEL,)

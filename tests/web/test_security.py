@@ -71,6 +71,18 @@ def test_a_token_is_needed_where_there_is_one(serve: Callable[..., Server], clie
     client.start()
 
 
+def test_nobody_uses_up_the_attempts_of_another_address(serve: Callable[..., Server]) -> None:
+    server = serve(token="a secret", posts_per_second=2.0)
+
+    def client(address: str) -> httpx.Client:
+        url = server.address.replace("localhost", "127.0.0.1")
+        return httpx.Client(base_url=url, transport=httpx.HTTPTransport(local_address=address))
+
+    with client("127.0.0.2") as one, client("127.0.0.3") as other:
+        assert 429 in [one.post("login", json={"token": "guess"}).status_code for _ in range(40)]
+        assert other.post("login", json={"token": "a secret"}).status_code == 204
+
+
 def test_beyond_loopback_a_token_is_made_up(serve: Callable[..., Server]) -> None:
     server = serve(host="0.0.0.0")
     assert server.settings.token
