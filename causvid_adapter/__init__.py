@@ -7,7 +7,7 @@ from causvid_adapter.kv_cache import KVCache
 from causvid_adapter.mask import block_causal_mask
 from causvid_adapter.model import CausalWan
 from causvid_adapter.noise import GivenNoise, NoiseSource, SeededNoise
-from causvid_adapter.sampler import ChunkSampler, ModelCall
+from causvid_adapter.sampler import ChunkSampler, ModelCall, OnChange
 from causvid_adapter.schedule import FlowMatchSchedule
 from causvid_adapter.static_cache import StaticKVCache
 from causvid_adapter.vae_stream import StreamingDecoder, StreamingEncoder, denormalize, normalize
@@ -22,6 +22,7 @@ __all__ = [
     "KVCache",
     "ModelCall",
     "NoiseSource",
+    "OnChange",
     "SeededNoise",
     "ShapeError",
     "StaticKVCache",

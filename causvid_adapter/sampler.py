@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, pairwise
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +59,15 @@ Context = Tensor | None | Callable[[int], Tensor | None]
 """Text embeddings (B, text tokens, text_dim), or a function of the chunk's index that gives them."""
 
 
+OnChange = Literal["keep", "recompute", "remake"]
+"""What becomes of the window when a chunk is to show something new.
+
+"keep": its keys stay as they are. "recompute": its clean latents are run again at t = 0, so that its keys belong to the
+new prompt (the "KV recache" of LongLive, arXiv 2509.22622); they still show what they showed. "remake": its latents are
+generated again under the new prompt, each chunk from its own noise; nobody sees them, but the chunk follows them.
+"""
+
+
 class ChunkSampler:
     """Generates latent frames chunk by chunk.
 
@@ -105,7 +114,7 @@ class ChunkSampler:
         source: Tensor | None = None,
         first_step: int = 0,
         before_call: Callable[[ModelCall], None] | None = None,
-        recompute: Callable[[int], bool] | None = None,
+        on_change: Callable[[int], OnChange] | None = None,
     ) -> Iterator[Tensor]:
         """Yield the latents of each chunk, (B, frames_per_chunk, C, H, W), as soon as they are finished.
 
@@ -118,8 +127,8 @@ class ChunkSampler:
             source: clean latents (B, T, C, H, W) of a video to start from instead of pure noise (video to video);
                 they are noised to the timestep of ``first_step``, and the steps before it are left out.
             before_call: told of every model call before it is made.
-            recompute: asked before each chunk; True reruns the window's clean latents at t = 0, so that its keys
-                belong to the prompt of this chunk (the "KV recache" of LongLive, arXiv 2509.22622).
+            on_change: asked before each chunk but the first: what becomes of the window. The prompt of the window's
+                new keys is this chunk's. A prefix cannot be remade: its keys are recomputed.
 
         Raises:
             ShapeError: a length that is not whole chunks.
@@ -135,17 +144,17 @@ class ChunkSampler:
         if source is not None and num_frames is None:
             num_frames = source.shape[1] - offset
         total_frames = None if num_frames is None else offset + num_frames
-        rollout = _Rollout(self, context, before_call, remember=recompute is not None, num_frames=total_frames)
+        rollout = _Rollout(
+            self, noise, source, first_step, offset, context, before_call, on_change is not None, total_frames
+        )
         total = None if total_frames is None else total_frames // size
         for chunk in count() if total is None else range(total):
-            frames = range(chunk * size, (chunk + 1) * size)
-            if prefix is not None and frames.start < offset:
-                rollout.keep(prefix[:, frames.start : frames.stop], chunk)
+            if prefix is not None and chunk * size < offset:
+                rollout.keep(prefix[:, chunk * size : (chunk + 1) * size], chunk)
                 continue
-            if recompute is not None and chunk > 0 and recompute(chunk):
-                rollout.recompute(chunk)
-            given = None if source is None else source[:, frames.start : frames.stop]
-            x = rollout.denoise(noise, frames, chunk, given, first_step)
+            if on_change is not None and chunk > 0:
+                rollout.renew(chunk, on_change(chunk))
+            x = rollout.denoise(chunk)
             yield x
             # After the yield: whoever shows the frames need not wait for it, and the last chunk does not need it.
             if chunk + 1 != total:
@@ -161,17 +170,25 @@ class ChunkSampler:
 
 
 class _Rollout:
-    """State of one stream: its cache and the clean latents that a recomputation needs."""
+    """State of one stream: its cache, and the clean latents from which the window's keys can be made anew."""
 
     def __init__(
         self,
         sampler: ChunkSampler,
+        noise: NoiseSource,
+        source: Tensor | None,
+        first_step: int,
+        given_frames: int,
         context: Context,
         before_call: Callable[[ModelCall], None] | None,
         remember: bool,
-        num_frames: int | None = None,
+        num_frames: int | None,
     ) -> None:
         self.sampler = sampler
+        self.noise = noise
+        self.source = source
+        self.first_step = first_step
+        self.given_frames = given_frames
         self.num_frames = num_frames
         self.context_of = context if callable(context) else lambda chunk: context
         self.announce = before_call or (lambda call: None)
@@ -179,22 +196,25 @@ class _Rollout:
         self.clean: dict[int, Tensor] = {}
         self._cache: ChunkCache | None = None
 
-    def denoise(
-        self, noise: NoiseSource, frames: range, chunk: int, source: Tensor | None = None, first_step: int = 0
-    ) -> Tensor:
-        """The few steps of a chunk, from noise or from a noised source (B, T, C, H, W)."""
+    def denoise(self, chunk: int, prompt_chunk: int | None = None) -> Tensor:
+        """The few steps of a chunk, from noise or from the noised source, under the prompt of ``prompt_chunk``."""
+        prompt_chunk = chunk if prompt_chunk is None else prompt_chunk
+        size = self.sampler.frames_per_chunk
+        frames = range(chunk * size, (chunk + 1) * size)
         schedule = self.sampler.first_schedule if chunk == 0 else self.sampler.schedule
         timesteps = schedule.timesteps
-        x = noise(frames, 0)
-        if source is not None:
-            x = schedule.add_noise(source, x, timesteps[first_step])
+        x = self.noise(frames, 0)
+        if self.source is not None:
+            x = schedule.add_noise(self.source[:, frames.start : frames.stop], x, timesteps[self.first_step])
+        cache = self.cache(x)
+        cache.seek(frames.start)
         for step, (t, t_next) in enumerate(pairwise((*timesteps, 0.0))):
-            if step < first_step:
+            if step < self.first_step:
                 continue
-            self.announce(ModelCall(chunk, step, len(timesteps), clean=False))
-            flow = self.sampler.model(x, t, self.context_of(chunk), cache=self.cache(x))
+            self.announce(ModelCall(prompt_chunk, step, len(timesteps), clean=False))
+            flow = self.sampler.model(x, t, self.context_of(prompt_chunk), cache=cache)
             x0 = schedule.to_x0(x, flow, t)
-            x = schedule.add_noise(x0, noise(frames, step + 1), t_next) if t_next else x0
+            x = schedule.add_noise(x0, self.noise(frames, step + 1), t_next) if t_next else x0
         return x
 
     def keep(self, latents: Tensor, chunk: int, prompt_chunk: int | None = None) -> None:
@@ -208,16 +228,21 @@ class _Rollout:
         cache.commit()
         if self.remember:
             self.clean[chunk] = latents
-            for old in [c for c in self.clean if not self._in_window(c, chunk)]:
-                del self.clean[old]
+            self.clean = self._in_window(chunk + 1, room=0)
 
-    def recompute(self, chunk: int) -> None:
-        """Make the window's keys again, under the prompt of ``chunk``."""
-        window = dict(self.clean)
+    def renew(self, chunk: int, change: OnChange) -> None:
+        """What becomes of the window before ``chunk``, which shows something new."""
+        if change == "keep":
+            return
+        # What is remade is no more than the chunk will look back on; keys need the frames before theirs as well.
+        room = self.sampler.frames_per_chunk if change == "remake" else 0
+        window, self.clean = self._in_window(chunk, room), {}
         assert self._cache is not None
         self._cache.reset()
         for index, latents in window.items():
-            self.keep(latents, index, prompt_chunk=chunk)
+            given = index * self.sampler.frames_per_chunk < self.given_frames
+            again = change == "remake" and not given
+            self.keep(self.denoise(index, chunk) if again else latents, index, prompt_chunk=chunk)
 
     def cache(self, like: Tensor) -> ChunkCache:
         """The rollout's cache, made when the size of the latents is known."""
@@ -227,9 +252,14 @@ class _Rollout:
             self._cache = s.model.new_cache(height, width, s.window_frames, s.sink_frames, s.rope, self.num_frames)
         return self._cache
 
-    def _in_window(self, chunk: int, newest: int) -> bool:
+    def _in_window(self, chunk: int, room: int) -> dict[int, Tensor]:
+        """The latents that the window holds before ``chunk`` when it has room for ``room`` further frames."""
         s = self.sampler
         if s.window_frames is None:
-            return True
-        recent = (s.window_frames - s.sink_frames) // s.frames_per_chunk
-        return chunk * s.frames_per_chunk < s.sink_frames or chunk > newest - recent
+            return dict(self.clean)
+        oldest = chunk * s.frames_per_chunk - (s.window_frames - s.sink_frames - room)
+
+        def held(index: int) -> bool:
+            return index * s.frames_per_chunk < s.sink_frames or (index + 1) * s.frames_per_chunk > oldest
+
+        return {index: latents for index, latents in self.clean.items() if held(index)}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from causvid_adapter import CausalWan, ModelCall
+from causvid_adapter import CausalWan, ModelCall, OnChange
 from nasa_video.attention import Attend
 from nasa_video.backbones import wan
 from nasa_video.classifier_free import ClassifierFreeDenoiser
@@ -35,13 +35,13 @@ class Director:
         attend: Attend,
         fold_padding: bool,
         cue_of: CueOf,
-        recompute_window: bool,
+        on_change: OnChange,
     ) -> None:
         self.model = model
         self.text_encoder = text_encoder
         self.fold_padding = fold_padding
         self.cue_of = cue_of
-        self.recompute_window = recompute_window
+        self._on_change = on_change
         self.steering = Steering(attend, model.num_layers)
         if model.static_cache:
             self.steering.meter.prepare(model.device)
@@ -63,11 +63,12 @@ class Director:
         self._stage(self.cue_of(call.chunk))
         self.steering.call = call
 
-    def recompute(self, chunk: int) -> bool:
-        """Whether a chunk needs the window's keys anew: its prompt or acting negatives are new."""
+    def on_change(self, chunk: int) -> OnChange:
+        """What becomes of the window before a chunk; it stays where prompt, negatives and guidance act as before."""
         now, before = self.cue_of(chunk), self.cue_of(chunk - 1)
-        wanted = self.recompute_window if now.recompute is None else now.recompute
-        return wanted and _acting_texts(now) != _acting_texts(before)
+        if _acting(now) == _acting(before):
+            return "keep"
+        return self._on_change if now.on_change is None else now.on_change
 
     def _stage(self, cue: Cue) -> None:
         if cue == self._current:
@@ -107,8 +108,8 @@ class Director:
         return _EncodedPrompts(keys, tuple(context.lengths.tolist()))
 
 
-def _acting_texts(cue: Cue) -> tuple[Any, ...]:
-    return cue.prompts, cue.negatives if cue.guided else None
+def _acting(cue: Cue) -> tuple[Any, ...]:
+    return cue.prompts, (cue.negatives, cue.guidance) if cue.guided else None
 
 
 @dataclass(frozen=True)

@@ -144,5 +144,5 @@ class LongVideo:
             source=None if source is None else source[:, shift : rollout.end],
             first_step=self.first_step,
             before_call=announce,
-            recompute=lambda chunk: self.director.recompute(chunk + shift_chunks),
+            on_change=lambda chunk: self.director.on_change(chunk + shift_chunks),
         )

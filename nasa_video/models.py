@@ -169,10 +169,15 @@ class Components(Strict):
         return (self.transformer, *self.loras, self.vae, *encoder)
 
 
+OnChange = Literal["keep", "recompute", "remake"]
+"""As causvid_adapter.OnChange, which cannot be had without loading torch."""
+
+
 class SamplerSettings(Strict):
     """The chunk loop; see causvid_adapter.ChunkSampler, FlowMatchSchedule and rollouts.
 
     ``rollout_frames`` are latent frames: a longer video is made in rollouts of that length, which overlap by a chunk.
+    ``on_change``: what becomes of the window where prompt, negatives or guidance change, unless somebody says.
     """
 
     shift: float = Field(gt=0)
@@ -184,6 +189,7 @@ class SamplerSettings(Strict):
     sink_frames: int = 0
     rollout_frames: int | None = Field(default=None, gt=0)
     rope: Literal["absolute", "window"] = "absolute"
+    on_change: OnChange = "keep"
 
     @model_validator(mode="after")
     def _steps_fit(self) -> SamplerSettings:

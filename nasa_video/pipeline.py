@@ -21,6 +21,7 @@ from causvid_adapter import (
     CausalWan,
     ChunkSampler,
     FlowMatchSchedule,
+    OnChange,
     SeededNoise,
     StreamingEncoder,
     compile_generator,
@@ -182,7 +183,7 @@ class VideoPipeline:
         width: int | None = None,
         height: int | None = None,
         cues: CueOf | None = None,
-        recompute_window: bool = False,
+        on_change: OnChange | None = None,
         prefix: Tensor | None = None,
         source: Tensor | None = None,
         strength: float = 1.0,
@@ -200,8 +201,8 @@ class VideoPipeline:
             steps: denoising steps a chunk; None takes the preset's.
             width, height: in pixels; None takes the preset's.
             cues: what each chunk shows, instead of prompt, negative and guidance (see Timeline.cues).
-            recompute_window: when the prompt or the negatives change, make the window's keys again under the new
-                ones; a cue may say otherwise for its chunk.
+            on_change: what becomes of the window where prompt, negatives or guidance change; a cue may say otherwise
+                for its chunk; None takes the preset's.
             prefix: latents (1, T0, C, h, w) of a video to continue (see :meth:`encode_frames`), on any device; only
                 what comes after them is yielded, chunk indices count them, and ``frames`` is the length of prefix and
                 new frames.
@@ -216,7 +217,7 @@ class VideoPipeline:
         """
         cue = Cue.of(prompt, negative, guidance or (self.guidance() if as_negatives(negative) else None))
         chunks = self._plan(
-            cues or (lambda index: cue), [seed], frames, endless, steps, width, height, recompute_window,
+            cues or (lambda index: cue), [seed], frames, endless, steps, width, height, on_change,
             start=Beginning(prefix, None if source is None else source.to(self.model.device), strength, shown_prefix),
             rollout=rollout,
         )  # fmt: skip
@@ -239,7 +240,7 @@ class VideoPipeline:
             raise InputError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
         lists = tuple(as_negatives(n) for n in negatives) if negatives is not None else ((),) * len(prompts)
         cue = Cue(tuple(prompts), lists, guidance or (self.guidance() if any(lists) else None))
-        return self._plan(lambda index: cue, seeds, frames, False, steps, width, height, False)
+        return self._plan(lambda index: cue, seeds, frames, False, steps, width, height)
 
     def guidance(self, method: str = "nasa", scale: float | None = None) -> Guidance:
         """A method with this model's settings, and another scale where one is given.
@@ -272,7 +273,7 @@ class VideoPipeline:
         Raises:
             InputError: a negative that cannot act, or what the guidance cannot take.
         """
-        Director(self.model, self.text_encoder, self.attend, self.fold_padding, lambda chunk: cue, False)
+        Director(self.model, self.text_encoder, self.attend, self.fold_padding, lambda chunk: cue, "keep")
 
     def check_frames(self, frames: int | None) -> int:
         """Latent frames of a video of ``frames`` pictures.
@@ -359,7 +360,7 @@ class VideoPipeline:
         steps: int | None,
         width: int | None,
         height: int | None,
-        recompute_window: bool,
+        on_change: OnChange | None = None,
         start: Beginning | None = None,
         rollout: int | None = None,
     ) -> Iterator[Chunk]:
@@ -374,7 +375,9 @@ class VideoPipeline:
         start.check(latent_frames, settings.frames_per_chunk, (channels, latent_height, latent_width))
         rollout_frames = self.check_rollout(rollout)
         self._check_memory(cue_of(0), len(seeds), latent_frames, latent_width, latent_height, rollout_frames)
-        director = Director(self.model, self.text_encoder, self.attend, self.fold_padding, cue_of, recompute_window)
+        director = Director(
+            self.model, self.text_encoder, self.attend, self.fold_padding, cue_of, on_change or settings.on_change
+        )
         sampler = ChunkSampler(
             director.denoiser,
             FlowMatchSchedule(settings.shift, settings.timesteps(num_steps), settings.warp),

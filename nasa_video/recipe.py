@@ -8,14 +8,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from nasa_video.errors import InputError
 from nasa_video.guidance import GUIDANCE, Guidance, Negative, ScaleSchedule
-from nasa_video.models import SamplerSettings, Strict
+from nasa_video.models import OnChange, SamplerSettings, Strict
 from nasa_video.placement import Placement
 from nasa_video.start import StoredStart
-from nasa_video.timeline import Timeline
+from nasa_video.timeline import Timeline, older_on_change
 
 
 class StoredNegative(Strict):
@@ -69,7 +69,7 @@ class Recipe(Strict):
     height: int
     fps: float
     timeline: Timeline | None = None
-    recompute_window: bool = False
+    on_change: OnChange = "keep"
     fold_padding: bool = True
     decoder: str = "full"
     compare: bool = False
@@ -79,6 +79,11 @@ class Recipe(Strict):
     loras: tuple[StoredLora, ...] = ()
     placement: Placement = Placement()
     version: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older(cls, data: Any) -> Any:
+        return older_on_change(data, "recompute_window")
 
     @property
     def anything_negative(self) -> bool:

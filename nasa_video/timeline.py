@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from nasa_video.errors import InputError
 from nasa_video.guidance import Guidance, Negative
-from nasa_video.models import Strict, read_yaml
+from nasa_video.models import OnChange, Strict, read_yaml
 
 Negatives = str | Negative | Sequence[str | Negative] | None
 
@@ -35,14 +35,14 @@ class Cue:
         prompts: one a sample.
         negatives: one tuple a sample; all samples have as many, with the same weights.
         guidance: the method, or None for an unguided chunk.
-        recompute: whether a change of prompt or negatives at this chunk makes the window's keys again under the new
-            ones; None leaves it to the stream.
+        on_change: what becomes of the window where this chunk's prompt, negatives or guidance are new; None leaves it
+            to the stream.
     """
 
     prompts: tuple[str, ...]
     negatives: tuple[tuple[Negative, ...], ...]
     guidance: Guidance | None = None
-    recompute: bool | None = None
+    on_change: OnChange | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts or any(not prompt.strip() for prompt in self.prompts):
@@ -59,10 +59,10 @@ class Cue:
         prompt: str,
         negative: Negatives = None,
         guidance: Guidance | None = None,
-        recompute: bool | None = None,
+        on_change: OnChange | None = None,
     ) -> Cue:
         """A cue of one sample."""
-        return cls((prompt,), (as_negatives(negative),), guidance, recompute)
+        return cls((prompt,), (as_negatives(negative),), guidance, on_change)
 
     @property
     def guided(self) -> bool:
@@ -82,7 +82,7 @@ CueOf = Callable[[int], Cue]
 class TimelineEntry(Strict):
     """From ``at`` seconds on: what is given replaces what was, what is left out stays.
 
-    ``guidance`` is a method's name or "none"; ``recompute`` as in :class:`Cue`.
+    ``guidance`` is a method's name or "none"; ``on_change`` as in :class:`Cue`.
     """
 
     at: float = Field(ge=0)
@@ -90,7 +90,12 @@ class TimelineEntry(Strict):
     negatives: tuple[str, ...] | None = None
     guidance: str | None = None
     scale: float | None = None
-    recompute: bool | None = None
+    on_change: OnChange | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older(cls, data: Any) -> Any:
+        return older_on_change(data, "recompute")
 
 
 class Timeline(Strict):
@@ -146,7 +151,7 @@ class Timeline(Strict):
                 cue.guidance
                 if entry.guidance is None and entry.scale is None
                 else guide(cue.guidance, entry.guidance, entry.scale),
-                cue.recompute if entry.recompute is None else entry.recompute,
+                cue.on_change if entry.on_change is None else entry.on_change,
             )
             states.append((entry.at, cue))
 
@@ -156,6 +161,15 @@ class Timeline(Strict):
             return holding[-1] if holding else first
 
         return cue_of
+
+
+def older_on_change(data: Any, name: str) -> Any:
+    """``on_change`` in what an older version stored, where a truth value ``name`` stood for it."""
+    if not isinstance(data, dict) or name not in data:
+        return data
+    recompute = data[name]
+    rest = {key: value for key, value in data.items() if key != name}
+    return rest if recompute is None else {"on_change": "recompute" if recompute else "keep", **rest}
 
 
 def format_negative(negative: Negative) -> str:

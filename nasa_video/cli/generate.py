@@ -13,7 +13,7 @@ import typer
 
 from nasa_video.cli.console import chunk_progress, emit_json, say, shown_warnings
 from nasa_video.cli.option_groups import LoadOptions, VideoOptions, grouped
-from nasa_video.cli.options import AsJsonOption, OutputOption
+from nasa_video.cli.options import AsJsonOption, OnChangeOption, OutputOption
 
 if TYPE_CHECKING:
     from nasa_video.start import StoredStart
@@ -87,9 +87,7 @@ def generate(
     timeline: Annotated[
         Path | None, typer.Option(help="YAML file: prompts, negatives and scales at seconds.", show_default=False)
     ] = None,
-    recompute: Annotated[
-        bool, typer.Option(help="When the prompt changes, make the window's keys again under the new one.")
-    ] = False,
+    on_change: OnChangeOption = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Unguided and guided side by side, and a contact sheet PNG.")
     ] = False,
@@ -122,7 +120,7 @@ def generate(
         frames=frames,
         start=start.stored(frames),
         timeline=timeline,
-        recompute=recompute,
+        on_change=on_change,
         compare=compare,
         source=source,
         decode_ahead=decode_ahead,

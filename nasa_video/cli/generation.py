@@ -23,7 +23,7 @@ from nasa_video.distributed import Processes
 from nasa_video.errors import InputError
 from nasa_video.guidance import Guidance, ScaleSchedule
 from nasa_video.loading import DecoderKind, choose_device, default_dtype
-from nasa_video.models import DEFAULT_MODEL, find_preset
+from nasa_video.models import DEFAULT_MODEL, OnChange, find_preset
 from nasa_video.pipeline import Chunk, CompileKind, VideoPipeline
 from nasa_video.placement import Placement, WeightKind
 from nasa_video.planning import PlanRequest, make_plan
@@ -60,7 +60,7 @@ class Request:
     fps: float | None = None
     device: str | None = None
     timeline: Path | None = None
-    recompute: bool = False
+    on_change: OnChange | None = None
     compare: bool = False
     source: Path | None = None
     start: StoredStart | None = None
@@ -263,7 +263,7 @@ def _resolve(
         height=_first(request.height, stored and stored.height, preset.video.height),
         fps=_first(request.fps, stored and stored.fps, preset.video.fps),
         timeline=timeline,
-        recompute_window=request.recompute or bool(stored and stored.recompute_window),
+        on_change=_first(request.on_change, stored and stored.on_change, preset.sampler.on_change),
         fold_padding=_fold(request, stored),
         decoder=_decoder(request, stored),
         compare=request.compare or bool(stored and stored.compare),
@@ -350,7 +350,7 @@ def _stream(pipeline: VideoPipeline, recipe: Recipe, cues: CueOf, start: Start |
         steps=recipe.steps,
         width=recipe.width,
         height=recipe.height,
-        recompute_window=recipe.recompute_window,
+        on_change=recipe.on_change,
         prefix=start.prefix if start else None,
         source=start.source if start else None,
         strength=start.strength if start else 1.0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -55,6 +55,14 @@ RopeOption = Annotated[
     str | None,
     typer.Option(
         help="Positions: absolute (of the whole video) or window (inside the window: those the model was trained on).",
+        show_default="the model's",
+    ),
+]
+OnChangeOption = Annotated[
+    Literal["keep", "recompute", "remake"] | None,
+    typer.Option(
+        help="Where prompt, negatives or guidance change, the window's frames: keep, recompute (the same frames, read "
+        "under the new text) or remake (made again for it, unseen).",
         show_default="the model's",
     ),
 ]

@@ -14,6 +14,7 @@ from nasa_video.cli.options import (
     MemoryOption,
     ModelOption,
     NegOption,
+    OnChangeOption,
     ScaleOption,
     SeedOption,
     StepsOption,
@@ -35,9 +36,7 @@ def stream(
     timeline: Annotated[
         Path | None, typer.Option(help="YAML file: prompts, negatives and scales at seconds.", show_default=False)
     ] = None,
-    recompute: Annotated[
-        bool, typer.Option(help="When the prompt changes, make the window's keys again under the new one.")
-    ] = False,
+    on_change: OnChangeOption = None,
     memory: MemoryOption = None,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -47,7 +46,7 @@ def stream(
     if not to:
         raise typer.BadParameter("say where the video goes: --to rtmp://HOST/APP/KEY, srt://HOST:PORT or FILE.mp4")
     request = StreamRequest(
-        prompt, tuple(neg or ()), scale, guidance, model, seed, steps, seconds, fps, device, timeline, recompute, to,
+        prompt, tuple(neg or ()), scale, guidance, model, seed, steps, seconds, fps, device, timeline, on_change, to,
         memory,
     )  # fmt: skip
     with shown_warnings():

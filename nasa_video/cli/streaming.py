@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from nasa_video.errors import InputError, OutputError
 from nasa_video.loading import choose_device, default_dtype
-from nasa_video.models import DEFAULT_MODEL, find_preset
+from nasa_video.models import DEFAULT_MODEL, OnChange, find_preset
 from nasa_video.pipeline import Chunk, VideoPipeline
 from nasa_video.placement import Placement
 from nasa_video.planning import PlanRequest, make_plan
@@ -44,7 +44,7 @@ class StreamRequest:
     fps: float | None
     device: str | None
     timeline: Path | None
-    recompute: bool
+    on_change: OnChange | None
     to: str
     memory: str | None = None
 
@@ -74,7 +74,7 @@ def run_stream(request: StreamRequest, say: Callable[[str], None]) -> dict[str, 
             seed=seed,
             steps=request.steps or (timeline.steps if timeline else None),
             endless=True,
-            recompute_window=request.recompute,
+            on_change=request.on_change,
         )
         scale = pipeline.preset.video.upscale
         with _open(request.to, fps, scale, seed, name) as sink:

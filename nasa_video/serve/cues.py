@@ -82,7 +82,7 @@ class LiveCues:
         with self._lock:
             if chunk not in self._fixed:
                 self._fixed[chunk] = self._cue
-                # The chunk before is still asked for: by the pass that writes its keys, and by the recomputation.
+                # The chunk before is still asked for: by the pass that writes its keys, and to see what is new.
                 self._fixed.pop(chunk - 3, None)
                 if not self._changes or self._changes[-1][1] != self._cue:
                     self._changes.append((chunk, self._cue))
@@ -104,8 +104,8 @@ class LiveCues:
 
 
 def _same_texts(one: Wanted, other: Wanted) -> bool:
-    """Whether only the scale or the window's recomputation differ, which need no text encoder."""
-    return one.model_copy(update={"scale": other.scale, "recompute": other.recompute}) == other
+    """Whether only the scale or what becomes of the window differ, which need no text encoder."""
+    return one.model_copy(update={"scale": other.scale, "on_change": other.on_change}) == other
 
 
 def _unknown_words(pipeline: VideoPipeline, texts: list[str]) -> list[str]:
@@ -135,5 +135,5 @@ def _entry(at: float, cue: Cue, before: Cue | None) -> TimelineEntry:
         ),
         guidance=method if new_method else None,
         scale=scale if new_method or before is None or cue.guidance != before.guidance else None,
-        recompute=cue.recompute if before is None or cue.recompute != before.recompute else None,
+        on_change=cue.on_change if before is None or cue.on_change != before.on_change else None,
     )

@@ -69,5 +69,6 @@ def _describe(name: str, *, offered: bool) -> dict[str, Any]:
         "steps": sorted(sampler.steps) if sampler.steps != "any" else None,
         "default_steps": sampler.default_steps,
         "scales": {method: settings.get("scale") for method, settings in preset.guidance.items()},
+        "on_change": sampler.on_change,
         "vocabulary": preset.vocabulary,
     }

@@ -138,7 +138,7 @@ class Preview:
             "negatives": [negative.model_dump() for negative in recipe.negatives],
             "guidance": recipe.guidance.method if recipe.guidance else "none",
             "scale": recipe.guidance.settings.get("scale") if recipe.guidance else None,
-            "recompute": recipe.recompute_window,
+            "on_change": recipe.on_change,
             "compare": unguided is not None,
             "seed": recipe.seed,
         }

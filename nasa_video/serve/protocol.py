@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from nasa_video.guidance import Guidance, Negative
-from nasa_video.models import Strict
+from nasa_video.models import OnChange, Strict
 from nasa_video.pipeline import VideoPipeline
 from nasa_video.serve.settings import MAX_NEGATIVE, MAX_NEGATIVES, MAX_PROMPT
 from nasa_video.timeline import Cue
@@ -48,7 +48,8 @@ class Wanted(Strict):
     negatives: Terms = ()
     guidance: Method = "nasa"
     scale: Scale | None = None
-    recompute: bool = False
+    on_change: OnChange | None = None
+    """None takes the model's own."""
 
     def guidance_of(self, pipeline: VideoPipeline) -> Guidance | None:
         """The method with this model's settings; None for "none"."""
@@ -61,7 +62,8 @@ class Wanted(Strict):
             InputError: a scale that the method cannot take.
         """
         negatives = [Negative(term.text, term.weight) for term in self.negatives]
-        return Cue.of(self.prompt, negatives, self.guidance_of(pipeline), self.recompute)
+        on_change = self.on_change or pipeline.preset.sampler.on_change
+        return Cue.of(self.prompt, negatives, self.guidance_of(pipeline), on_change)
 
 
 class Start(Wanted):
@@ -78,18 +80,19 @@ class Start(Wanted):
 
 
 class Update(Strict):
-    """Change what the next chunk shows; what is left out stays."""
+    """Change what the next chunk shows; what is left out stays. The answer to it, yes or no, carries its ``id``."""
 
     type: Literal["update"]
+    id: int | None = Field(default=None, ge=0, le=MAX_SEED)
     prompt: Prompt | None = None
     negatives: Terms | None = None
     guidance: Method | None = None
     scale: Scale | None = None
-    recompute: bool | None = None
+    on_change: OnChange | None = None
 
     def applied_to(self, wanted: Wanted) -> Wanted:
         """The result; a new method without a scale takes the model's own."""
-        changes = {name: getattr(self, name) for name in self.model_fields_set - {"type"}}
+        changes = {name: getattr(self, name) for name in self.model_fields_set - {"type", "id"}}
         changes = {name: value for name, value in changes.items() if value is not None}
         if "guidance" in changes and changes["guidance"] != wanted.guidance:
             changes.setdefault("scale", None)
@@ -161,5 +164,5 @@ def describe_cue(cue: Cue) -> dict[str, Any]:
         "negatives": [dataclasses.asdict(negative) for negative in cue.negatives[0]],
         "guidance": cue.guidance.name if cue.guidance else "none",
         "scale": cue.guidance.scale if cue.guidance else None,
-        "recompute": bool(cue.recompute),
+        "on_change": cue.on_change,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -12,7 +13,7 @@ from nasa_video import __version__
 from nasa_video.errors import InputError
 from nasa_video.serve.hub import Hub
 from nasa_video.serve.outgoing import Outgoing
-from nasa_video.serve.protocol import PROTOCOL, ClientMessage, MessageError, Start, parse_message
+from nasa_video.serve.protocol import PROTOCOL, ClientMessage, MessageError, Start, Update, parse_message
 from nasa_video.serve.settings import MAX_CHANGES, MAX_NEGATIVES, MAX_PROMPT
 from nasa_video.serve.stream import LiveStream
 from nasa_video.serve.throttle import Bucket
@@ -90,26 +91,36 @@ class Session:
             received = await self.socket.receive()
             if received["type"] == "websocket.disconnect":
                 return
-            text = received.get("text")
-            if not self._bucket.take():
-                fault = ("too-fast", f"more than {self._bucket.rate:g} messages a second; this one was left out")
-            elif text is None:
-                fault = ("malformed", "messages are JSON text; binary ones only go to the client")
-            else:
-                try:
-                    await self._hear(parse_message(text))
-                    continue
-                except MessageError as error:
-                    fault = ("malformed", str(error))
-                except (InputError, Busy) as error:
-                    fault = ("busy" if isinstance(error, Busy) else "refused", str(error))
-            self.outgoing.say("error", code=fault[0], message=fault[1])
+            fault = await self._fault_of(received.get("text"))
+            if fault is None:
+                continue
+            self.outgoing.say("error", **fault)
             # Waiting messages are read without a pause: the sender's turn, so that a client hears why it is sent away.
             await asyncio.sleep(0)
             self._faults += 1
             if self._faults > MAX_FAULTS:
                 await self.socket.close(POLICY_VIOLATION, "too many refused messages")
                 return
+
+    async def _fault_of(self, text: str | None) -> dict[str, Any] | None:
+        """Take a message; what is wrong with it, if anything is."""
+        if not self._bucket.take():
+            return {
+                "code": "too-fast",
+                "message": f"more than {self._bucket.rate:g} messages a second; this one was left out",
+            }
+        if text is None:
+            return {"code": "malformed", "message": "messages are JSON text; binary ones only go to the client"}
+        try:
+            message = parse_message(text)
+        except MessageError as error:
+            return {"code": "malformed", "message": str(error)}
+        try:
+            await self._hear(message)
+        except (InputError, Busy) as error:
+            answers = {"id": message.id} if isinstance(message, Update) else {}
+            return {"code": "busy" if isinstance(error, Busy) else "refused", "message": str(error), **answers}
+        return None
 
     async def _hear(self, message: ClientMessage) -> None:
         if isinstance(message, Start):

@@ -264,9 +264,9 @@ class LiveStream:
         try:
             self._cues.change(update.applied_to(self._cues.wanted))
         except InputError as error:
-            self._outgoing.say("error", code="refused", message=str(error))
+            self._outgoing.say("error", code="refused", message=str(error), id=update.id)
         else:
-            self._outgoing.say("accepted", from_chunk=self._cues.next_chunk)
+            self._outgoing.say("accepted", from_chunk=self._cues.next_chunk, id=update.id)
             self._say_notes(self._cues)
 
     def _say_notes(self, cues: LiveCues) -> None:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, KVCache, ModelCall, SeededNoise, ShapeError
+from causvid_adapter import (
+    CausalWan,
+    ChunkSampler,
+    FlowMatchSchedule,
+    KVCache,
+    ModelCall,
+    OnChange,
+    SeededNoise,
+    ShapeError,
+)
 from causvid_adapter.kv_cache import RopeMode
 from nasa_video.text import TextContext
 
@@ -46,10 +56,10 @@ def video(
     frames: int,
     seeds: list[int] | None = None,
     prefix: Tensor | None = None,
-    recompute: Callable[[int], bool] | None = None,
+    on_change: Callable[[int], OnChange] | None = None,
 ) -> Tensor:
     noise = SeededNoise(seeds or [7], SHAPE)
-    chunks = sampler.stream(context, noise, num_frames=frames, prefix=prefix, recompute=recompute)
+    chunks = sampler.stream(context, noise, num_frames=frames, prefix=prefix, on_change=on_change)
     return torch.cat(list(chunks), dim=1)
 
 
@@ -193,17 +203,22 @@ def test_a_continued_video_is_the_uninterrupted_one(
     assert torch.equal(video(sampler, embeds, 6, prefix=whole[:, :6]), whole[:, 6:])
 
 
+def at(changed: int, change: OnChange) -> Callable[[int], OnChange]:
+    """What the sampler asks before each chunk, for a change at one of them."""
+    return lambda chunk: change if chunk == changed else "keep"
+
+
 def test_recomputing_under_the_same_prompt_changes_nothing(
     model: CausalWan, embeds: Tensor, distance: Distance
 ) -> None:
     sampler = ChunkSampler(model, SCHEDULE)
     asked: list[int] = []
 
-    def at_the_third(chunk: int) -> bool:
+    def at_the_third(chunk: int) -> OnChange:
         asked.append(chunk)
-        return chunk == 2
+        return "recompute" if chunk == 2 else "keep"
 
-    recomputed = video(sampler, embeds, 12, recompute=at_the_third)
+    recomputed = video(sampler, embeds, 12, on_change=at_the_third)
     assert asked == [1, 2, 3]
     assert distance(recomputed, video(sampler, embeds, 12)) < 1e-5
 
@@ -218,7 +233,7 @@ def test_recomputing_under_a_new_prompt_is_a_history_that_had_it(
     def prompts(chunk: int) -> Tensor:
         return new if chunk == 2 else old
 
-    switched = torch.cat(list(sampler.stream(prompts, noise, num_frames=9, recompute=lambda chunk: chunk == 2)), dim=1)
+    switched = torch.cat(list(sampler.stream(prompts, noise, num_frames=9, on_change=at(2, "recompute"))), dim=1)
     kept = torch.cat(list(sampler.stream(prompts, noise, num_frames=9)), dim=1)
     as_if_always_new = video(sampler, new, 3, prefix=switched[:, :6])
     assert distance(switched[:, 6:], as_if_always_new) < 1e-5
@@ -235,13 +250,68 @@ def test_recomputing_with_a_window_sees_the_same_frames(
     new_cache = model.new_cache
     model.new_cache = lambda *sizes: caches.append(new_cache(*sizes)) or caches[-1]  # type: ignore[method-assign, assignment, func-returns-value]
     keys: dict[str, Tensor] = {}
-    for name, recompute in (("kept", None), ("recomputed", lambda chunk: chunk == 5)):
-        video(sampler, embeds, 18, recompute=recompute)
+    for name, recompute in (("kept", None), ("recomputed", at(5, "recompute"))):
+        video(sampler, embeds, 18, on_change=recompute)
         keys[name] = caches[-1].history(0)[0].clone()
         assert caches[-1].next_frame == 15
     # The last chunk's history: keys of layer 0 depend on their own frame alone, up to where recomputed inputs differ.
     assert keys["recomputed"].shape == keys["kept"].shape
     assert torch.allclose(keys["recomputed"], keys["kept"], atol=1e-5)
+
+
+@pytest.mark.parametrize("rope", ["absolute", "window"])
+@pytest.mark.parametrize(("window", "sink"), [(None, 0), (9, 3), (12, 0)])
+def test_a_remade_window_is_that_of_a_video_which_had_the_new_prompt(
+    model: CausalWan, new_context: NewContext, window: int | None, sink: int, rope: RopeMode
+) -> None:
+    old, new = new_context([5]).embeds, new_context([4], seed=1).embeds
+    sampler = ChunkSampler(model, SCHEDULE, window_frames=window, sink_frames=sink, rope=rope)
+    noise = SeededNoise([7], SHAPE)
+
+    def prompts(chunk: int) -> Tensor:
+        return new if chunk >= 2 else old
+
+    calls: list[ModelCall] = []
+    remade = sampler.stream(prompts, noise, num_frames=12, before_call=calls.append, on_change=at(2, "remake"))
+    always_new = video(sampler, new, 12)
+    assert torch.equal(torch.cat(list(remade)[2:], dim=1), always_new[:, 6:])
+    assert [call.clean for call in calls if call.chunk == 2] == 2 * [False, False, True] + [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("window", "sink", "remade"), [(9, 3, [0, 4]), (6, 0, [4]), (12, 3, [0, 3, 4]), (10, 0, [2, 3, 4])]
+)
+def test_no_more_is_remade_than_the_chunk_looks_back_on(
+    model: CausalWan, embeds: Tensor, window: int, sink: int, remade: list[int]
+) -> None:
+    asked: list[int] = []
+
+    class Noise(SeededNoise):
+        def __call__(self, frames: range, step: int) -> Tensor:
+            if step == 0:
+                asked.append(frames.start // 3)
+            return super().__call__(frames, step)
+
+    sampler = ChunkSampler(model, SCHEDULE, window_frames=window, sink_frames=sink)
+    list(sampler.stream(embeds, Noise([7], SHAPE), num_frames=18, on_change=at(5, "remake")))
+    assert asked == [0, 1, 2, 3, 4, *remade, 5]
+
+
+def test_a_prefix_is_not_remade(model: CausalWan, new_context: NewContext, distance: Distance) -> None:
+    old, new = new_context([5]).embeds, new_context([4], seed=1).embeds
+    sampler = ChunkSampler(model, SCHEDULE)
+    noise = SeededNoise([7], SHAPE)
+    prefix = video(sampler, old, 3)
+
+    def prompts(chunk: int) -> Tensor:
+        return new if chunk >= 2 else old
+
+    def stream(**options: Any) -> Tensor:
+        return torch.cat(list(sampler.stream(noise=noise, num_frames=6, prefix=prefix, **options)), dim=1)
+
+    # The given chunk under the new prompt, the made one again: as if the prefix had been continued with it at once.
+    remade = stream(context=prompts, on_change=at(2, "remake"))
+    assert torch.equal(remade[:, 3:], stream(context=new)[:, 3:])
 
 
 def test_calls_are_announced_in_order(model: CausalWan, embeds: Tensor) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from nasa_video.errors import InputError, OutputError
 from nasa_video.guidance import Nag, Nasa, Negative
+from nasa_video.models import OnChange
 from nasa_video.pipeline import Chunk, VideoPipeline
 from nasa_video.serve.cues import LiveCues
 from nasa_video.serve.outgoing import LIMIT_BYTES, Gone, Outgoing
@@ -23,7 +24,7 @@ from nasa_video.serve.preview import Ring
 from nasa_video.serve.protocol import MessageError, Start, Update, Wanted, parse_message
 from nasa_video.serve.security import is_loopback
 from nasa_video.serve.shelf import Shelf
-from nasa_video.serve.throttle import Bucket
+from nasa_video.serve.throttle import Bucket, Buckets, client_of
 from nasa_video.serve.worker import Busy, Worker
 from nasa_video.timeline import Cue, Timeline, format_negative, parse_negative
 from nasa_video.video.push_sink import PushSink
@@ -243,7 +244,7 @@ def test_the_ring_keeps_the_newest_and_never_repeats() -> None:
 def test_a_timeline_says_what_changed_and_gives_the_same_cues(pipeline: VideoPipeline) -> None:
     cues = LiveCues(pipeline, Wanted(prompt="a ball"))
     history = [cues(0), cues(1)]
-    cues.change(Wanted(prompt="a ball", negatives=({"text": "red", "weight": 0.5},), scale=0.7, recompute=True))  # type: ignore[arg-type]
+    cues.change(Wanted(prompt="a ball", negatives=({"text": "red", "weight": 0.5},), scale=0.7, on_change="remake"))  # type: ignore[arg-type]
     assert cues.next_chunk == 2
     history.append(cues(2))
     cues.change(Wanted(prompt="a star", guidance="nag", scale=2.0))
@@ -278,31 +279,88 @@ def test_guidance_changes_by_name_or_scale(pipeline: VideoPipeline) -> None:
     assert pipeline.guide(Nasa(0.5), None, None) == Nasa(0.5)
 
 
-def test_a_recomputed_window_and_a_kept_one(pipeline: VideoPipeline) -> None:
-    """Kept: the keys of shown chunks stay. Recomputed: as if the window's chunks had been shown under the new text."""
+def test_every_client_has_its_bucket_and_there_are_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    buckets = Buckets(1, limit=3)
+    assert [buckets.take("loud") for _ in range(3)] == [True, True, False]
+    assert buckets.take("quiet")
+    assert [buckets.take(f"stranger {i}") for i in range(50)].count(True) == 3, "one of its own, two of the shared one"
+    assert len(buckets) == 3
+    assert not buckets.take("loud"), "a crowd does not make it be forgotten"
+    now[0] = 1.0
+    assert buckets.take("quiet")
+    assert not all(buckets.take("loud") for _ in range(2))
+    now[0] = 10.0
+    assert all(buckets.take(name) for name in ("new", "newer", "newest", "loud")), "what is full again makes room"
+    assert len(buckets) <= 3
+
+
+@pytest.mark.parametrize(
+    ("host", "client"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("::1", "::/64"),
+        ("::ffff:192.0.2.7", "::ffff:192.0.2.7"),
+        ("testclient", "testclient"),
+    ],
+)
+def test_a_client_is_an_address_or_a_network(host: str, client: str) -> None:
+    assert client_of({"client": (host, 1234)}) == client
+    assert client_of({"client": None}) == ""
+
+
+def test_what_becomes_of_the_window(pipeline: VideoPipeline) -> None:
+    """Kept: its keys stay. Recomputed: its chunks under the new text. Remade: those the new text would have given."""
     before, after = Cue.of("a red ball"), Cue.of("a blue star")
-    latents: dict[bool | None, list[Any]] = {}
+    latents: dict[OnChange | None, list[Any]] = {}
 
-    def video(recompute: bool | None, default: bool = False) -> list[Any]:
+    def video(on_change: OnChange | None, default: OnChange | None = None) -> list[Any]:
         def cues(chunk: int) -> Cue:
-            return before if chunk < 2 else Cue(after.prompts, after.negatives, None, recompute)
+            return before if chunk < 2 else Cue(after.prompts, after.negatives, None, on_change)
 
-        chunks = list(pipeline.stream("a", cues=cues, frames=45, recompute_window=default))
-        latents[recompute] = [chunk.latents for chunk in chunks]
+        chunks = list(pipeline.stream("a", cues=cues, frames=45, on_change=default))
+        latents[on_change] = [chunk.latents for chunk in chunks]
         return [chunk.frames for chunk in chunks]
 
-    kept, recomputed = video(False), video(True)
+    kept, recomputed, remade = video("keep"), video("recompute"), video("remake")
     for chunk in range(2):
         np.testing.assert_array_equal(kept[chunk], recomputed[chunk])
+        np.testing.assert_array_equal(kept[chunk], remade[chunk])
     assert (kept[2] != recomputed[2]).any()
-    # The promise itself: chunk 2 is what follows those two chunks in a video that was about the new text all along.
-    prefix = torch.cat(latents[True][:2], dim=1)
+    # The promise of recomputing: chunk 2 is what follows those two chunks in a video that was about the new text.
+    prefix = torch.cat(latents["recompute"][:2], dim=1)
     (of_new,) = (c.latents for c in pipeline.stream("a", cues=lambda chunk: after, frames=33, prefix=prefix))
-    away = {recompute: float((latents[recompute][2] - of_new).abs().max()) for recompute in (False, True)}
-    assert away[True] < 1e-5
-    assert away[False] > 30 * away[True], "kept keys still hold the old text"
-    np.testing.assert_array_equal(np.concatenate(video(None, default=True)), np.concatenate(recomputed))
-    np.testing.assert_array_equal(np.concatenate(video(False, default=True)), np.concatenate(kept))
+    away = {name: float((latents[name][2] - of_new).abs().max()) for name in ("keep", "recompute", "remake")}
+    assert away["recompute"] < 1e-5
+    assert away["keep"] > 30 * away["recompute"], "kept keys still hold the old text"
+    assert away["remake"] > 30 * away["recompute"], "other frames are remembered"
+    # The promise of remaking, where the window reaches back to the start: the video that was about it all along.
+    new = [chunk.latents for chunk in pipeline.stream("a", cues=lambda chunk: after, frames=45)]
+    for one, other in zip(latents["remake"][2:], new[2:], strict=True):
+        assert torch.equal(one, other)
+    np.testing.assert_array_equal(np.concatenate(video(None, "recompute")), np.concatenate(recomputed))
+    np.testing.assert_array_equal(np.concatenate(video("keep", "remake")), np.concatenate(kept))
+    assert pipeline.preset.sampler.on_change == "remake"
+    np.testing.assert_array_equal(np.concatenate(video(None)), np.concatenate(remade))
+
+
+def test_only_what_acts_touches_the_window(pipeline: VideoPipeline) -> None:
+    """A negative without a method, and a scale of zero, leave the video as it is to the bit."""
+    plain = Cue.of("a red ball", on_change="remake")
+    idle = [Cue.of("a red ball", "snow", None, "remake"), Cue.of("a red ball", "snow", Nasa(0), "remake")]
+    acting = [Cue.of("a red ball", "snow", Nasa(scale), "remake") for scale in (0.5, 1)]
+
+    def video(cues: list[Cue]) -> torch.Tensor:
+        chunks = pipeline.stream("a", cues=cues.__getitem__, frames=9 + 12 * 3)
+        return torch.cat([chunk.latents for chunk in chunks], dim=1)
+
+    assert torch.equal(video([plain, *idle, plain]), video([plain] * 4))
+    half, whole = acting
+    moved = video([half, half, whole, whole])
+    assert torch.equal(moved[:, :6], video([half] * 4)[:, :6])
+    assert torch.equal(moved[:, 6:], video([whole] * 4)[:, 6:]), "another scale is a change as well"
 
 
 def test_loopback() -> None:

@@ -50,7 +50,7 @@ def test_a_preview_shows_the_run_to_everybody(model_folder: Path, tmp_path: Path
 
 
 def _request(model: Path, to: str) -> StreamRequest:
-    return StreamRequest("a ball", ("red",), None, None, str(model), 3, None, 2.0, None, "cpu", None, False, to)
+    return StreamRequest("a ball", ("red",), None, None, str(model), 3, None, 2.0, None, "cpu", None, None, to)
 
 
 def test_a_stream_into_a_file(model_folder: Path, tmp_path: Path) -> None:

@@ -61,6 +61,44 @@ def test_each_negative_has_its_weight(server: Server, open_page: Any) -> None:
     timeline_says(page, ".how", ["unguided"])
 
 
+def test_a_refused_change_is_taken_back(server: Server, open_page: Any) -> None:
+    page = open_page(server.address)
+    play(page, prompt="a red ball")
+    add_negative(page, "snow")
+    timeline_says(page, ".term", ["snow"])
+    add_negative(page, "A red  BALL")
+    page.wait_for_selector("#notice[data-code=refused]")
+    assert "prompt itself" in page.inner_text("#notice")
+    assert page.locator(".chip .text").all_inner_texts() == ["snow"], "what holds is what is shown"
+    page.select_option("#guidance", "cfg")
+    until(page, "document.querySelector('#guidance').value === 'nasa'")
+    page.fill("#prompt", "snow")
+    page.press("#prompt", "Enter")
+    until(page, "document.querySelector('#prompt').value === 'a red ball'")
+    add_negative(page, "rain")
+    timeline_says(page, ".term", ["snow", "rain"])
+    assert page.is_hidden("#notice")
+    page.reload()
+    ready(page)
+    assert page.locator(".chip .text").all_inner_texts() == ["snow", "rain"]
+
+
+def test_what_the_window_does_is_chosen(server: Server, open_page: Any) -> None:
+    page = open_page(server.address)
+    ready(page)
+    assert page.input_value("#on-change") == "remake", "the model's own"
+    page.select_option("#on-change", "keep")
+    play(page)
+    (kept,) = server.hub.streams._things.values()
+    assert kept.stream.start.on_change == "keep"
+    page.select_option("#on-change", "recompute")
+    until(page, "document.body.dataset.accepted")
+    assert kept.stream.timeline().timeline[0].on_change == "keep"
+    page.reload()
+    ready(page)
+    assert page.input_value("#on-change") == "recompute"
+
+
 def go_to(page: Any, element: str) -> None:
     """With the Tab key alone."""
     for _ in range(60):

@@ -120,11 +120,11 @@ def test_changes_act_from_the_next_chunk_and_replay_to_the_same_frames(
     shown: list[np.ndarray[Any, Any]],
     tmp_path: Path,
 ) -> None:
-    client.start(seed=11, recompute=False)
+    client.start(seed=11, on_change="keep")
     changes: list[dict[str, Any]] = [
         {"negatives": [{"text": "ratio 16:9"}, {"text": "blue", "weight": 0.3}]},
-        {"prompt": "a blue star", "recompute": True},
-        {"guidance": "nag", "scale": 2.5},
+        {"prompt": "a blue star", "on_change": "remake"},
+        {"guidance": "nag", "scale": 2.5, "on_change": "recompute"},
         {"guidance": "none"},
         {"guidance": "vsf", "negatives": [{"text": "snow"}]},
         {"negatives": []},
@@ -191,7 +191,7 @@ def test_side_by_side_is_the_guided_and_the_unguided_stream(
 ) -> None:
     sent: list[np.ndarray[Any, Any]] = []
     monkeypatch.setattr(delivery.Delivery, "_send", lambda self, item: sent.append(item.sent))
-    started = client.start(negatives=[{"text": "red"}], compare=True, frames=21, recompute=True)
+    started = client.start(negatives=[{"text": "red"}], compare=True, frames=21, on_change="remake")
     assert started["width"] == 2 * 64
     client.watch(2)
     client.hear("ended")
@@ -252,7 +252,7 @@ def test_a_change_needs_no_memory_for_another_stream(client: Client, monkeypatch
         raise InputError("there is no memory for one more")
 
     monkeypatch.setattr(memory, "require", nothing_left)
-    client.send("update", negatives=[{"text": "red"}], recompute=True)
+    client.send("update", negatives=[{"text": "red"}], on_change="remake")
     accepted = client.hear("accepted")["from_chunk"]
     while (chunk := client.watch(1)[0])["index"] < accepted:
         pass

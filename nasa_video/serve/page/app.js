@@ -10,7 +10,7 @@ const percent = (value) => `${(100 * value).toFixed(value < 0.1 ? 1 : 0)} %`;
 
 const timeline = new TimelineView($("strip"), $("playhead"), $("segments"));
 const form = new Form(
-  (change) => running() && send({ type: "update", ...change }),
+  (change) => running() && send({ type: "update", id: form.sent(change), ...change }),
   () => running() && notice("This takes effect with the next start.", "start"),
 );
 let socket = null;
@@ -107,6 +107,7 @@ const hearing = {
     retry = 500;
     document.title = message.preview ? "nasa-video preview" : document.title;
     $("connection").textContent = "connected";
+    form.maxNegatives = message.limits.negatives;
     state("ready", 'Say what to show, then press "Start".');
     preview = message.preview ?? null;
     if (preview) {
@@ -150,8 +151,9 @@ const hearing = {
     player?.setRate(played);
     $("plays").textContent = played < 1 ? `${(played * stream.fps).toFixed(1)} of ${stream.fps} FPS` : `${stream.fps} FPS`;
   },
-  accepted({ from_chunk }) {
+  accepted({ from_chunk, id }) {
     notice("");
+    form.accepted(id);
     document.body.dataset.accepted = from_chunk;
   },
   note({ message }) {
@@ -162,8 +164,9 @@ const hearing = {
     else player?.resume();
     state(message.state);
   },
-  error({ code, message }) {
+  error({ code, message, id }) {
     notice(message, code);
+    form.refused(id);
     if (code === "busy") state("ready", "Start again in a while.");
   },
   ended({ reason, frames, stream: key }) {
@@ -178,6 +181,7 @@ const hearing = {
       "turn over": 'Others are waiting, so this stream has ended. Press "Start" to stand in line again.',
     }[reason];
     player?.end();
+    form.pending.clear();
     document.body.dataset.frames = frames;
     state("ended", why);
   },

@@ -12,6 +12,10 @@ export class Form {
     Object.assign(this, { changed, restart });
     this.negatives = [];
     this.models = [];
+    this.maxNegatives = 16;
+    this.pending = new Map(); // Changes that were sent and not answered yet, by their ids.
+    this.holds = {}; // What the running stream shows, as far as it has answered.
+    this.nextId = 0;
     this.restore();
     this.drawChips();
     this.listen();
@@ -49,7 +53,7 @@ export class Form {
       clearTimeout(this.sliding);
       this.sliding = setTimeout(() => this.tell({ scale: this.scale }), 120);
     });
-    $("recompute").addEventListener("change", () => this.tell({ recompute: $("recompute").checked }));
+    $("on-change").addEventListener("change", () => this.tell({ on_change: $("on-change").value }));
     $("dice").addEventListener("click", () => {
       $("seed").value = Math.floor(Math.random() * 1e6);
       this.restartNeeded();
@@ -71,7 +75,7 @@ export class Form {
       negatives: this.negatives,
       guidance: $("guidance").value,
       scale: this.scale,
-      recompute: $("recompute").checked,
+      on_change: $("on-change").value,
       compare: $("compare").checked,
       seed: Number($("seed").value),
       model: $("model").value || null,
@@ -83,11 +87,42 @@ export class Form {
   started() {
     clearTimeout(this.typing);
     clearTimeout(this.sliding);
+    this.pending.clear();
+    this.holds = structuredClone(this.start());
+  }
+
+  // The id of a change that is sent now.
+  sent(change) {
+    this.pending.set(this.nextId, structuredClone(change));
+    return this.nextId++;
+  }
+
+  accepted(id) {
+    Object.assign(this.holds, this.pending.get(id));
+    this.pending.delete(id);
+  }
+
+  // What was refused is taken back; what was typed since then stays.
+  refused(id) {
+    const change = this.pending.get(id);
+    if (!change) return;
+    this.pending.delete(id);
+    const now = structuredClone(Object.assign({}, this.holds, ...this.pending.values()));
+    if ("prompt" in change && $("prompt").value.trim() === change.prompt.trim()) $("prompt").value = now.prompt;
+    if ("negatives" in change) this.negatives = now.negatives;
+    if ("on_change" in change) $("on-change").value = now.on_change;
+    if ("guidance" in change || "scale" in change) {
+      $("guidance").value = now.guidance;
+      this.fitScale(now.scale);
+    }
+    this.drawChips();
+    this.store();
   }
 
   add(text) {
     $("negative").value = "";
     if (!text.trim() || this.negatives.some((term) => term.text === text.trim())) return;
+    if (this.negatives.length >= this.maxNegatives) return;
     this.negatives.push({ text: text.trim(), weight: 1 });
     this.negativesChanged();
   }
@@ -166,10 +201,12 @@ export class Form {
     );
     const known = models.some((model) => model.offered && model.name === before);
     $("model").value = known ? before : models[0].name;
-    this.modelChanged();
+    if ($("model").value !== this.fitted) this.modelChanged(); // After a lost connection everything stays as it was.
   }
 
   modelChanged() {
+    this.fitted = $("model").value;
+    $("on-change").value = this.stored?.on_change ?? this.model()?.on_change ?? "keep";
     this.fitScale(this.stored?.scale);
     this.drawChips();
   }
@@ -208,7 +245,7 @@ export class Form {
     $("prompt").value = values.prompt;
     this.negatives = values.negatives;
     $("guidance").value = values.guidance;
-    $("recompute").checked = values.recompute;
+    if (values.on_change) $("on-change").value = values.on_change;
     $("compare").checked = values.compare;
     $("seed").value = values.seed;
     $("media").value = values.media ?? "";

@@ -21,7 +21,7 @@ export class TimelineView {
 
   add(chunk) {
     this.frames = chunk.first_frame + chunk.frames;
-    const cue = JSON.stringify([chunk.prompt, chunk.negatives, chunk.guidance, chunk.scale, chunk.recompute]);
+    const cue = JSON.stringify([chunk.prompt, chunk.negatives, chunk.guidance, chunk.scale, chunk.on_change]);
     let segment = this.segments.at(-1);
     if (!segment || segment.cue !== cue) {
       segment = { cue, chunk, start: chunk.first_frame, firstIndex: chunk.index };
