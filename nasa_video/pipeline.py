@@ -234,13 +234,18 @@ class VideoPipeline:
         steps: int | None = None,
         width: int | None = None,
         height: int | None = None,
+        cues: CueOf | None = None,
+        on_change: OnChange | None = None,
     ) -> Iterator[Chunk]:
-        """Make a batch of videos at once, each equal to the one made alone with its prompt, negatives and seed."""
+        """Make a batch of videos at once, each equal to the one made alone with its prompt, negatives and seed.
+
+        Arguments as of :meth:`stream`; cues have as many prompts as ``prompts``.
+        """
         if len(seeds) != len(prompts):
             raise InputError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
         lists = tuple(as_negatives(n) for n in negatives) if negatives is not None else ((),) * len(prompts)
         cue = Cue(tuple(prompts), lists, guidance or (self.guidance() if any(lists) else None))
-        return self._plan(lambda index: cue, seeds, frames, False, steps, width, height)
+        return self._plan(cues or (lambda index: cue), seeds, frames, False, steps, width, height, on_change)
 
     def guidance(self, method: str = "nasa", scale: float | None = None) -> Guidance:
         """A method with this model's settings, and another scale where one is given.

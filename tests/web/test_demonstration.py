@@ -25,15 +25,16 @@ def sprites() -> str:
     return "sprites"
 
 
-def colour_goes(page: Any, shape: str, colour: str, seed: int, recompute: bool) -> bool | None:
+def colour_goes(page: Any, prompt: str, colour: str, seed: int, scale: float | None = None) -> bool | None:
     """Whether the colour goes in the first two chunks that its negative acts on, and stays in the unguided twin.
 
-    None where it was not shown.
+    None where it was not shown. The page does with the window what it does by itself.
     """
     ready(page)
     page.set_checked("#compare", True)
-    page.set_checked("#recompute", recompute)
-    play(page, prompt=f"a big {shape} on a dark background", seed=str(seed))
+    if scale is not None:
+        page.evaluate(f"document.querySelector('#scale').value = {scale}")
+    play(page, prompt=prompt, seed=str(seed))
     wait_for_frame(page, 12)
     before = colours(page)[1][colour]
     if before < SHOWN:
@@ -67,25 +68,36 @@ def test_the_measure_sees_each_half(browser: Any) -> None:
     assert right == pytest.approx({"red": 0, "green": 0, "blue": 1}, abs=0.02)
 
 
-@pytest.mark.xfail(
-    reason="the shipped model keeps what its window shows: with its present weights the colour was on the screen in 3 "
-    "of 6 videos and went in 1 of them",
-    strict=False,
-)
-def test_a_colour_goes_within_two_chunks_of_being_typed(
+def watch_all(server: Server, open_page: Any, seeds: tuple[int, ...], named: bool, scale: float | None) -> list[bool]:
+    """Whether the colour went, of each video that showed it."""
+    outcomes: dict[tuple[str, int], bool | None] = {}
+    for seed in seeds:
+        for shape, colour in SHAPES:
+            page = open_page(server.address)
+            page.evaluate("localStorage.clear()")
+            page.reload()
+            prompt = f"a big {f'{colour} ' if named else ''}{shape} on a dark background"
+            outcomes[shape, seed] = colour_goes(page, prompt, colour, seed, scale)
+            page.close()
+    print(outcomes)
+    return [gone for gone in outcomes.values() if gone is not None]
+
+
+def test_the_colour_that_the_prompt_names_goes_within_two_chunks(
     serve: Callable[..., Server], open_page: Any, sprites: str
 ) -> None:
     server = serve(models=(sprites,))
     server.hub.warm_up()
-    outcomes: dict[tuple[str, int], bool | None] = {}
-    for seed in (0, 1):
-        for number, (shape, colour) in enumerate(SHAPES):
-            page = open_page(server.address)
-            page.evaluate("localStorage.clear()")
-            page.reload()
-            outcomes[shape, seed] = colour_goes(page, shape, colour, seed, recompute=(seed + number) % 2 == 1)
-            page.close()
-    shown = [gone for gone in outcomes.values() if gone is not None]
-    print(outcomes)
-    assert len(shown) >= 4, f"the colour is on the screen before: {outcomes}"
-    assert sum(shown) >= len(shown) / 2, f"guidance moves most of them, not every one: {outcomes}"
+    went = watch_all(server, open_page, seeds=(0, 1), named=True, scale=1.5)
+    assert len(went) >= 5, "what the prompt names is on the screen"
+    assert sum(went) >= len(went) - 1
+
+
+def test_a_colour_that_nobody_asked_for_goes_at_the_scale_of_the_page(
+    serve: Callable[..., Server], open_page: Any, sprites: str
+) -> None:
+    server = serve(models=(sprites,))
+    server.hub.warm_up()
+    went = watch_all(server, open_page, seeds=(0, 1), named=False, scale=None)
+    assert len(went) >= 2, "a shape has its own colour often enough"
+    assert sum(went) >= len(went) - 1
