@@ -30,6 +30,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from socket import SHUT_RDWR
 from typing import Any
 
 import httpx
@@ -111,7 +112,7 @@ class Load:
             self.watch(socket, luck, leave=luck.uniform(1, 120) * self.fps)
             if luck.random() < 0.3:
                 self.count("cut without a word")
-                socket.socket.close()
+                socket.socket.shutdown(SHUT_RDWR)  # To close it would send nothing while its thread reads.
             elif luck.random() < 0.5:
                 socket.send('{"type": "stop"}')
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -22,6 +23,8 @@ from nasa_video.serve.worker import Busy
 log = logging.getLogger(__name__)
 MAX_FAULTS = 50
 """Refused messages after which a client is sent away."""
+END_SECONDS = 10.0
+"""How long a stream may take to send its last messages before another one starts."""
 POLICY_VIOLATION, TRY_LATER = 1008, 1013
 
 
@@ -139,7 +142,10 @@ class Session:
         if self.stream is not None:
             self.hub.worker.remove(self.stream)
             self.stream.close("stopped")
-            await asyncio.to_thread(self.stream.has_ended.wait, 10)
+            # Not in a thread: there are few of those, and a crowd of restarts would wait for one another.
+            deadline = time.monotonic() + END_SECONDS
+            while not self.stream.has_ended.is_set() and time.monotonic() < deadline:
+                await asyncio.sleep(0.02)
 
     def _leave(self) -> None:
         self.outgoing.close()
