@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -151,6 +151,18 @@ def make_plan(
     free, host = available(device), None if run.shared else available(torch.device("cpu"))
     run = replace(run, placement=_placement(run, free, host, request, placement))
     return Plan(run, estimate(run), device, free, host)
+
+
+def check_plan(plan: Plan, memory: str | None, say: Callable[[str], None]) -> Placement:
+    """Say a plan where it is worth a line, and refuse it where it does not fit; the placement otherwise.
+
+    Raises:
+        InputError: as :meth:`Plan.require`.
+    """
+    if plan.worth_a_line(memory):
+        say(plan.line())
+    plan.require()
+    return plan.placement
 
 
 def _run(

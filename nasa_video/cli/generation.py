@@ -26,7 +26,7 @@ from nasa_video.loading import DecoderKind, choose_device, default_dtype
 from nasa_video.models import DEFAULT_MODEL, OnChange, find_preset
 from nasa_video.pipeline import Chunk, CompileKind, VideoPipeline
 from nasa_video.placement import Placement, WeightKind
-from nasa_video.planning import PlanRequest, make_plan
+from nasa_video.planning import PlanRequest, check_plan, make_plan
 from nasa_video.recipe import (
     Recipe,
     StoredLora,
@@ -221,10 +221,7 @@ def _placement(
     )  # fmt: skip
     if plan is None:
         return Placement(cast(WeightKind, request.weights or "plain"), offload=bool(request.offload))
-    if request.rank == 0 and plan.worth_a_line(request.memory):
-        say(plan.line())
-    plan.require()
-    return plan.placement
+    return check_plan(plan, request.memory, say if request.rank == 0 else lambda line: None)
 
 
 def _texts(request: Request, stored: Recipe | None, timeline: Timeline | None) -> list[str]:

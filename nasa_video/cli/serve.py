@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from nasa_video.cli.console import say
-from nasa_video.cli.options import DeviceOption
+from nasa_video.cli.options import DeviceOption, MemoryOption
 
 
 def serve(
@@ -29,7 +29,13 @@ def serve(
     ] = None,
     device: DeviceOption = None,
     attention: Annotated[str, typer.Option(help="sdpa or xformers.")] = "sdpa",
-    streams: Annotated[int, typer.Option(min=1, help="Videos made at once, each with its own key-value cache.")] = 4,
+    memory: MemoryOption = None,
+    streams: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Videos made at once, each with its own key-value cache.", show_default="4, or what fits"
+        ),
+    ] = None,
     waiting: Annotated[int, typer.Option(min=0, help="Videos that may wait for a place.")] = 32,
     viewers: Annotated[int, typer.Option(min=1, help="Open pages.")] = 64,
     turn: Annotated[
@@ -53,7 +59,8 @@ def serve(
         attention=attention,  # type: ignore[arg-type]
         token=token or None,
         allowed_hosts=tuple(allow_host or ()),
-        max_streams=streams,
+        memory=memory,
+        max_streams=streams or ServeSettings.max_streams,
         max_waiting=waiting,
         max_sessions=viewers,
         turn_seconds=turn,
@@ -63,4 +70,4 @@ def serve(
         messages_per_second=messages,
         posts_per_second=posts,
     )
-    run_server(settings, host, port, browser, say)
+    run_server(settings, host, port, browser, say, fewer=streams is None)

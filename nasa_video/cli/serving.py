@@ -5,17 +5,20 @@ from __future__ import annotations
 import webbrowser
 from collections.abc import Callable
 
+from nasa_video.serve.places import plan_places
 from nasa_video.serve.server import Server
 from nasa_video.serve.settings import ServeSettings
 
 
-def run_server(settings: ServeSettings, host: str, port: int, browser: bool, say: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C.
+def run_server(
+    settings: ServeSettings, host: str, port: int, browser: bool, say: Callable[[str], None], *, fewer: bool = False
+) -> None:
+    """Serve until Ctrl-C; ``fewer`` offers only as many places as there is memory for.
 
     Raises:
-        NasaVideoError: the first model cannot be loaded, or the address cannot be listened at.
+        NasaVideoError: the first model cannot be loaded or does not fit, or the address cannot be listened at.
     """
-    server = Server(settings, host, port)
+    server = Server(plan_places(settings, say, fewer=fewer), host, port)
     name = settings.models[0]
     say(f"loading {name} ...")
     server.hub.warm_up()

@@ -18,7 +18,7 @@ from nasa_video.loading import choose_device, default_dtype
 from nasa_video.models import DEFAULT_MODEL, OnChange, find_preset
 from nasa_video.pipeline import Chunk, VideoPipeline
 from nasa_video.placement import Placement
-from nasa_video.planning import PlanRequest, make_plan
+from nasa_video.planning import PlanRequest, check_plan, make_plan
 from nasa_video.timeline import Cue, CueOf, Timeline, parse_negative
 from nasa_video.video import ffmpeg
 from nasa_video.video.base import VideoSink
@@ -133,12 +133,7 @@ def _placement(request: StreamRequest, name: str, say: Callable[[str], None]) ->
     device = choose_device(request.device)
     wanted = PlanRequest(endless=True, memory=request.memory, branches=2 if request.guidance == "cfg" else 1)
     plan = make_plan(find_preset(name), device, default_dtype(device), wanted)
-    if plan is None:
-        return Placement()
-    if plan.worth_a_line(request.memory):
-        say(plan.line())
-    plan.require()
-    return plan.placement
+    return Placement() if plan is None else check_plan(plan, request.memory, say)
 
 
 def _open(target: str, fps: float, scale: int, seed: int, model: str) -> VideoSink:

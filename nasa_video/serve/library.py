@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
 from nasa_video.errors import InputError
 from nasa_video.models import find_preset, video_presets
 from nasa_video.pipeline import VideoPipeline
+from nasa_video.placement import RESIDENT
+from nasa_video.planning import check_plan
+from nasa_video.serve.places import plan_streams
 from nasa_video.serve.settings import ServeSettings
+
+log = logging.getLogger(__name__)
 
 
 class Library:
@@ -35,12 +41,16 @@ class Library:
         """The pipeline, loaded now if it was not.
 
         Raises:
-            InputError: its weights are missing.
+            InputError: its weights are missing, or it does not fit beside what is loaded.
         """
+        settings = self.settings
         with self._lock:
             if name not in self._loaded:
+                # The places are the first one's; another model must find room for a stream beside it.
+                plan = plan_streams(settings, name, settings.max_streams if name == settings.models[0] else 1)
+                placement = RESIDENT if plan is None else check_plan(plan, settings.memory, log.info)
                 self._loaded[name] = VideoPipeline.from_pretrained(
-                    name, self.settings.device, attention=self.settings.attention
+                    name, settings.device, attention=settings.attention, placement=placement
                 )
             return self._loaded[name]
 

@@ -26,6 +26,7 @@ class ServeSettings:
         models: what clients may choose from, the first by default: presets, folders or hub ids, as the operator names
             them. Nothing that a client sends is ever opened.
         device, attention: as in ``VideoPipeline.from_pretrained``.
+        memory: see ``planning.MEMORY_CHOICES``; None is "full".
         token: needed by every client; None needs none (loopback only).
         allowed_hosts: names besides localhost and IP addresses that a browser may call the server by.
         max_sessions: open WebSockets.
@@ -44,6 +45,7 @@ class ServeSettings:
     models: tuple[str, ...] = (DEFAULT_MODEL,)
     device: str | None = None
     attention: Backend = "sdpa"
+    memory: str | None = None
     token: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     max_sessions: int = 64

@@ -19,6 +19,9 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from nasa_video.serve.places import plan_streams
+from nasa_video.serve.server import Server
+from nasa_video.serve.settings import ServeSettings
 from nasa_video.video.source import read_frames
 
 Run = Callable[..., Any]
@@ -57,6 +60,37 @@ def test_serve_where_another_one_listens(nasa_video: Run) -> None:
     assert outcome.status == 1
     assert "choose another --port" in outcome.stderr
     assert "Traceback" not in outcome.stderr
+
+
+def test_serve_offers_the_places_that_there_is_memory_for(
+    nasa_video: Run, monkeypatch: pytest.MonkeyPatch, model_folder: Path
+) -> None:
+    needs = {}
+    for streams in (1, 2, 3):
+        plan = plan_streams(ServeSettings(device="cpu"), str(model_folder), streams)
+        assert plan is not None
+        needs[streams] = plan.needs.peak
+    assert needs[1] < needs[2] < needs[3], "every stream has a history and a decoder of its own"
+    offered: list[int] = []
+    monkeypatch.setattr(Server, "serve_until_stopped", lambda server: offered.append(server.settings.max_streams))
+    common = ("serve", "--model", "{model}", "--port", "0", "--device", "cpu")
+
+    monkeypatch.setattr("nasa_video.planning.available", lambda device: needs[2])
+    outcome = nasa_video(*common)
+    assert (outcome.status, offered) == (0, [2])
+    assert "memory for 2 of 4 streams" in outcome.stderr
+    outcome = nasa_video(*common, "--streams", "3")
+    assert outcome.status == 1
+    assert "with 3 streams needs" in outcome.stderr
+    assert "--streams 2 would fit" in outcome.stderr
+    monkeypatch.setattr("nasa_video.planning.available", lambda device: needs[1] - 1)
+    outcome = nasa_video(*common)
+    assert outcome.status == 1
+    assert "loading" not in outcome.stderr, "before anything is loaded"
+    monkeypatch.setattr("nasa_video.planning.available", lambda device: 10**12)
+    outcome = nasa_video(*common, "--memory", "auto")
+    assert "memory on cpu" in outcome.stderr
+    assert offered == [2, 4]
 
 
 def test_serve_without_its_model(nasa_video: Run) -> None:
