@@ -207,12 +207,6 @@ class _Weights:
     rows: int
 
 
-def transformer_parameters(config: Mapping[str, Any], num_layers: int) -> int:
-    """Parameters of a Wan transformer."""
-    weights = _transformer_weights(_as_key(config))
-    return weights.outside + num_layers * weights.block
-
-
 def _transformer_bytes(run: Run) -> tuple[int, int]:
     """Bytes of the transformer's weights on the device, and waiting in the host's memory."""
     size, layers = run.dtype.itemsize, run.sizes.num_layers
