@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -143,11 +145,12 @@ def whole_clips() -> LatentClips:
 
 @pytest.mark.parametrize("short_share", [0.0, 1.0])
 def test_a_share_of_the_batches_holds_first_chunks_alone(tmp_path, monkeypatch, short_share):
-    shapes = []
+    shapes, weights = [], []
 
-    def record(model, batch, context, noise, levels, settings):
+    def record(model, batch, context, noise, levels, settings, sprite_weight):
         shapes.append((tuple(batch.latents.shape[:2]), levels.frames_per_chunk))
-        return flow_loss(model, batch, context, noise, levels, settings)
+        weights.append(sprite_weight)
+        return flow_loss(model, batch, context, noise, levels, settings, sprite_weight)
 
     monkeypatch.setattr("nasa_video.training.flow.flow_loss", record)
     monkeypatch.setattr("nasa_video.training.flow.compile_blocks", lambda model: None)
@@ -157,6 +160,28 @@ def test_a_share_of_the_batches_holds_first_chunks_alone(tmp_path, monkeypatch, 
     args = (tmp_path, 0, torch.device("cpu"), journal, Team())
     train_flow(settings, whole_clips(), first_chunks(), WordLlamaEncoder(8), *args)
     assert shapes == [((6, 3), None)] * 4 if short_share else [((2, 9), 3)] * 4
+    assert weights[:2] == [settings.sprite_weight] * 2
+    assert weights[2] > weights[3] == 0
+
+
+def test_a_small_sprite_counts_as_much_as_a_big_one():
+    """The same error everywhere in one clip or in another: the loss does not say which."""
+    clips = whole_clips()
+    clips.coverage[:] = 0
+    clips.coverage[::2, :, :, :3, :3] = 1
+    clips.coverage[1::2, :, :, :1, :1] = 1
+    batch = replace(clips.batch(2, 0), latents=torch.zeros(2, 9, 4, 4, 4), coverage=clips.coverage[:2].clone())
+    levels = draw_noise_levels(FlowTraining(), 2, 9, True, torch.Generator().manual_seed(0))
+
+    def loss(wrong: int) -> float:
+        def model(noisy, timestep, context, frames_per_chunk):
+            return (torch.arange(2) == wrong).float()[:, None, None, None, None].expand_as(noisy)
+
+        noise = torch.zeros_like(batch.latents)
+        return float(flow_loss(model, batch, torch.zeros(2, 1, 8), noise, levels, FlowTraining(), 8.0))
+
+    assert loss(0) == pytest.approx(loss(1))
+    assert loss(0) == pytest.approx(0.5)
 
 
 def test_a_first_chunk_alone_is_the_start_of_a_causal_clip(tiny):
