@@ -26,7 +26,7 @@ from nasa_video.training.checkpoint import Average, load_state, save_state
 from nasa_video.training.dataset import ClipBatch, LatentClips
 from nasa_video.training.flow import shifted
 from nasa_video.training.journal import Journal
-from nasa_video.training.latent_detector import LatentDetector, blurred_by_noise, stated_loss
+from nasa_video.training.latent_detector import LatentDetector, blurred_by_noise, spread_loss, stated_loss
 from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
 from nasa_video.training.parallel import Team
 
@@ -223,14 +223,18 @@ class Distillation:
         return values
 
     def _told(self, clip: Tensor, batch: ClipBatch, generator: torch.Generator) -> Tensor:
-        """What the latent detector would change of the clips, so that they show what their captions state."""
+        """What the latent detector would change of the clips.
+
+        So that they show what their captions state, and differ as the data does in what these leave open.
+        """
         settings = self.settings
         if self.detector is None or settings.told_weight == 0 or not any(batch.stated):
             return torch.zeros_like(clip)
         clip = clip.requires_grad_(True)
         with torch.enable_grad(), autocast(self.device):
             logits = self.detector(blurred_by_noise(clip, self.detector_noise, generator))
-        loss = stated_loss({n: v.float() for n, v in logits.items()}, batch.scenes.to(self.device), batch.stated)
+        told = ({n: v.float() for n, v in logits.items()}, batch.scenes.to(self.device), batch.stated)
+        loss = stated_loss(*told) + spread_loss(*told)
         (gradient,) = torch.autograd.grad(loss, clip)
         return torch.nan_to_num(settings.told_weight * gradient)
 

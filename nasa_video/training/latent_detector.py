@@ -93,6 +93,34 @@ def stated_loss(logits: dict[str, Tensor], scenes: Scenes, stated: Sequence[froz
     return total
 
 
+def spread_loss(logits: dict[str, Tensor], scenes: Scenes, stated: Sequence[frozenset[str]]) -> Tensor:
+    """How far the shares of what captions leave open are from the data's, over all attributes.
+
+    For each attribute the clips whose captions do not state it: cross-entropy of the mean of their predictions against
+    the shares in the scenes that the captions came from, times the number of these clips. It tells no single clip what
+    to show, only all of them together not to agree on a favourite.
+    """
+    goal = targets(scenes)
+    device = logits["flaws"].device
+    total = torch.zeros((), device=device)
+    for name, value in goal.items():
+        shown = logits[name].sigmoid() if value.dtype.is_floating_point else logits[name].softmax(1)
+        wanted = value.to(device)
+        if not value.dtype.is_floating_point:
+            wanted = nn_f.one_hot(wanted, shown.shape[1])
+        names = FLAWS if name == "flaws" else (name,) * shown.shape[1]
+        left = torch.tensor([[word not in words for word in names] for words in stated], device=device).float()
+        count = left.sum(0)
+        mean, share = ((x * left).sum(0) / count.clamp_min(1) for x in (shown, wanted))
+        if value.dtype.is_floating_point:
+            total = (
+                total + (count * nn_f.binary_cross_entropy(mean.clamp(1e-4, 1 - 1e-4), share, reduction="none")).sum()
+            )
+        else:
+            total = total - (count * share * mean.clamp_min(1e-4).log()).sum()
+    return total
+
+
 def train_latent_detector(
     settings: LatentDetectorTraining,
     clips: LatentClips,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from causvid_adapter import CausalWan
-from nasa_video.sprites.detectors import HEADS, Detector, DetectorNetwork, shows, truth
+from nasa_video.sprites.detectors import HEADS, Detector, DetectorNetwork, shows, targets, truth
 from nasa_video.sprites.vocabulary import nearest_known, unknown_words
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS, sample_scenes, sample_switches
 from nasa_video.text import WordLlamaEncoder
@@ -14,7 +14,7 @@ from nasa_video.training.dataset import LatentClips
 from nasa_video.training.distill import Distillation, DistillTraining, matching_direction, rollout
 from nasa_video.training.flow import FlowTraining, draw_noise_levels, flow_loss, new_transformer, train_flow
 from nasa_video.training.journal import Journal
-from nasa_video.training.latent_detector import LatentDetector, stated_loss
+from nasa_video.training.latent_detector import LatentDetector, spread_loss, stated_loss
 from nasa_video.training.optimiser import orthogonalise, warm_then_linear
 from nasa_video.training.parallel import Team
 from nasa_video.training.plan import load_plan
@@ -210,6 +210,31 @@ def test_the_student_rolls_out_first_chunks_alone_at_times(tiny, monkeypatch, sh
     game.iterate(1)
     assert rolled == [(clips, 3 if short_share else 9)]
     assert (game.student.transformer.proj_out.weight - before).abs().max() > 0
+
+
+def test_the_spread_is_told_to_all_clips_together():
+    """Shares like the data's cost least, whichever clips they fall on; stated attributes do not count."""
+    scenes = sample_scenes(64, torch.Generator().manual_seed(0))
+    never: list[frozenset[str]] = [frozenset()] * 64
+    right = {n: torch.zeros(64, size) for n, size in HEADS.items()}
+    for name, value in truth_logits(scenes).items():
+        right[name] = 20 * value
+    shifted_on = {n: v.roll(1, 0) for n, v in right.items()}
+    favourite = dict(right, size=20 * torch.tensor([0.0, 1.0]).expand(64, 2))
+    least = spread_loss(right, scenes, never)
+    torch.testing.assert_close(spread_loss(shifted_on, scenes, never), least)
+    assert spread_loss(favourite, scenes, never) > least + 5
+    told = [frozenset({"size"})] * 64
+    torch.testing.assert_close(spread_loss(favourite, scenes, told), spread_loss(right, scenes, told))
+
+
+def truth_logits(scenes) -> dict[str, torch.Tensor]:
+    """What a detector that is always right would say, +1 and -1."""
+    answers = {}
+    for name, value in targets(scenes).items():
+        row = value if value.dtype.is_floating_point else torch.nn.functional.one_hot(value, HEADS[name]).float()
+        answers[name] = 2 * row - 1
+    return answers
 
 
 def test_easy_clips_show_one_plain_sprite():
