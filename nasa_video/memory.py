@@ -7,30 +7,20 @@ Measured against real runs by ``scripts/measure_memory.py``; see docs/memory.md.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
 from causvid_adapter.kv_cache import capacity_frames
 from nasa_video.bench.flops import WanSizes
 from nasa_video.errors import InputError
+from nasa_video.free_memory import available as available
 from nasa_video.models import SamplerSettings
-from nasa_video.placement import LADDER, RESIDENT, Placement, is_quantised
+from nasa_video.part_sizes import decoder_numbers_per_pixel, transformer_sizes, vae_sizes
+from nasa_video.placement import LADDER, RESIDENT, Placement
 
-# Tensors of full size and base width that the decoder holds at once in its last stage; measured: 11.0 kB a pixel of
-# Wan 2.1's VAE in float32, which is 7.2 tensors of 96 channels and 4 pictures.
-DECODER_TENSORS = 7.2
-# The same of the tiny decoder, which decodes a latent frame at a time as well: 64 channels and 4 pictures.
-TINY_DECODER_TENSORS = 2.2
-TINY_DECODER_WIDTH = 64
 # Copies of a chunk's pictures: the decoder's pieces, put together, clamped, compared.
 PICTURE_COPIES = 4
 # What a CPU's kernels keep of the weights they last packed, and the C library of freed memory: a share of the weights,
@@ -164,13 +154,13 @@ def estimate(run: Run, *, loaded: bool = False) -> Estimate:
     vae_size = torch.bfloat16.itemsize if run.placement.half_decoder else run.vae_dtype.itemsize
     weights, waiting = _transformer_bytes(run)
     if run.decoded:
-        weights += _vae_sizes(run.vae).parameters * vae_size
+        weights += vae_sizes(run.vae).parameters * vae_size
     text_on_host = run.placement.text_on_cpu and not run.shared
     # Positions inside the window: every pass rotates the window's keys anew, in float32, a layer at a time.
     rotated = keys * sizes.dim * (size + 2 * 4) if run.sampler.rope == "window" else 0
     working = decoder_numbers_per_pixel(run.vae, run.tiny_decoder)
     shown = PICTURE_COPIES * 3 * int(run.vae["scale_factor_temporal"]) * run.sampler.frames_per_chunk
-    kept = 0.0 if run.tiny_decoder else _vae_sizes(run.vae).features_per_pixel
+    kept = 0.0 if run.tiny_decoder else vae_sizes(run.vae).features_per_pixel
     return Estimate(
         weights=0 if loaded else weights,
         text_encoder=0 if text_on_host else run.text_encoder,
@@ -197,20 +187,10 @@ def cache_frames(latent_frames: int | None, frames_per_chunk: int, window_frames
     return capacity_frames(frames_per_chunk, 0, window_frames, None if latent_frames is None else wanted)
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """Parameters of a transformer: outside its blocks, of a block, and of a block's matrices (with their rows)."""
-
-    outside: int
-    block: int
-    matrices: int
-    rows: int
-
-
 def _transformer_bytes(run: Run) -> tuple[int, int]:
     """Bytes of the transformer's weights on the device, and waiting in the host's memory."""
     size, layers = run.dtype.itemsize, run.sizes.num_layers
-    weights = _transformer_weights(_as_key(run.transformer))
+    weights = transformer_sizes(run.transformer)
     block = weights.block * size
     if run.placement.weights != "plain":
         # A byte a weight; a scale a row.
@@ -218,95 +198,6 @@ def _transformer_bytes(run: Run) -> tuple[int, int]:
     if not run.placement.offload or run.shared:
         return weights.outside * size + layers * block, 0
     return weights.outside * size + min(RESIDENT_BLOCKS, layers) * block, weights.outside * size + layers * block
-
-
-@lru_cache(maxsize=8)
-def _transformer_weights(config: str) -> _Weights:
-    with torch.device("meta"):
-        model = WanTransformer3DModel(**{**json.loads(config), "num_layers": 1})
-    total = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.blocks.parameters())
-    matrices = [module.weight for name, module in model.named_modules() if is_quantised(name, module)]
-    return _Weights(total - block, block, sum(w.numel() for w in matrices), sum(w.shape[0] for w in matrices))
-
-
-@dataclass(frozen=True)
-class _VaeSizes:
-    parameters: int
-    features_per_pixel: float
-
-
-def _vae_sizes(config: Mapping[str, Any]) -> _VaeSizes:
-    return _measure_vae(_as_key(config))
-
-
-@lru_cache(maxsize=8)
-def _measure_vae(config: str) -> _VaeSizes:
-    with torch.device("meta"), torch.no_grad():
-        vae = AutoencoderKLWan(**json.loads(config))
-        features: list[Any] = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
-        # From the third latent frame on the features keep their size.
-        for first in (True, False, False):
-            frame = vae.decoder(torch.empty(1, vae.config.z_dim, 1, 4, 4), features, [0], first_chunk=first)
-    pixels = (vae.config.patch_size or 1) ** 2 * frame.shape[-1] * frame.shape[-2]
-    kept = sum(feature.numel() for feature in features if isinstance(feature, torch.Tensor))
-    return _VaeSizes(sum(p.numel() for p in vae.parameters()), kept / pixels)
-
-
-def decoder_numbers_per_pixel(config: Mapping[str, Any], tiny: bool = False) -> float:
-    """Numbers that a decoder works with for every pixel of a picture, beside the features that it keeps."""
-    pictures = int(config["scale_factor_temporal"])
-    if tiny:
-        return TINY_DECODER_TENSORS * TINY_DECODER_WIDTH * pictures
-    width = int(config.get("decoder_base_dim") or config["base_dim"])
-    return DECODER_TENSORS * width * pictures / (config.get("patch_size") or 1) ** 2
-
-
-def _as_key(config: Mapping[str, Any]) -> str:
-    return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True)
-
-
-def available(device: torch.device) -> int | None:
-    """Free bytes that a run can take on a device; None where that cannot be known."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type == "cpu":
-        return _free_on_machine()
-    return None
-
-
-def _free_on_machine() -> int | None:
-    try:
-        rows = dict(row.split(":", 1) for row in Path("/proc/meminfo").read_text().splitlines() if ":" in row)
-        free = int(rows["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError, IndexError):
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (OSError, ValueError, AttributeError):
-            return None
-    limits = [room for room in (_room_in_container(*names) for names in _CONTAINER_FILES) if room is not None]
-    return min([free, *limits])
-
-
-_CONTAINER_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-    ),
-)
-
-
-def _room_in_container(limit: str, used: str, statistics: str) -> int | None:
-    """Bytes left under a container's limit; what the page cache holds can be had back."""
-    try:
-        room = int(Path(limit).read_text()) - int(Path(used).read_text())
-        rows = dict(row.split() for row in Path(statistics).read_text().splitlines())
-        return max(0, room + int(rows.get("inactive_file", 0)))
-    except (OSError, ValueError):
-        return None
 
 
 @dataclass(frozen=True)

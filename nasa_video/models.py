@@ -2,112 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.resources
-import json
 import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from huggingface_hub import hf_hub_download, snapshot_download
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from nasa_video.errors import InputError
-from nasa_video.stored import MODELS_FOLDER, WEIGHT_SUFFIXES, find_file, find_folder
+from nasa_video.sources import Source as Source
+from nasa_video.sources import Strict as Strict
+from nasa_video.sources import package_root
+from nasa_video.stored import WEIGHT_SUFFIXES
 
 DEFAULT_MODEL = "sprites"
-
-
-class Strict(BaseModel):
-    """Settings in which an unknown key is an error, and which do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Source(Strict):
-    """Where one component's weights come from: exactly one of ``package``, ``path`` or ``repo``.
-
-    Attributes:
-        package: folder inside the installed package.
-        path: file or folder on this machine.
-        repo, file, folder: hub repository, and the file or folder in it.
-        also: the same weights in other repositories or layouts, as ``owner/name/path``: taken where they are on this
-            machine, never downloaded.
-        bytes: size of the download, as its source states it.
-    """
-
-    package: str | None = None
-    path: Path | None = None
-    repo: str | None = None
-    file: str | None = None
-    folder: str | None = None
-    also: tuple[str, ...] = ()
-    bytes: int | None = None
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Source:
-        if sum(place is not None for place in (self.package, self.path, self.repo)) != 1:
-            raise ValueError("give exactly one of package, path, repo")
-        if self.repo is not None and (self.file is None) == (self.folder is None):
-            raise ValueError("a repo needs either a file or a folder")
-        return self
-
-    @property
-    def description(self) -> str:
-        """The place, for people."""
-        if self.package is not None:
-            return f"{self.package}, shipped in the package"
-        if self.path is not None:
-            return str(self.path)
-        size = f" ({self.bytes / 1e9:.2f} GB)" if self.bytes else ""
-        return f"{self.repo}/{self.file or self.folder}{size}"
-
-    def find(self) -> Path | None:
-        """The local path when it is here, without asking the network."""
-        if self.package is not None:
-            path = package_root() / self.package
-            return path if path.exists() else None
-        if self.path is not None:
-            return self.path if self.path.exists() else None
-        assert self.repo is not None
-        found = find_file(self.repo, self.file) if self.file else find_folder(self.repo, str(self.folder))
-        if found is not None:
-            return found
-        for place in self.also:
-            owner, name, inside = place.split("/", 2)
-            find = find_file if inside.endswith(WEIGHT_SUFFIXES) else find_folder
-            found = find(f"{owner}/{name}", inside)
-            if found is not None:
-                return found
-        return None
-
-    def fetch(self) -> Path:
-        """The local path, downloaded from the hub when it is not here.
-
-        Raises:
-            InputError: it is not here and cannot be had; the message says how to bring it.
-        """
-        path = self.find()
-        if path is not None:
-            return path
-        if self.repo is None:
-            raise InputError(f"{self.package or self.path} is missing; {self._remedy()}")
-        try:
-            if self.file is not None:
-                return Path(hf_hub_download(self.repo, self.file))
-            return Path(snapshot_download(self.repo, allow_patterns=[f"{self.folder}/*"])) / str(self.folder)
-        except Exception as error:  # the hub client raises many unrelated types; each means "not to be had"
-            raise InputError(
-                f"{self.description} is not on this machine and could not be downloaded ({type(error).__name__}). "
-                f"Where there is a network, run: nasa-video models pull NAME --to FOLDER; bring the folder here, and "
-                f"set {MODELS_FOLDER}=FOLDER"
-            ) from error
-
-    def _remedy(self) -> str:
-        if self.package is not None:
-            return "train it with: python scripts/train_sprites.py"
-        return "give a path that exists"
 
 
 class WordLlamaText(Strict):
@@ -280,11 +189,6 @@ class VideoPreset(Strict):
         return all(source.find() is not None for source in self.components.sources)
 
 
-def package_root() -> Path:
-    """Folder of the installed package."""
-    return Path(str(importlib.resources.files("nasa_video")))
-
-
 def configs_dir() -> Path:
     """Folder of the presets: inside the wheel, or beside the package in a checkout."""
     packaged = package_root() / "configs"
@@ -333,6 +237,8 @@ def find_preset(model: str | os.PathLike[str]) -> VideoPreset:
     Raises:
         InputError: it is none of them; the message lists what there is.
     """
+    from nasa_video.own_models import preset_of_checkpoint, preset_of_folder, preset_of_repository
+
     presets = video_presets()
     if str(model) in presets:
         return presets[str(model)]
@@ -349,122 +255,3 @@ def find_preset(model: str | os.PathLike[str]) -> VideoPreset:
         f"unknown model {str(model)!r}; use a preset ({', '.join(presets)}), a checkpoint file, a folder, or a hub id "
         "owner/name"
     )
-
-
-# Where the parts that a bare generator needs are published, by its latent channels: Wan 2.1 (and 2.2's 14B), Wan 2.2's
-# 5B with its own VAE. All read prompts with the same encoder.
-_VAE_REPOSITORIES = {16: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 48: "Wan-AI/Wan2.2-TI2V-5B-Diffusers"}
-
-
-def preset_of_checkpoint(path: Path) -> VideoPreset:
-    """Any causal Wan 2.1 or 2.2 generator in one file; its sizes are read off its tensors.
-
-    It runs Self-Forcing's loop, the most common one, at its size; a preset file of its own says otherwise (see
-    configs/video, ``transformer: {path: FILE}``). VAE and text encoder are the published ones of its family.
-
-    Raises:
-        InputError: it takes more than noise and text (image-to-video), or is of a family without a published VAE.
-        CheckpointError: it is broken, or no Wan generator.
-    """
-    from causvid_adapter.checkpoint import infer_config, read_shapes, to_diffusers, unwrap
-
-    config = infer_config(to_diffusers(unwrap(read_shapes(path)), source=str(path)))
-    channels = config["in_channels"]
-    if channels != config["out_channels"]:
-        raise InputError(
-            f"{path} takes {channels} channels and makes {config['out_channels']}: it is an image-to-video generator, "
-            "which wants a picture beside the noise; use a text-to-video one, which --image gives a first picture"
-        )
-    if channels not in _VAE_REPOSITORIES:
-        known = " or ".join(str(number) for number in _VAE_REPOSITORIES)
-        raise InputError(
-            f"{path} works on {channels} latent channels, the published VAEs on {known}; name its VAE in a preset file"
-        )
-    base = video_presets()["self-forcing"]
-    vae = Source(repo=_VAE_REPOSITORIES[channels], folder="vae")
-    components = base.components.model_copy(
-        update={
-            "transformer": Source(path=path.absolute()),
-            "vae": vae if channels != 16 else base.components.vae,
-            "tiny_decoder": base.components.tiny_decoder if channels == 16 else None,
-            "config": config,
-        }
-    )
-    update: dict[str, Any] = {"name": path.stem, "title": str(path), "licence": "see where the file is from"}
-    if channels == 48:
-        update["video"] = VideoSettings(width=1280, height=704, fps=24, frames=81)
-    return base.model_copy(update={**update, "components": components})
-
-
-def preset_of_repository(repo: str) -> VideoPreset:
-    """A hub repository with ``preset.yaml`` or in diffusers' layout; only its configs are downloaded here.
-
-    Raises:
-        InputError: it is not on this machine and cannot be had, or is neither.
-    """
-    root = os.environ.get(MODELS_FOLDER)
-    if root and Path(root, repo).is_dir():
-        return preset_of_folder(Path(root, repo))
-    try:
-        configs = Path(snapshot_download(repo, allow_patterns=["preset.yaml", "*/config.json"]))
-    except Exception as error:  # see Source.fetch
-        raise InputError(
-            f"{repo} is not on this machine and could not be downloaded from the hub ({type(error).__name__}). "
-            f"Presets: {', '.join(video_presets())}"
-        ) from error
-    return preset_of_folder(configs, repo)
-
-
-def preset_of_folder(folder: Path, repo: str | None = None) -> VideoPreset:
-    """A folder with ``preset.yaml`` (its relative paths count from there), or in diffusers' pipeline layout.
-
-    The latter runs Self-Forcing's loop, the most common one among causal Wan checkpoints. With ``repo`` the folder
-    holds a repository's configs, and the weights are still in the repository.
-    """
-    own = folder / "preset.yaml"
-    if own.is_file():
-        return _with_root(parse_preset(own), folder, repo)
-    parts = ("transformer", "vae", "text_encoder", "tokenizer")[: 4 if repo is None else 3]
-    missing = [part for part in parts if not (folder / part).is_dir()]
-    if missing:
-        raise InputError(
-            f"{repo or folder} has neither a preset.yaml nor diffusers' layout: {', '.join(missing)} missing; "
-            "see configs/video for examples of a preset"
-        )
-    base = video_presets()["self-forcing"]
-    components = Components(
-        transformer=Source(path=Path("transformer")),
-        vae=Source(path=Path("vae")),
-        text_encoder=Umt5Text(kind="umt5", path=Path("text_encoder")),
-        config=_diffusers_config(folder / "transformer" / "config.json"),
-    )
-    update = {"name": folder.name if repo is None else repo, "title": str(repo or folder)}
-    update["licence"] = "see the folder" if repo is None else f"see the card of {repo}"
-    return _with_root(base.model_copy(update={**update, "components": components}), folder, repo)
-
-
-def _diffusers_config(path: Path) -> dict[str, Any] | None:
-    """A model's config without diffusers' own notes; None where it cannot be read, which is said when it is loaded."""
-    try:
-        return {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("_")}
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def _with_root(preset: VideoPreset, folder: Path, repo: str | None) -> VideoPreset:
-    """The preset with its relative paths inside the folder, or inside the repository."""
-
-    def rooted(part: Any) -> Any:
-        if not isinstance(part, Source) or part.path is None or part.path.is_absolute():
-            return part
-        if repo is None:
-            return part.model_copy(update={"path": folder / part.path})
-        kind = "file" if part.path.suffix in WEIGHT_SUFFIXES else "folder"
-        return part.model_copy(update={"path": None, "repo": repo, kind: part.path.as_posix()})
-
-    parts = preset.components
-    update: dict[str, Any] = {
-        name: rooted(getattr(parts, name)) for name in ("transformer", "vae", "text_encoder", "tiny_decoder")
-    }
-    components = parts.model_copy(update={**update, "loras": tuple(rooted(lora) for lora in parts.loras)})
-    return preset.model_copy(update={"components": components})

@@ -12,14 +12,10 @@ whoever runs the same jobs into the same folder (a second try, another shard, an
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
-import re
 import shutil
-import socket
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +25,10 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import Field, JsonValue, ValidationError
 
 from nasa_video.errors import InputError, OutputError
+from nasa_video.evaluation.shards import Shard as Shard
+from nasa_video.evaluation.whole_files import explained, host_name, is_whole, remove_orphans, settle
+from nasa_video.evaluation.whole_files import file_sha256 as file_sha256
+from nasa_video.evaluation.whole_files import write_atomically as write_atomically
 from nasa_video.models import Strict
 from nasa_video.recipe import StoredGuidance, StoredNegative
 
@@ -37,8 +37,6 @@ ENGINES: tuple[Engine, ...] = ("local", "ray")
 Measured = dict[str, Any]
 """What a worker measured while it made an output: JSON values by name."""
 _WORK_FOLDER = ".work"
-# Containers may share a host's name and not see each other's processes; what is younger may be theirs.
-_ORPHAN_SECONDS = 3600.0
 
 
 class Job(Strict):
@@ -160,7 +158,7 @@ class Store:
             size = stored["bytes"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        if not same or (record.output is not None and not _is_whole(record.output, size, record.sha256)):
+        if not same or (record.output is not None and not is_whole(record.output, size, record.sha256)):
             return None
         return record
 
@@ -185,7 +183,7 @@ class Store:
                 if not made.is_file() or not made.stat().st_size:
                     raise OutputError(f"the job {job.id} left no file; this is a fault of {type(worker).__name__}")
                 digest, size = file_sha256(made), made.stat().st_size
-                _settle(made, output)
+                settle(made, output)
             entry = {
                 "id": job.id,
                 "job": job.model_dump(mode="json"),
@@ -194,18 +192,18 @@ class Store:
                 "measured": measured,
             }
             written = folder / "record"
-            with _explained(self.record_path(job)):
+            with explained(self.record_path(job)):
                 written.write_text(json.dumps(entry, indent=1, sort_keys=True), encoding="utf-8")
-            _settle(written, self.record_path(job))
+            settle(written, self.record_path(job))
         return Record(job, json.loads(json.dumps(measured)), output, digest)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """A fresh folder beside the outputs, gone afterwards; what killed processes of this machine left goes too."""
         root = self.folder / _WORK_FOLDER
-        _remove_orphans(root)
-        folder = root / f"{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        with _explained(folder):
+        remove_orphans(root)
+        folder = root / f"{host_name()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        with explained(folder):
             folder.mkdir(parents=True)
         try:
             yield folder
@@ -213,54 +211,6 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
                 root.rmdir()
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Part ``index`` (from 0) of ``count``; each job is in exactly one."""
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise InputError(
-                f"a shard is i/n with i from 0 to n - 1, got {self.index}/{self.count}; "
-                f"the {self.count} shards are 0/{self.count} to {self.count - 1}/{self.count}"
-                if self.count > 0
-                else f"a shard is i/n with n of 1 or more, got {self.index}/{self.count}"
-            )
-
-    @classmethod
-    def choose(cls, text: str | None, environment: Mapping[str, str] | None = None) -> Shard:
-        """The shard ``i/n`` that was asked for; else the one of torchrun's or Slurm's variables; else everything.
-
-        RANK and WORLD_SIZE come before SLURM_PROCID and SLURM_NTASKS.
-
-        Raises:
-            InputError: neither ``i/n`` nor variables that make one.
-        """
-        if text is not None:
-            return cls._parse(text, "--shard")
-        environment = os.environ if environment is None else environment
-        for index, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-            if index in environment and count in environment:
-                return cls._parse(f"{environment[index]}/{environment[count]}", f"{index}/{count}")
-        return cls()
-
-    @classmethod
-    def _parse(cls, text: str, source: str) -> Shard:
-        found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
-        if found is None:
-            raise InputError(f"{source} must be i/n, such as 0/4 for the first of four shards, got {text!r}")
-        return cls(int(found[1]), int(found[2]))
-
-    def of(self, jobs: Sequence[Any]) -> list[Any]:
-        """This shard's jobs: every ``count``-th, so that shards are of like size and mix."""
-        return list(jobs[self.index :: self.count])
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
 
 
 @dataclass
@@ -401,83 +351,3 @@ def read_manifest(path: Path) -> list[GenerationJob]:
             raise InputError(f"{path}, line {number}, was changed: its id is {written}, its content's is {job.id}")
         jobs.append(job)
     return jobs
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or as it was.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    part = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(path.parent, f".{glob.escape(path.name)}.*.part")
-        try:
-            part.write_text(text, encoding="utf-8")
-            _settle(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, 64 hex digits."""
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _settle(part: Path, path: Path) -> None:
-    """Flush to the disk, then give the final name: after a power cut no name stands for half a file."""
-    with _explained(path):
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-
-
-def _is_whole(path: Path, size: int, sha256: str | None) -> bool:
-    try:
-        return path.stat().st_size == size and file_sha256(path) == sha256
-    except OSError:
-        return False
-
-
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "_", socket.gethostname()) or "host"
-
-
-def _remove_orphans(root: Path, pattern: str = "*") -> None:
-    """Remove scratch of processes of this machine that are no more; names end in ``host-process-…``."""
-    for leftover in root.glob(pattern):
-        found = re.search(rf"{_host()}-(\d+)-\w+(\.part)?$", leftover.name)
-        if found is None or _runs(int(found[1])) or _age(leftover) < _ORPHAN_SECONDS:
-            continue
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
-
-
-def _age(path: Path) -> float:
-    """Seconds since a file or folder changed; 0 where it has just gone."""
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

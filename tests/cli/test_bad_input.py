@@ -171,7 +171,7 @@ def test_missing_weights_of_the_shipped_model_say_how_to_train_them(
     nasa_video: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert video_presets()["sprites"].present
-    monkeypatch.setattr("nasa_video.models.package_root", lambda: Path("/nonexistent"))
+    monkeypatch.setattr("nasa_video.sources.package_root", lambda: Path("/nonexistent"))
     done = nasa_video("generate", "a red ball", "-o", "a.mp4")
     assert done.status == 1
     assert "is missing; train it with: python scripts/train_sprites.py" in " ".join(done.stderr.split())

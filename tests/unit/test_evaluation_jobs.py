@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from nasa_video.errors import InputError, OutputError
-from nasa_video.evaluation import jobs as jobs_module
+from nasa_video.evaluation import whole_files
 from nasa_video.evaluation.jobs import (
     GenerationJob,
     Outcome,
@@ -176,7 +176,7 @@ def _run_until_killed(work: list[GenerationJob], folder: Path, log: Path, point:
         return call
 
     try:
-        jobs_module.os.replace, jobs_module.os.fsync = watched(replace), watched(fsync)  # type: ignore[attr-defined]
+        whole_files.os.replace, whole_files.os.fsync = watched(replace), watched(fsync)  # type: ignore[attr-defined]
         run_jobs(work, Store(folder, ".txt"), partial(Writer, log, pass_by))
     except BaseException:
         os._exit(1)
@@ -205,7 +205,7 @@ def test_a_run_killed_at_random_points_gives_the_same_table(
     outcome = run_jobs(work, Store(folder, ".txt"), partial(Writer, log))
     assert (outcome.found, outcome.made) == (6, 0)
     assert [row[1:] for row in table(outcome)] == [row[1:] for row in expected]
-    monkeypatch.setattr(jobs_module, "_ORPHAN_SECONDS", -1.0)
+    monkeypatch.setattr(whole_files, "_ORPHAN_SECONDS", -1.0)
     store.make(job(99), Writer(log))  # sweeps up what killed processes left
     assert not (folder / ".work").exists()
     assert (
@@ -268,7 +268,7 @@ def test_the_manifest_comes_back_and_shows_changes(tmp_path: Path) -> None:
 def test_what_killed_writers_left_is_swept_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = os.fork()
     if not child:
-        jobs_module.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[attr-defined, assignment]
+        whole_files.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[attr-defined, assignment]
         write_atomically(tmp_path / "a", "new")
         os._exit(0)
     os.waitpid(child, 0)
@@ -276,7 +276,7 @@ def test_what_killed_writers_left_is_swept_up(tmp_path: Path, monkeypatch: pytes
     (tmp_path / f".a.otherhost-{child}-0123.part").write_text("of a machine that may still write it")
     write_atomically(tmp_path / "a", "new")
     assert len(list(tmp_path.iterdir())) == 3, "it may be a container's that shares our name"
-    monkeypatch.setattr(jobs_module, "_ORPHAN_SECONDS", -1.0)
+    monkeypatch.setattr(whole_files, "_ORPHAN_SECONDS", -1.0)
     write_atomically(tmp_path / "a", "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".a.otherhost-{child}-0123.part", "a"]
 
@@ -286,7 +286,7 @@ def test_a_full_disk_is_an_output_error(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     write_atomically(tmp_path / "a", "old")
-    monkeypatch.setattr(jobs_module.os, "fsync", full)  # type: ignore[attr-defined]
+    monkeypatch.setattr(whole_files.os, "fsync", full)  # type: ignore[attr-defined]
     with pytest.raises(OutputError, match="No space left"):
         write_atomically(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"

@@ -16,6 +16,7 @@ from nasa_video.errors import InputError
 from nasa_video.guidance import ClassifierFree
 from nasa_video.memory import Run, cache_frames, estimate, fitting_sizes, require
 from nasa_video.models import find_preset
+from nasa_video.part_sizes import vae_sizes
 from nasa_video.pipeline import VideoPipeline
 
 CAUSVID = find_preset("causvid")
@@ -81,7 +82,7 @@ def test_weights_and_features_are_those_of_the_real_models(
     for _ in range(3):
         decoder.decode(torch.zeros(1, 3, 4, 6, 8))
     kept = sum(f.numel() for f in decoder._features if isinstance(f, torch.Tensor))
-    assert memory._vae_sizes(run.vae).features_per_pixel * 64 * 48 == kept
+    assert vae_sizes(run.vae).features_per_pixel * 64 * 48 == kept
     assert estimate(run).features == 4 * kept
 
 
