@@ -16,7 +16,7 @@ from hub_server import Hub, serving
 from safetensors.torch import save_file
 from tiny_wan import any_wan, preset_file, write_generator, write_transformer, write_wan22_vae
 
-from nasa_video.models import MODELS_FOLDER
+from nasa_video.stored import MODELS_FOLDER
 from nasa_video.video.source import read_frames
 
 Run = Callable[..., Any]
