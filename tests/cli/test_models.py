@@ -13,8 +13,10 @@ import yaml
 from diffusers import AutoencoderKLWan
 from hub_server import Hub, serving
 
-from nasa_video import downloads, models
-from nasa_video.models import configs_dir
+from nasa_video import downloads
+from nasa_video.errors import InputError
+from nasa_video.models import configs_dir, parse_preset
+from nasa_video.stored import MODELS_FOLDER
 
 Run = Callable[..., Any]
 TINY = "lightx2v/Autoencoders/taew2_1.pth"
@@ -54,7 +56,7 @@ def test_pull_brings_what_is_needed_and_never_asks_again(
     assert (folder / "vae/w.safetensors").read_bytes() == b"vae/w.safetensors" * 50
     assert not (folder / "text_encoder/w.bin").exists(), "the pickled copy is left out"
     assert not (folder / "README.md").exists()
-    monkeypatch.setenv(models.MODELS_FOLDER, "here")
+    monkeypatch.setenv(MODELS_FOLDER, "here")
     seen = len(hub.requests)
     assert nasa_video("models", "pull", "self-forcing", "--yes", "--mirror", hub.url).status == 0
     rows = {row["name"]: row for row in nasa_video("models", "--json").json}
@@ -82,7 +84,7 @@ def test_half_a_folder_is_no_model_and_is_completed(nasa_video: Run, hub: Hub, m
         hub.files[f"{wan}/{part}"] = part.encode() * 50
     # The second half arrives damaged: config and first half are there, the rest is not.
     hub.damage = f"{wan}/m-00002-of-00002.safetensors"
-    monkeypatch.setenv(models.MODELS_FOLDER, "here")
+    monkeypatch.setenv(MODELS_FOLDER, "here")
     words = ("models", "pull", "self-forcing", "--yes", "--mirror", hub.url, "--to", "here")
     assert nasa_video(*words).status == 1
     assert Path("here", wan, "m-00001-of-00002.safetensors").exists()
@@ -102,7 +104,7 @@ def test_the_tiny_decoder_comes_along_and_nothing_fails_without_it(
     done = nasa_video(*words)
     assert done.status == 0, done.stderr
     assert "without --decoder tiny" in done.stderr
-    monkeypatch.setenv(models.MODELS_FOLDER, "here")
+    monkeypatch.setenv(MODELS_FOLDER, "here")
     check = nasa_video("models", "check", "self-forcing")
     assert check.status == 0
     assert "missing, for --decoder tiny only: lightx2v/Autoencoders/taew2_1.pth" in check.stdout
@@ -131,7 +133,7 @@ def test_no_network_says_the_ways_out(nasa_video: Run) -> None:
     done = nasa_video("models", "pull", "causvid", "--yes", "--mirror", "http://127.0.0.1:9", "--to", "here")
     assert done.status == 1
     assert "--mirror" in done.stderr
-    assert models.MODELS_FOLDER in done.stderr
+    assert MODELS_FOLDER in done.stderr
 
 
 def test_a_full_disk_is_noticed_before_the_download(nasa_video: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +171,7 @@ def test_check_reads_a_folder(nasa_video: Run) -> None:
 
 def test_every_shipped_preset_is_valid_and_complete() -> None:
     for path in (configs_dir() / "video").glob("*.yaml"):
-        preset = models.parse_preset(path)
+        preset = parse_preset(path)
         assert preset.name == path.stem
         assert set(preset.guidance) == {"nasa", "nag", "vsf", "cfg"}
         assert preset.sampler.timesteps(preset.sampler.default_steps)
@@ -183,14 +185,14 @@ def test_unknown_keys_are_named_with_their_place(tmp_path: Path) -> None:
     data = yaml.safe_load((configs_dir() / "video" / "causvid.yaml").read_text())
     data["sampler"]["shfit"] = 3
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(data))
-    with pytest.raises(models.InputError, match=r"sampler\.shfit"):
-        models.parse_preset(tmp_path / "p.yaml")
+    with pytest.raises(InputError, match=r"sampler\.shfit"):
+        parse_preset(tmp_path / "p.yaml")
 
 
 def test_verify_compares_size_and_hash(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"abc")
     downloads.verify(path, downloads.HubFile("r", "f", 3, hashlib.sha256(b"abc").hexdigest()))
-    with pytest.raises(models.InputError, match="bytes instead of 4"):
+    with pytest.raises(InputError, match="bytes instead of 4"):
         downloads.verify(path, downloads.HubFile("r", "f", 4, None))
     assert not path.exists()
