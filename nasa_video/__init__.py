@@ -42,4 +42,13 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    from nasa_video.misfit import misfit
+
+    try:
+        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    except Exception as error:
+        known = misfit(error)
+        if known is None:
+            raise
+        raise known from error
+    return getattr(home, name)

@@ -18,6 +18,7 @@ def _run() -> None:
     _quiet_libraries()
     from nasa_video.cli.app import app
     from nasa_video.cli.console import emit_json, fail, is_user_error, message_of
+    from nasa_video.misfit import misfit
 
     try:
         app()
@@ -26,9 +27,10 @@ def _run() -> None:
             emit_json({"error": "these options cannot be used; standard error says which"})
         raise
     except Exception as error:
-        if not is_user_error(error):
+        known = misfit(error) or error
+        if not is_user_error(known):
             raise
-        fail(message_of(error))
+        fail(message_of(known))
         sys.exit(1)
 
 

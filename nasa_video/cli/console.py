@@ -41,10 +41,13 @@ def emit_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
 
 def is_user_error(error: BaseException) -> bool:
     """Whether an error is one that a person caused and can mend, so that its message is enough."""
-    from causvid_adapter.errors import CausvidAdapterError
     from nasa_video.errors import NasaVideoError
 
-    return isinstance(error, NasaVideoError | CausvidAdapterError)
+    if isinstance(error, NasaVideoError):
+        return True
+    from causvid_adapter.errors import CausvidAdapterError
+
+    return isinstance(error, CausvidAdapterError)
 
 
 @contextmanager
