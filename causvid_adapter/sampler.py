@@ -111,6 +111,7 @@ class ChunkSampler:
         *,
         num_frames: int | None = None,
         prefix: Tensor | None = None,
+        made_frames: int = 0,
         source: Tensor | None = None,
         first_step: int = 0,
         before_call: Callable[[ModelCall], None] | None = None,
@@ -124,11 +125,13 @@ class ChunkSampler:
                 ``num_frames`` streams without end.
             num_frames: latent frames to generate, the prefix not counted.
             prefix: clean latents (B, T0, C, H, W) to continue; T0 is a multiple of frames_per_chunk.
+            made_frames: latent frames at the end of the prefix that an interrupted stream like this one had made: its
+                window becomes what it was then.
             source: clean latents (B, T, C, H, W) of a video to start from instead of pure noise (video to video);
                 they are noised to the timestep of ``first_step``, and the steps before it are left out.
             before_call: told of every model call before it is made.
             on_change: asked before each chunk but the first: what becomes of the window. The prompt of the window's
-                new keys is this chunk's. A prefix cannot be remade: its keys are recomputed.
+                new keys is this chunk's. A given prefix cannot be remade: its keys are recomputed.
 
         Raises:
             ShapeError: a length that is not whole chunks.
@@ -141,19 +144,21 @@ class ChunkSampler:
             num_frames = noise.first_frame + noise.num_frames - offset
         self._check_whole_chunks("num_frames", num_frames)
         self._check_whole_chunks("the prefix", offset)
+        self._check_whole_chunks("the made part of the prefix", made_frames)
+        given = offset - made_frames
         if source is not None and num_frames is None:
             num_frames = source.shape[1] - offset
         total_frames = None if num_frames is None else offset + num_frames
         rollout = _Rollout(
-            self, noise, source, first_step, offset, context, before_call, on_change is not None, total_frames
+            self, noise, source, first_step, given, context, before_call, on_change is not None, total_frames
         )
         total = None if total_frames is None else total_frames // size
         for chunk in count() if total is None else range(total):
+            if on_change is not None and chunk > 0 and chunk * size >= given:
+                rollout.renew(chunk, on_change(chunk))
             if prefix is not None and chunk * size < offset:
                 rollout.keep(prefix[:, chunk * size : (chunk + 1) * size], chunk)
                 continue
-            if on_change is not None and chunk > 0:
-                rollout.renew(chunk, on_change(chunk))
             x = rollout.denoise(chunk)
             yield x
             # After the yield: whoever shows the frames need not wait for it, and the last chunk does not need it.

@@ -105,7 +105,9 @@ class LongVideo:
         before = given if overlap is None else overlap
         if overlap is not None and given is not None:
             before = torch.cat([overlap, given.to(overlap.device)], dim=1)
-        latents_of = self._stream(rollout, before)
+        # Of what an earlier run of this video has made, the part that is in this rollout.
+        made = 0 if given is None else start.given - max(rollout.first, start.given - start.shown_prefix)
+        latents_of = self._stream(rollout, before, made)
         director = self.director
         while True:
             # Installed around the model's calls and not around the yield: between two chunks, and when a caller drops
@@ -126,7 +128,7 @@ class LongVideo:
         """The transformer in which guidance is installed."""
         return self.director.model.transformer
 
-    def _stream(self, rollout: Rollout, before: Tensor | None) -> Iterator[Tensor]:
+    def _stream(self, rollout: Rollout, before: Tensor | None, made_frames: int) -> Iterator[Tensor]:
         """The sampler's own stream of a rollout, which counts from the rollout's start."""
         shift = rollout.shift
         shift_chunks = shift // self.sampler.frames_per_chunk
@@ -141,6 +143,7 @@ class LongVideo:
             ShiftedNoise(self.noise, shift) if shift else self.noise,
             num_frames=None if rollout.end is None else rollout.end - shift - known,
             prefix=before,
+            made_frames=made_frames,
             source=None if source is None else source[:, shift : rollout.end],
             first_step=self.first_step,
             before_call=announce,

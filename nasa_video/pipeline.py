@@ -208,7 +208,8 @@ class VideoPipeline:
                 new frames.
             source: latents (1, T, C, h, w) of a video to redraw, one for every frame.
             strength: how much of it is redrawn, above 0 to 1: that share of the steps is run.
-            shown_prefix: latent frames at the end of the prefix that are decoded and yielded again, in whole chunks.
+            shown_prefix: latent frames at the end of the prefix that an interrupted run of this video had made, in
+                whole chunks: they are decoded and yielded again.
             rollout: pictures after which a long video starts anew from its last chunk (see
                 causvid_adapter.rollouts); None takes the preset's, 0 makes one rollout of all.
 

@@ -297,6 +297,29 @@ def test_no_more_is_remade_than_the_chunk_looks_back_on(
     assert asked == [0, 1, 2, 3, 4, *remade, 5]
 
 
+@pytest.mark.parametrize("change", ["keep", "recompute", "remake"])
+@pytest.mark.parametrize(("window", "sink", "rope"), [(None, 0, "absolute"), (9, 3, "window")])
+def test_an_interrupted_stream_goes_on_with_the_window_that_it_had(
+    model: CausalWan, new_context: NewContext, window: int | None, sink: int, rope: RopeMode, change: OnChange
+) -> None:
+    old, new = new_context([5]).embeds, new_context([4], seed=1).embeds
+    sampler = ChunkSampler(model, SCHEDULE, window_frames=window, sink_frames=sink, rope=rope)
+
+    def stream(frames: int, **options: Any) -> Tensor:
+        noise = SeededNoise([7], SHAPE)
+        prompts = lambda chunk: new if chunk >= 3 else old  # noqa: E731
+        chunks = sampler.stream(prompts, noise, num_frames=frames, on_change=at(3, change), **options)
+        return torch.cat(list(chunks), dim=1)
+
+    given = video(sampler, new, 3)
+    for start in ({}, {"prefix": given}):
+        known = 3 if start else 0
+        whole = stream(18 - known, **start)
+        for made in (6, 12):  # Before the change, and after it.
+            prefix = torch.cat([*start.values(), whole[:, :made]], dim=1)
+            assert torch.equal(stream(18 - known - made, prefix=prefix, made_frames=made), whole[:, made:])
+
+
 def test_a_prefix_is_not_remade(model: CausalWan, new_context: NewContext, distance: Distance) -> None:
     old, new = new_context([5]).embeds, new_context([4], seed=1).embeds
     sampler = ChunkSampler(model, SCHEDULE)

@@ -346,6 +346,24 @@ def test_what_becomes_of_the_window(pipeline: VideoPipeline) -> None:
     np.testing.assert_array_equal(np.concatenate(video(None)), np.concatenate(remade))
 
 
+@pytest.mark.parametrize("rollout", [0, 33])
+@pytest.mark.parametrize("on_change", ["recompute", "remake"])
+def test_an_interrupted_video_goes_on_as_if_nothing_had_been(
+    pipeline: VideoPipeline, on_change: OnChange, rollout: int
+) -> None:
+    before, after = Cue.of("a red ball"), Cue.of("a blue star")
+
+    def video(**start: Any) -> list[Chunk]:
+        cues = lambda chunk: before if chunk < 2 else after  # noqa: E731
+        return list(pipeline.stream("a", cues=cues, frames=69, on_change=on_change, rollout=rollout, **start))
+
+    whole = video()
+    prefix = torch.cat([chunk.latents for chunk in whole[:4]], dim=1)
+    for one, other in zip(video(prefix=prefix, shown_prefix=12), whole, strict=True):
+        assert torch.equal(one.latents, other.latents)
+        np.testing.assert_array_equal(one.frames, other.frames)
+
+
 def test_only_what_acts_touches_the_window(pipeline: VideoPipeline) -> None:
     """A negative without a method, and a scale of zero, leave the video as it is to the bit."""
     plain = Cue.of("a red ball", on_change="remake")
