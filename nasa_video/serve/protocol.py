@@ -13,7 +13,7 @@ from nasa_video.pipeline import VideoPipeline
 from nasa_video.serve.settings import MAX_NEGATIVE, MAX_NEGATIVES, MAX_PROMPT
 from nasa_video.timeline import Cue
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised when a client written for the last one would no longer understand the server."""
 MAX_SEED = 2**53 - 1
 """Largest whole number that a browser holds exactly."""
