@@ -3,14 +3,17 @@
 A client of a warm server that nobody else uses starts a stream; the time until the first bytes that hold a picture have
 come, less what the model took for the first chunk. `beyond_cpu_ms` is what all that work costs in CPU time, the
 encoder's start and the client included, less the model's: on an idle machine nothing takes longer than that unless it
-waits, on a busy one it says what part of `beyond_ms` was waiting for a CPU. The last line is JSON.
+waits, on a busy one it says what part of `beyond_ms` was waiting for a CPU. With `--browser` it is Chromium's page that
+starts the streams, and the picture is on its screen. Lists are least, median and most. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import threading
@@ -81,14 +84,40 @@ def first_picture(server: Server, media: str) -> dict[str, float]:
     return {"chunk": chunk, "beyond": arrived - chunk, "beyond_cpu": used - TimedStream.model_cpu}
 
 
+def page_of(server: Server, stack: contextlib.ExitStack) -> Any:
+    """The live page in Debian's Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = stack.enter_context(sync_playwright()).chromium
+    browser = chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+    stack.callback(browser.close)
+    page = browser.new_page()
+    page.goto(server.address)
+    page.wait_for_selector("body[data-state=ready]")
+    page.evaluate("document.querySelector('details').open = true")
+    return page
+
+
+def picture_on_screen(page: Any, media: str) -> dict[str, float]:
+    """Of one stream of the page, from the click to the screen; in seconds."""
+    page.select_option("#media", media)
+    page.click("#start")
+    page.wait_for_selector("body[data-first-picture]", timeout=120_000)
+    whole, chunk = (float(page.evaluate(f"document.body.dataset.{name}")) for name in ("firstPicture", "firstChunk"))
+    page.click("#stop")
+    page.wait_for_selector("body[data-state=ended]")
+    return {"chunk": chunk, "beyond": whole - chunk}
+
+
 def main() -> None:
     """Measure every way to send pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=5)
     parser.add_argument("--model", help="a tiny random one, if left out")
     parser.add_argument("--media", nargs="+", default=[*PICTURES], choices=[*PICTURES])
+    parser.add_argument("--browser", action="store_true")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         model = options.model or str(write_tiny_model(Path(folder), default_steps=1))
         server = Server(ServeSettings(models=(model,)), port=0, make_hub=TimedHub)
         server.hub.warm_up()
@@ -97,16 +126,19 @@ def main() -> None:
         while not server.started:
             time.sleep(0.05)
         report: dict[str, Any] = {"model": options.model or "tiny, random"}
+        page = page_of(server, stack) if options.browser else None
         for media in options.media:
             runs = []
             for _ in range(options.count + 1):
-                runs.append(first_picture(server, media))
-                settle(server)
+                runs.append(picture_on_screen(page, media) if page else first_picture(server, media))
+                if page is None:
+                    settle(server)
             del runs[0]  # What is loaded at the first use of an encoder is loaded once.
             report[media] = {
                 f"{name}_ms": [round(1000 * f(run[name] for run in runs)) for f in (min, statistics.median, max)]
                 for name in runs[0]
             }
+        stack.close()
         server.should_exit = True
         thread.join(20)
     report["machine"] = f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
