@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +28,13 @@ from causvid_adapter import (
     normalize,
 )
 from causvid_adapter.lora import merge_lora
-from causvid_adapter.rollouts import overlap_latents, overlap_pictures
+from causvid_adapter.rollouts import overlap_latents
 from causvid_adapter.vae_checkpoint import load_vae
 from nasa_video import memory
 from nasa_video.attention import Backend, make_attend
-from nasa_video.decoding import DecodeQueue, Made
+from nasa_video.chunks import Chunk as Chunk
+from nasa_video.chunks import ChunkDecoder, DecodedChunk
+from nasa_video.decoding import DecodeQueue
 from nasa_video.director import Director
 from nasa_video.errors import InputError
 from nasa_video.guidance import GUIDANCE, ClassifierFree, Guidance
@@ -49,37 +50,11 @@ from nasa_video.loading import (
 from nasa_video.long_video import Beginning, LongVideo
 from nasa_video.models import SamplerSettings, VideoPreset, find_preset
 from nasa_video.placement import RESIDENT, Placement, place
-from nasa_video.steering import Effect
 from nasa_video.text import TextEncoder
 from nasa_video.timeline import Cue, CueOf, Negatives, as_negatives
-from nasa_video.video.frames import frames_from_tensor, tensor_from_frames
+from nasa_video.video.frames import tensor_from_frames
 
 CompileKind = Literal["off", "on", "graphs"]
-# Decoders overshoot a little on any clean picture; only more than this counts as out of range.
-RANGE_MARGIN = 0.05
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Finished frames of one chunk.
-
-    Attributes:
-        index: from 0.
-        frames: (F, H, W, 3) uint8 RGB; (B, F, H, W, 3) from ``stream_batch``.
-        latents: (B, T, C, h, w), normalised.
-        cue: what it was made for.
-        effect: what guidance did since the video's start; None while nothing was guided.
-        own_effect: what it did since the chunk before was finished; None where nothing was guided.
-        out_of_range: share of colour values that the decoder put beyond black or white by more than 5 %, one a sample.
-    """
-
-    index: int
-    frames: np.ndarray[Any, np.dtype[np.uint8]]
-    latents: Tensor
-    cue: Cue
-    effect: Effect | None
-    out_of_range: list[float]
-    own_effect: Effect | None = None
 
 
 class VideoPipeline:
@@ -393,7 +368,9 @@ class VideoPipeline:
             settings.rope,
         )
         noise = SeededNoise(seeds, (channels, latent_height, latent_width), self.model.device)
-        queue = DecodeQueue(self._new_decode(), self.decode_ahead, self.model.device)
+        queue = DecodeQueue(
+            ChunkDecoder(self.vae, self._new_decoder, settings.frames_per_chunk), self.decode_ahead, self.model.device
+        )
 
         def overlap_of(tail: Tensor) -> Tensor:
             return overlap_latents(self.vae, tail, queue.latest().tail)
@@ -426,7 +403,7 @@ class VideoPipeline:
         )
         memory.require(run, memory.available(self.model.device), str(self.model.device), loaded=True)
 
-    def _decoded(self, video: LongVideo, queue: DecodeQueue[_Decoded]) -> Iterator[Chunk]:
+    def _decoded(self, video: LongVideo, queue: DecodeQueue[DecodedChunk]) -> Iterator[Chunk]:
         with queue:
             for made in video.chunks():
                 for done in queue.put(made):
@@ -435,33 +412,3 @@ class VideoPipeline:
             for done in queue.rest():
                 if done.shown:
                     yield done.chunk
-
-    def _new_decode(self) -> Callable[[Made], _Decoded]:
-        """Decodes the chunks of one video, in order."""
-        size, stride = self.preset.sampler.frames_per_chunk, self.vae.config.scale_factor_temporal
-        decoder = self._new_decoder(self.vae)
-
-        def decode(made: Made) -> _Decoded:
-            nonlocal decoder
-            if made.restart is not None:
-                decoder = self._new_decoder(self.vae)
-                decoder.decode(made.restart.to(self.vae.device))
-            pictures = decoder.decode(made.latents.to(self.vae.device), clamp=False)
-            out_of_range = (pictures.abs() > 1 + RANGE_MARGIN).float().mean(dim=(1, 2, 3, 4))
-            frames = np.stack([frames_from_tensor(sample) for sample in pictures])
-            tail = pictures[:, -overlap_pictures(size, stride)].clamp(-1, 1).clone()
-            chunk = Chunk(
-                made.index, frames, made.latents, made.cue, made.effect, out_of_range.tolist(), made.own_effect
-            )
-            return _Decoded(chunk, made.shown, tail)
-
-        return decode
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    """A chunk; ``tail`` is the picture (B, 3, H, W) with which another rollout would begin."""
-
-    chunk: Chunk
-    shown: bool
-    tail: Tensor
