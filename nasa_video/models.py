@@ -136,6 +136,17 @@ class SamplerSettings(Strict):
         update = {"window_frames": window, "sink_frames": sink, "rope": rope or self.rope}
         return self.model_copy(update=update)
 
+    def without_end(self, rollout_frames: int | None, window_frames: int) -> SamplerSettings:
+        """The same loop for a video without end, whose memory must have one.
+
+        Args:
+            rollout_frames: of the video; with rollouts, or a window of its own, nothing changes.
+            window_frames: what a loop gets that would remember everything.
+        """
+        if rollout_frames is not None or self.window_frames is not None:
+            return self
+        return self.model_copy(update={"window_frames": window_frames})
+
     def timesteps(self, num_steps: int) -> tuple[float, ...]:
         """The timesteps of a step count.
 

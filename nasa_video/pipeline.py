@@ -172,7 +172,8 @@ class VideoPipeline:
             guidance: the method; None takes the preset's NASA when there is a negative.
             seed: the noise follows from it alone.
             frames: length; None takes the preset's. See :meth:`check_frames`.
-            endless: go on until the caller stops.
+            endless: go on until the caller stops. A loop without a window and rollouts gets a window of the preset's
+                length, since its memory would grow without end.
             steps: denoising steps a chunk; None takes the preset's.
             width, height: in pixels; None takes the preset's.
             cues: what each chunk shows, instead of prompt, negative and guidance (see Timeline.cues).
@@ -355,7 +356,9 @@ class VideoPipeline:
         first_step = start.first_step(num_steps)
         start.check(latent_frames, settings.frames_per_chunk, (channels, latent_height, latent_width))
         rollout_frames = self.check_rollout(rollout)
-        self._check_memory(cue_of(0), len(seeds), latent_frames, latent_width, latent_height, rollout_frames)
+        if endless:
+            settings = settings.without_end(rollout_frames, self.check_frames(None))
+        self._check_memory(cue_of(0), len(seeds), latent_frames, latent_width, latent_height, rollout_frames, settings)
         director = Director(
             self.model, self.text_encoder, self.attend, self.fold_padding, cue_of, on_change or settings.on_change
         )
@@ -379,15 +382,16 @@ class VideoPipeline:
         return self._decoded(video, queue)
 
     def _check_memory(
-        self, cue: Cue, batch: int, latent_frames: int | None, width: int, height: int, rollout_frames: int | None
-    ) -> None:
+        self, cue: Cue, batch: int, latent_frames: int | None, width: int, height: int, rollout_frames: int | None,
+        settings: SamplerSettings,
+    ) -> None:  # fmt: skip
         """Refuse what cannot fit on the device (latent width and height)."""
         prompts = 1 + max(len(negatives) for negatives in cue.negatives)
         stride = self.vae.config.scale_factor_spatial
         run = memory.Run(
             self.model.transformer.config,
             self.vae.config,
-            self.preset.sampler,
+            settings,
             width * stride,
             height * stride,
             memory.frames_of_rollout(latent_frames, rollout_frames),

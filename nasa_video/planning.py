@@ -177,9 +177,12 @@ def _run(
     if request.rollout is not None:
         rollout = (request.rollout - 1) // stride + 1 if request.rollout > 0 else None
     latent_frames = frames_of_rollout(None if request.endless else (frames - 1) // stride + 1, rollout)
+    sampler = preset.sampler
+    if request.endless:
+        sampler = sampler.without_end(rollout, (video.frames - 1) // stride + 1)
     prompts = 2 if request.prompts is None else len(request.prompts)
     run = Run(
-        transformer, vae, preset.sampler, width, height, latent_frames, dtype,
+        transformer, vae, sampler, width, height, latent_frames, dtype,
         caches=request.branches,
         decoders=request.videos,
         processes=request.processes,

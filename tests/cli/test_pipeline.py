@@ -125,7 +125,12 @@ def test_the_clean_pass_can_be_left_unguided(pipeline: VideoPipeline) -> None:
     assert not np.array_equal(everywhere[1].frames, without[1].frames)
 
 
-def test_a_window_bounds_the_cache(pipeline: VideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("window", [None, 0], ids=["the model's", "none"])
+def test_a_window_bounds_the_cache(
+    pipeline: VideoPipeline, monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """Also where the model remembers everything: without end, it gets a window."""
+    pipeline = pipeline.with_sampler(pipeline.preset.sampler.with_window(window, window, None))
     made = []
     new_cache = pipeline.model.new_cache
     monkeypatch.setattr(pipeline.model, "new_cache", lambda *a, **k: made.append(new_cache(*a, **k)) or made[-1])

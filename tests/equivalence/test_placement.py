@@ -211,6 +211,16 @@ def test_memory_chooses_and_single_settings_replace_the_choice(monkeypatch: pyte
         plan(memory="4")
 
 
+def test_a_plan_without_end_has_a_window_or_rollouts() -> None:
+    for name, window in (("self-forcing", 21), ("longlive", 12), ("causvid", None)):
+        plan = make_plan(find_preset(name), CPU, torch.bfloat16, PlanRequest(endless=True))
+        assert plan is not None
+        assert plan.run.sampler.window_frames == window
+        whole = make_plan(find_preset(name), CPU, torch.bfloat16, PlanRequest())
+        assert whole is not None
+        assert plan.needs.history == whole.needs.history, "as many frames as the model was trained on"
+
+
 def test_auto_takes_what_the_device_has_and_refuses_where_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     auto = request_on(monkeypatch, 14_000_000_000, 60_000_000_000, memory="auto")
     assert auto.placement == Placement(text_on_cpu=True, half_decoder=True)  # type: ignore[attr-defined]
