@@ -121,6 +121,8 @@ class VideoPipeline:
             InputError: no such model, or a part of it is missing and cannot be had.
             CheckpointError: its weights are broken or of another model.
         """
+        if compiled not in ("off", "on", "graphs"):
+            raise InputError(f"--compile must be off, on or graphs, got {compiled!r}")
         preset = find_preset(model)
         device = choose_device(device)
         dtype = dtype or default_dtype(device)

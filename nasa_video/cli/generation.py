@@ -114,8 +114,6 @@ def run(
         raise InputError(f"fps must be above 0 and at most 240, got {request.fps}")
     name = str(_first(request.model, given and given.model, stored and stored.model, DEFAULT_MODEL))
     loras = tuple(parse_lora(text) for text in request.loras) or (stored.loras if stored else ())
-    if request.compiled not in ("off", "on", "graphs"):
-        raise InputError(f"--compile must be off, on or graphs, got {request.compiled!r}")
     placement = _placement(request, stored, timeline, name, say)
     window = request.window.over(stored.window if stored else StoredWindow())
     pipeline = _load(request, stored, name, loras, placement, load)

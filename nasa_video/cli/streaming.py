@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
 from nasa_video.errors import InputError, OutputError
-from nasa_video.loading import choose_device, default_dtype
+from nasa_video.loading import DecoderKind, choose_device, default_dtype
 from nasa_video.models import DEFAULT_MODEL, OnChange, find_preset
-from nasa_video.pipeline import Chunk, VideoPipeline
-from nasa_video.placement import Placement
+from nasa_video.pipeline import Chunk, CompileKind, VideoPipeline
+from nasa_video.placement import Placement, WeightKind
 from nasa_video.planning import PlanRequest, check_plan, make_plan
+from nasa_video.recipe import parse_lora
 from nasa_video.timeline import Cue, CueOf, Timeline, parse_negative
 from nasa_video.video import ffmpeg
 from nasa_video.video.base import VideoSink
@@ -47,6 +48,11 @@ class StreamRequest:
     on_change: OnChange | None
     to: str
     memory: str | None = None
+    weights: str | None = None
+    offload: bool | None = None
+    loras: tuple[str, ...] = ()
+    decoder: str | None = None
+    compiled: str = "off"
 
 
 class _Enough(Exception):
@@ -62,7 +68,15 @@ def run_stream(request: StreamRequest, say: Callable[[str], None]) -> dict[str, 
     check_target(request.to)
     timeline = Timeline.read(request.timeline) if request.timeline else None
     name = request.model or (timeline.model if timeline else None) or DEFAULT_MODEL
-    pipeline = VideoPipeline.from_pretrained(name, request.device, placement=_placement(request, name, say))
+    loras = [parse_lora(text) for text in request.loras]
+    pipeline = VideoPipeline.from_pretrained(
+        name,
+        request.device,
+        loras=[(Path(lora.path), lora.scale) for lora in loras],
+        decoder=cast(DecoderKind, request.decoder or "full"),
+        placement=_placement(request, name, say),
+        compiled=cast(CompileKind, request.compiled),
+    )
     fps = pipeline.preset.video.fps if request.fps is None else request.fps
     limit = math.inf if request.seconds is None else max(1, round(request.seconds * fps))
     cues = _cues(request, timeline, pipeline, fps)
@@ -131,9 +145,18 @@ def seconds_to_arrive(target: str) -> float:
 def _placement(request: StreamRequest, name: str, say: Callable[[str], None]) -> Placement:
     """How the model is placed, and what it takes is said; one without end takes the memory of its window or rollout."""
     device = choose_device(request.device)
-    wanted = PlanRequest(endless=True, memory=request.memory, branches=2 if request.guidance == "cfg" else 1)
+    wanted = PlanRequest(
+        endless=True,
+        memory=request.memory,
+        weights=cast(WeightKind | None, request.weights),
+        offload=request.offload,
+        tiny_decoder=request.decoder == "tiny",
+        branches=2 if request.guidance == "cfg" else 1,
+    )
     plan = make_plan(find_preset(name), device, default_dtype(device), wanted)
-    return Placement() if plan is None else check_plan(plan, request.memory, say)
+    if plan is None:
+        return Placement(cast(WeightKind, request.weights or "plain"), offload=bool(request.offload))
+    return check_plan(plan, request.memory, say)
 
 
 def _open(target: str, fps: float, scale: int, seed: int, model: str) -> VideoSink:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
@@ -133,6 +134,22 @@ def test_stream_into_a_file(nasa_video: Run, tmp_path: Path) -> None:
     outcome = nasa_video("stream", "a ball", *words)
     assert outcome.status == 0, outcome.stderr
     assert outcome.json["frames"] == len(read_frames(tmp_path / "out.mp4")) == 12
+
+
+def test_stream_loads_its_model_as_generate_does(nasa_video: Run, tmp_path: Path) -> None:
+    words = ("stream", "a ball", "--model", "{model}", "--seconds", "1", "--device", "cpu")
+    for name, options in {"plain": (), "offloaded": ("--offload",)}.items():
+        outcome = nasa_video(*words, *options, "--to", f"{name}.mp4")
+        assert outcome.status == 0, outcome.stderr
+    assert np.array_equal(read_frames(tmp_path / "plain.mp4"), read_frames(tmp_path / "offloaded.mp4"))
+    for options, message in (
+        (("--decoder", "tiny"), "has no tiny decoder"),
+        (("--lora", "nowhere.safetensors"), "nowhere.safetensors"),
+        (("--weights", "int4"), "plain, int8 or fp8"),
+    ):
+        outcome = nasa_video(*words, *options, "--to", "no.mp4")
+        assert outcome.status == 1
+        assert message in " ".join(outcome.stderr.split())
 
 
 def test_stream_to_nowhere(nasa_video: Run) -> None:
