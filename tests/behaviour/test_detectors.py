@@ -1,17 +1,11 @@
 """The shipped detector recognises what the renderer draws, and says "none" where there is nothing."""
 
-from importlib.resources import files
-
 import pytest
 import torch
 
 from nasa_video.sprites.detectors import Detector, truth
 from nasa_video.sprites.renderer import render
 from nasa_video.sprites.world import sample_scenes
-
-pytestmark = pytest.mark.skipif(
-    not (files("nasa_video.sprites") / "weights" / "detector.safetensors").is_file(), reason="no detector weights yet"
-)
 
 
 @pytest.fixture(scope="module")

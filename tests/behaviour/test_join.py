@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import pytest
 
 from nasa_video import VideoPipeline
 
@@ -16,11 +15,6 @@ PROMPT = "a red circle moving right on a white background"
 def jump(before: np.ndarray, after: np.ndarray) -> float:
     """Mean absolute difference of two pictures, of 255."""
     return float(np.abs(before.astype(int) - after).mean())
-
-
-@pytest.fixture(scope="module")
-def pipeline() -> VideoPipeline:
-    return VideoPipeline.from_pretrained("sprites", device="cpu")
 
 
 def measured(pipeline: VideoPipeline) -> dict[str, list[float]]:

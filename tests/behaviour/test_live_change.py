@@ -12,21 +12,10 @@ from measure_live_change import chunks_of, measure
 
 from nasa_video import Nasa, VideoPipeline
 from nasa_video.evaluation.removal import Method, SpritesJudge
-from nasa_video.models import OnChange, find_preset
+from nasa_video.models import OnChange
 
-pytestmark = pytest.mark.skipif(not find_preset("sprites").present, reason="no shipped weights yet")
 SEEDS = 4
 """Of each of three shapes."""
-
-
-@pytest.fixture(scope="module")
-def pipeline() -> VideoPipeline:
-    return VideoPipeline.from_pretrained("sprites", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def judge() -> SpritesJudge:
-    return SpritesJudge()
 
 
 def share_gone(

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
 from nasa_video import ClassifierFree, Nasa, VideoPipeline, Vsf
 from nasa_video.evaluation.cases import build_cases
 from nasa_video.evaluation.removal import Method, SpritesJudge, run_cases
 
 NUM = 8
-
-
-@pytest.fixture(scope="module")
-def pipeline() -> VideoPipeline:
-    return VideoPipeline.from_pretrained("sprites", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def judge() -> SpritesJudge:
-    return SpritesJudge()
 
 
 def removed(pipeline: VideoPipeline, judge: SpritesJudge, method: Method, steps: int = 4) -> float:

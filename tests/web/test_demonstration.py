@@ -8,21 +8,12 @@ from typing import Any
 import pytest
 from live_page import acting_chunk, colours, data, play, ready, wait_for_frame
 
-from nasa_video.models import find_preset
 from nasa_video.serve.server import Server
 
 # The world's own habit, so any model of it does so: squares are mostly red, balls blue, triangles green.
 SHAPES = (("square", "red"), ("ball", "blue"), ("triangle", "green"))
 SHOWN = 0.04
 """Share of the picture from which a colour counts as shown."""
-
-
-@pytest.fixture
-def sprites() -> str:
-    preset = find_preset("sprites")
-    if not preset.present:
-        pytest.skip(f"the shipped weights are missing: {', '.join(preset.needs)}")
-    return "sprites"
 
 
 def colour_goes(page: Any, prompt: str, colour: str, seed: int, scale: float | None = None) -> bool | None:
@@ -83,10 +74,8 @@ def watch_all(server: Server, open_page: Any, seeds: tuple[int, ...], named: boo
     return [gone for gone in outcomes.values() if gone is not None]
 
 
-def test_the_colour_that_the_prompt_names_goes_within_two_chunks(
-    serve: Callable[..., Server], open_page: Any, sprites: str
-) -> None:
-    server = serve(models=(sprites,))
+def test_the_colour_that_the_prompt_names_goes_within_two_chunks(serve: Callable[..., Server], open_page: Any) -> None:
+    server = serve(models=("sprites",))
     server.hub.warm_up()
     went = watch_all(server, open_page, seeds=(0, 1), named=True, scale=1.5)
     assert len(went) >= 5, "what the prompt names is on the screen"
@@ -94,9 +83,9 @@ def test_the_colour_that_the_prompt_names_goes_within_two_chunks(
 
 
 def test_a_colour_that_nobody_asked_for_goes_at_the_scale_of_the_page(
-    serve: Callable[..., Server], open_page: Any, sprites: str
+    serve: Callable[..., Server], open_page: Any
 ) -> None:
-    server = serve(models=(sprites,))
+    server = serve(models=("sprites",))
     server.hub.warm_up()
     went = watch_all(server, open_page, seeds=(0, 1), named=False, scale=None)
     assert len(went) >= 2, "a shape has its own colour often enough"
