@@ -14,7 +14,7 @@ from torch import Tensor
 
 from causvid_adapter.rollouts import overlap_pictures
 from nasa_video.decoding import Made
-from nasa_video.loading import Decoder
+from nasa_video.models.loading import Decoder
 from nasa_video.steering import Effect
 from nasa_video.timeline import Cue
 from nasa_video.video.frames import frames_from_tensor

@@ -30,7 +30,6 @@ from causvid_adapter import (
 from causvid_adapter.lora import merge_lora
 from causvid_adapter.rollouts import overlap_latents
 from causvid_adapter.vae_checkpoint import load_vae
-from nasa_video import memory
 from nasa_video.attention import Backend, make_attend
 from nasa_video.chunks import Chunk as Chunk
 from nasa_video.chunks import ChunkDecoder, DecodedChunk
@@ -38,7 +37,11 @@ from nasa_video.decoding import DecodeQueue
 from nasa_video.director import Director
 from nasa_video.errors import InputError
 from nasa_video.guidance import GUIDANCE, ClassifierFree, Guidance
-from nasa_video.loading import (
+from nasa_video.long_video import Beginning, LongVideo
+from nasa_video.memory.estimate import Run, frames_of_rollout, require
+from nasa_video.memory.free import available
+from nasa_video.memory.placement import RESIDENT, Placement, place
+from nasa_video.models.loading import (
     Decoder,
     DecoderKind,
     FullDecoder,
@@ -47,9 +50,7 @@ from nasa_video.loading import (
     load_decoder,
     load_text_encoder,
 )
-from nasa_video.long_video import Beginning, LongVideo
-from nasa_video.models import SamplerSettings, VideoPreset, find_preset
-from nasa_video.placement import RESIDENT, Placement, place
+from nasa_video.models.presets import SamplerSettings, VideoPreset, find_preset
 from nasa_video.text import TextEncoder
 from nasa_video.timeline import Cue, CueOf, Negatives, as_negatives
 from nasa_video.video.frames import tensor_from_frames
@@ -390,13 +391,13 @@ class VideoPipeline:
         """Refuse what cannot fit on the device (latent width and height)."""
         prompts = 1 + max(len(negatives) for negatives in cue.negatives)
         stride = self.vae.config.scale_factor_spatial
-        run = memory.Run(
+        run = Run(
             self.model.transformer.config,
             self.vae.config,
             settings,
             width * stride,
             height * stride,
-            memory.frames_of_rollout(latent_frames, rollout_frames),
+            frames_of_rollout(latent_frames, rollout_frames),
             overlapped=self.decode_ahead > 0,
             dtype=self.model.dtype,
             vae_dtype=self.vae.dtype,
@@ -407,7 +408,7 @@ class VideoPipeline:
             tiny_decoder=self._new_decoder is not FullDecoder,
             processes=self.model.processes,
         )
-        memory.require(run, memory.available(self.model.device), str(self.model.device), loaded=True)
+        require(run, available(self.model.device), str(self.model.device), loaded=True)
 
     def _decoded(self, video: LongVideo, queue: DecodeQueue[DecodedChunk]) -> Iterator[Chunk]:
         with queue:

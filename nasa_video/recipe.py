@@ -12,8 +12,8 @@ from pydantic import ValidationError, model_validator
 
 from nasa_video.errors import InputError
 from nasa_video.guidance import GUIDANCE, Guidance, Negative, ScaleSchedule
-from nasa_video.models import OnChange, SamplerSettings, Strict
-from nasa_video.placement import Placement
+from nasa_video.memory.placement import Placement
+from nasa_video.models.presets import OnChange, SamplerSettings, Strict
 from nasa_video.start import StoredStart
 from nasa_video.timeline import Timeline, older_on_change
 

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from nasa_video.errors import InputError
-from nasa_video.models import Strict
+from nasa_video.models.presets import Strict
 from nasa_video.pipeline import VideoPipeline
 from nasa_video.video.frames import Frames
 from nasa_video.video.source import VideoSource

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from nasa_video.errors import InputError
 from nasa_video.guidance import Guidance, Negative
-from nasa_video.models import OnChange, Strict, read_yaml
+from nasa_video.models.presets import OnChange, Strict, read_yaml
 
 Negatives = str | Negative | Sequence[str | Negative] | None
 

@@ -24,7 +24,7 @@ from nasa_video.backbones.joint import JointFormula, NegativeMass, PositiveMass,
 from nasa_video.bench.flops import ChunkLoop, WanSizes, mean_chunk_flops, pass_flops, prompt_flops, text_flops
 from nasa_video.guidance import Guidance, Nag, Nasa, Vsf
 from nasa_video.integration.guided import guided, make_backbone
-from nasa_video.models import find_preset
+from nasa_video.models.presets import find_preset
 from nasa_video.steering import EffectMeter
 
 PAPER = 1.89

@@ -157,7 +157,7 @@ def _everything_hash() -> str:
     """Of all that a cell depends on: every part of the model, and the detectors that judge it."""
     from nasa_video.evaluation.identity import checkpoint_hash
     from nasa_video.evaluation.removal import detector_hash
-    from nasa_video.models import find_preset
+    from nasa_video.models.presets import find_preset
 
     return hashlib.sha256(f"{checkpoint_hash(find_preset('sprites'))}{detector_hash()}".encode()).hexdigest()
 

@@ -28,7 +28,7 @@ import torch
 from nasa_video import Negative, VideoPipeline
 from nasa_video.cli.console import say
 from nasa_video.evaluation.removal import Method, SpritesJudge, parse_methods
-from nasa_video.models import OnChange
+from nasa_video.models.presets import OnChange
 from nasa_video.timeline import Cue
 from nasa_video.video.frames import Frames
 

@@ -39,7 +39,7 @@ class Wanted:
 
     def preset(self) -> Any:
         """The model's, with the window that was asked for."""
-        from nasa_video.models import find_preset
+        from nasa_video.models.presets import find_preset
 
         preset = find_preset(self.model)
         window, sink = (None if frames < 0 else frames for frames in (self.window, self.sink))
@@ -73,10 +73,10 @@ def child(wanted: Wanted) -> dict[str, Any]:
     import torch
 
     from nasa_video.bench.random_model import RandomText, random_generator, random_vae
-    from nasa_video.loading import FullDecoder
+    from nasa_video.memory.placement import Placement, place, quantise
+    from nasa_video.memory.planning import transformer_config, vae_config
+    from nasa_video.models.loading import FullDecoder
     from nasa_video.pipeline import VideoPipeline
-    from nasa_video.placement import Placement, place, quantise
-    from nasa_video.planning import transformer_config, vae_config
 
     dtype = getattr(torch, wanted.dtype)
     preset = wanted.preset()
@@ -125,8 +125,8 @@ def plan(wanted: Wanted) -> Any:
 
     import torch
 
-    from nasa_video.memory import estimate
-    from nasa_video.planning import PlanRequest, make_plan
+    from nasa_video.memory.estimate import estimate
+    from nasa_video.memory.planning import PlanRequest, make_plan
 
     request = PlanRequest(wanted.width, wanted.height, wanted.frames, weights=wanted.weights, prompts=())  # type: ignore[arg-type]
     made = make_plan(wanted.preset(), torch.device("cpu"), getattr(torch, wanted.dtype), request)

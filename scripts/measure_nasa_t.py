@@ -106,7 +106,7 @@ class Experiment:
         import yaml
 
         from nasa_video.errors import InputError
-        from nasa_video.models import configs_dir
+        from nasa_video.models.presets import configs_dir
 
         self.output.mkdir(parents=True, exist_ok=True)
         if self.weights is None:
@@ -126,7 +126,7 @@ class Experiment:
 
     def settings(self, placement: str, seed: int) -> VideoSettings:
         """The shipped config with an arm's placement and seed."""
-        from nasa_video.models import Source
+        from nasa_video.models.presets import Source
         from nasa_video.training.nasa_t.settings import VideoSettings, load_settings
 
         shipped = load_settings(ROOT / "configs" / "train" / "nasa-t-sprites.yaml")
@@ -144,7 +144,7 @@ class Experiment:
 
     def start(self) -> str:
         """Eight letters that follow from the weights that every arm starts from."""
-        from nasa_video.models import find_preset
+        from nasa_video.models.presets import find_preset
 
         return fingerprint(
             find_preset(self.student).components.transformer.fetch(), self.settings("all", 0).teacher.fetch()
@@ -239,7 +239,7 @@ def _observer(detector: Path | None) -> Observer:
 @cache
 def _world(detector: Path | None) -> World:
     from nasa_video.evaluation.held_out import rendered_world
-    from nasa_video.models import find_preset
+    from nasa_video.models.presets import find_preset
 
     return rendered_world(_observer(detector), 192, find_preset("sprites").video.frames)
 

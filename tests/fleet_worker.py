@@ -14,7 +14,7 @@ from diffusers import WanTransformer3DModel
 
 from causvid_adapter import CausalWan
 from causvid_adapter.checkpoint import _cast
-from nasa_video.models import find_preset
+from nasa_video.models.presets import find_preset
 from nasa_video.training.nasa_t.dry_run import NEGATIVES, PROMPTS, HashEncoder
 from nasa_video.training.nasa_t.fleet import Fleet
 from nasa_video.training.nasa_t.run import resume, save

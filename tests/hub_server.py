@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nasa_video.stored import MODELS_FOLDER
+from nasa_video.models.stored import MODELS_FOLDER
 
 COMMIT = "a" * 40
 

@@ -13,14 +13,14 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from causvid_adapter import load_generator
-from nasa_video import memory
 from nasa_video.attention import AttentionError, Backend, SdpaAttend, make_attend
 from nasa_video.bench.flops import ChunkLoop, WanSizes, mean_chunk_flops
 from nasa_video.bench.random_model import RandomText, random_generator
 from nasa_video.bench.subject import Method, Subject, find_methods
 from nasa_video.errors import InputError
-from nasa_video.loading import choose_device
-from nasa_video.models import Source, VideoPreset, find_preset
+from nasa_video.memory.estimate import Run
+from nasa_video.models.loading import choose_device
+from nasa_video.models.presets import Source, VideoPreset, find_preset
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -170,10 +170,10 @@ class Case:
         """Pictures of a chunk (its first has a few less)."""
         return int(self.vae["scale_factor_temporal"]) * self.preset.sampler.frames_per_chunk
 
-    def run(self, caches: int = 1) -> memory.Run:
+    def run(self, caches: int = 1) -> Run:
         """What its memory is estimated from."""
         latent_frames = self.settings.chunks * self.preset.sampler.frames_per_chunk
-        return memory.Run(
+        return Run(
             self.config, self.vae, self.preset.sampler, self.width, self.height, latent_frames, self.dtype,
             caches=caches, text_tokens=4 * self.preset.components.text_encoder.max_tokens, num_layers=self.layers,
             decoded=self.settings.decode,

@@ -14,12 +14,13 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from causvid_adapter import SeededNoise, StreamingDecoder
-from nasa_video import memory
 from nasa_video.bench.case import BenchSettings, Case
 from nasa_video.bench.operations import Operations, Report, analytic_flops, count_flops, prompt_operations
 from nasa_video.bench.random_model import random_vae
 from nasa_video.bench.subject import BASELINE, Method, Rollout, Subject
 from nasa_video.errors import NasaVideoError
+from nasa_video.memory.estimate import estimate, require
+from nasa_video.memory.free import available
 
 
 @torch.no_grad()
@@ -207,13 +208,13 @@ def _own_chunks(case: Case) -> int:
 
 def _check_memory(case: Case) -> bool:
     """Refuse what cannot fit; says whether the histories of all methods fit side by side."""
-    free = memory.available(case.device)
+    free = available(case.device)
     run = case.run(caches=2 if any(method.guidance == "cfg" for method in case.methods) else 1)
-    memory.require(run, free, str(case.device), loaded=False)
+    require(run, free, str(case.device), loaded=False)
     if case.device.type == "cuda":  # one video at a time, so that its peak memory is its own
         return False
-    needs = memory.estimate(run)
-    histories = (len(case.methods) + 1) * memory.estimate(case.run()).history
+    needs = estimate(run)
+    histories = (len(case.methods) + 1) * estimate(case.run()).history
     return free is None or needs.peak - needs.history + histories < 0.8 * free
 
 

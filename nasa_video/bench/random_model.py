@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
 
 from causvid_adapter import CausalWan
-from nasa_video.models import configs_dir
+from nasa_video.models.presets import configs_dir
 from nasa_video.text import TextContext
 
 

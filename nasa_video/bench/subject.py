@@ -17,7 +17,7 @@ from nasa_video.bench.random_model import RandomText
 from nasa_video.classifier_free import BranchCaches, ClassifierFreeDenoiser
 from nasa_video.errors import InputError
 from nasa_video.guidance import GUIDANCE, AttentionGuidance, ClassifierFree, Guidance
-from nasa_video.models import SamplerSettings
+from nasa_video.models.presets import SamplerSettings
 from nasa_video.steering import PromptKeys, Steering
 
 

@@ -16,7 +16,7 @@ from nasa_video.cli.console import chunk_progress, emit_json, say, shown_warning
 from nasa_video.cli.option_groups import LoadOptions, grouped
 from nasa_video.cli.options import AsJsonOption
 from nasa_video.errors import InputError
-from nasa_video.models import Strict
+from nasa_video.models.presets import Strict
 
 if TYPE_CHECKING:
     from nasa_video.cli.generation import Request

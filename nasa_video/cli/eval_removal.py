@@ -149,7 +149,7 @@ class _Asked:
         from nasa_video.evaluation.removal import cells
         from nasa_video.evaluation.removal_jobs import CellWorker, Draw, plan_cells
         from nasa_video.evaluation.video_jobs import methods_of, model_dtype
-        from nasa_video.models import find_preset
+        from nasa_video.models.presets import find_preset
 
         preset = find_preset(self.model)
         if preset.vocabulary != "sprites":
@@ -184,7 +184,7 @@ class _Asked:
         from nasa_video.evaluation.page import write_report
         from nasa_video.evaluation.removal_jobs import removal_results, rows_of
         from nasa_video.evaluation.report import markdown, plot
-        from nasa_video.models import find_preset
+        from nasa_video.models.presets import find_preset
 
         rows = rows_of(done)
         if self.output is not None:

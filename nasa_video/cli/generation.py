@@ -22,11 +22,11 @@ from nasa_video.director import PromptWarning
 from nasa_video.distributed import Processes
 from nasa_video.errors import InputError
 from nasa_video.guidance import Guidance, ScaleSchedule
-from nasa_video.loading import DecoderKind, choose_device, default_dtype
-from nasa_video.models import DEFAULT_MODEL, OnChange, find_preset
+from nasa_video.memory.placement import Placement, WeightKind
+from nasa_video.memory.planning import PlanRequest, check_plan, make_plan
+from nasa_video.models.loading import DecoderKind, choose_device, default_dtype
+from nasa_video.models.presets import DEFAULT_MODEL, OnChange, find_preset
 from nasa_video.pipeline import Chunk, CompileKind, VideoPipeline
-from nasa_video.placement import Placement, WeightKind
-from nasa_video.planning import PlanRequest, check_plan, make_plan
 from nasa_video.recipe import (
     Recipe,
     StoredLora,

@@ -19,7 +19,7 @@ def list_models(context: typer.Context, as_json: AsJsonOption = False) -> None:
     from rich.table import Table
 
     from nasa_video.image.presets import ImagePreset, image_presets
-    from nasa_video.models import VideoPreset, video_presets
+    from nasa_video.models.presets import VideoPreset, video_presets
 
     if context.invoked_subcommand is not None:
         return
@@ -61,8 +61,8 @@ def pull(
     """Show size and licence, then download what is missing; resumes, verifies, and needs the network only once."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from nasa_video import downloads
     from nasa_video.errors import InputError
+    from nasa_video.models import downloads
 
     preset = _preset(name)
     absent = downloads.missing(preset.components.sources)
@@ -100,8 +100,8 @@ def check(
 ) -> None:
     """Say what is missing, and whether this machine can run it. Exit status 1 when something is missing."""
     from nasa_video.image.presets import image_presets
-    from nasa_video.models import find_preset
-    from nasa_video.readiness import readiness
+    from nasa_video.models.presets import find_preset
+    from nasa_video.models.readiness import readiness
 
     if name in image_presets():
         _check_image(name, (width, height, frames, device, memory), as_json)
@@ -153,7 +153,7 @@ def _check_image(name: str, options: tuple[Any, ...], as_json: bool) -> None:
 def _preset(name: str) -> Any:
     from nasa_video.errors import InputError
     from nasa_video.image.presets import image_presets
-    from nasa_video.models import find_preset
+    from nasa_video.models.presets import find_preset
 
     if name in image_presets():
         raise InputError(f"{name} is an image model; it is brought by the first: nasa-video image … --model {name}")

@@ -50,7 +50,7 @@ def serve(
 ) -> None:
     """Show videos while they are made, in a browser; prompts and negatives can be changed while they play."""
     from nasa_video.cli.serving import run_server
-    from nasa_video.models import DEFAULT_MODEL
+    from nasa_video.models.presets import DEFAULT_MODEL
     from nasa_video.serve.settings import ServeSettings
 
     settings = ServeSettings(

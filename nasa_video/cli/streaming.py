@@ -14,11 +14,11 @@ from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
 from nasa_video.errors import InputError, OutputError
-from nasa_video.loading import DecoderKind, choose_device, default_dtype
-from nasa_video.models import DEFAULT_MODEL, OnChange, find_preset
+from nasa_video.memory.placement import Placement, WeightKind
+from nasa_video.memory.planning import PlanRequest, check_plan, make_plan
+from nasa_video.models.loading import DecoderKind, choose_device, default_dtype
+from nasa_video.models.presets import DEFAULT_MODEL, OnChange, find_preset
 from nasa_video.pipeline import Chunk, CompileKind, VideoPipeline
-from nasa_video.placement import Placement, WeightKind
-from nasa_video.planning import PlanRequest, check_plan, make_plan
 from nasa_video.recipe import parse_lora
 from nasa_video.timeline import Cue, CueOf, Timeline, parse_negative
 from nasa_video.video import ffmpeg

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
 from nasa_video.errors import InputError
-from nasa_video.stored import MODELS_FOLDER
+from nasa_video.models.stored import MODELS_FOLDER
 
 _log = logging.getLogger(__name__)
 

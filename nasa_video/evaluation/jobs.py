@@ -29,7 +29,7 @@ from nasa_video.evaluation.shards import Shard as Shard
 from nasa_video.evaluation.whole_files import explained, host_name, is_whole, remove_orphans, settle
 from nasa_video.evaluation.whole_files import file_sha256 as file_sha256
 from nasa_video.evaluation.whole_files import write_atomically as write_atomically
-from nasa_video.models import Strict
+from nasa_video.models.presets import Strict
 from nasa_video.recipe import StoredGuidance, StoredNegative
 
 Engine = Literal["local", "ray"]

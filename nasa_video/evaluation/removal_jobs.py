@@ -21,7 +21,7 @@ from nasa_video.evaluation.removal import Cell, SpritesJudge, Verdict, detector_
 from nasa_video.evaluation.results import Item, Metric, Results
 from nasa_video.evaluation.sampling import arm_of
 from nasa_video.evaluation.video_jobs import check_dtype
-from nasa_video.models import VideoPreset
+from nasa_video.models.presets import VideoPreset
 from nasa_video.pipeline import VideoPipeline
 from nasa_video.recipe import StoredGuidance, restore_guidance, store_guidance
 from nasa_video.video.frames import Frames

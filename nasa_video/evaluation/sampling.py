@@ -30,7 +30,7 @@ from nasa_video.evaluation.removal import Method, parse_methods
 from nasa_video.evaluation.results import Arm
 from nasa_video.evaluation.video_jobs import Prompt, VideoWorker, methods_of, model_dtype, plan_videos
 from nasa_video.guidance import Guidance, Negative
-from nasa_video.models import Source, VideoPreset, find_preset
+from nasa_video.models.presets import Source, VideoPreset, find_preset
 from nasa_video.recipe import restore_guidance, restore_negatives, store_guidance, store_negatives
 from nasa_video.video.frames import Frames
 
@@ -203,7 +203,7 @@ def model_of(
         InputError: there is none, or an option is for the other kind.
     """
     from nasa_video.image.presets import find_image_preset, image_presets
-    from nasa_video.models import read_yaml, video_presets
+    from nasa_video.models.presets import read_yaml, video_presets
 
     path = Path(model)
     is_file = path.suffix in (".yaml", ".yml") and path.is_file()

@@ -19,8 +19,8 @@ from nasa_video.evaluation.vbench_setup import Environment, read_prompt_list
 from nasa_video.evaluation.vbench_weights import check_dimensions
 from nasa_video.evaluation.video_jobs import VideoWorker, methods_of, model_dtype, plan_videos
 from nasa_video.guidance import Negative
-from nasa_video.loading import choose_device
-from nasa_video.models import find_preset
+from nasa_video.models.loading import choose_device
+from nasa_video.models.presets import find_preset
 
 # Of VBench's protocol; temporal flickering asks for 25.
 SAMPLES = 5

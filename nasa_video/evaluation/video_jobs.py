@@ -21,8 +21,8 @@ from nasa_video.evaluation.jobs import GenerationJob, Measured
 from nasa_video.evaluation.quality import quality
 from nasa_video.evaluation.removal import Method, parse_methods
 from nasa_video.guidance import Negative
-from nasa_video.loading import choose_device
-from nasa_video.models import VideoPreset
+from nasa_video.models.loading import choose_device
+from nasa_video.models.presets import VideoPreset
 from nasa_video.pipeline import VideoPipeline
 from nasa_video.recipe import restore_guidance, restore_negatives, store_guidance, store_negatives
 from nasa_video.video.ffmpeg_sink import FfmpegSink

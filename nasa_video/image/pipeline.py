@@ -22,9 +22,9 @@ from nasa_video.guidance import ClassifierFree, Guidance, Negative
 from nasa_video.image.presets import ImagePreset, Weights
 from nasa_video.image.straight_flow import StraightFlowScheduler
 from nasa_video.integration.guided import guided
-from nasa_video.models import Source
+from nasa_video.models.presets import Source
+from nasa_video.models.stored import MODELS_FOLDER
 from nasa_video.steering import Effect
-from nasa_video.stored import MODELS_FOLDER
 
 PIPELINES: dict[str, Any] = {
     "pixart": diffusers.PixArtAlphaPipeline,

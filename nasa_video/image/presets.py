@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from nasa_video.errors import InputError
 from nasa_video.guidance import GUIDANCE, ClassifierFree, Guidance
-from nasa_video.models import Source, Strict, configs_dir, read_yaml
+from nasa_video.models.presets import Source, Strict, configs_dir, read_yaml
 
 Family = Literal["pixart", "sd", "sdxl", "flux"]
 Method = Literal["nasa", "nag", "vsf", "cfg"]

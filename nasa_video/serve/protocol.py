@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from nasa_video.guidance import Guidance, Negative
-from nasa_video.models import OnChange, Strict
+from nasa_video.models.presets import OnChange, Strict
 from nasa_video.pipeline import VideoPipeline
 from nasa_video.serve.settings import MAX_NEGATIVE, MAX_NEGATIVES, MAX_PROMPT
 from nasa_video.timeline import Cue

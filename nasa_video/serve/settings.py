@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nasa_video.attention import Backend
-from nasa_video.models import DEFAULT_MODEL
+from nasa_video.models.presets import DEFAULT_MODEL
 
 MAX_MESSAGE_BYTES = 64 * 1024
 """Longest message or request body that is read at all."""

@@ -12,7 +12,7 @@ from measure_live_change import chunks_of, measure
 
 from nasa_video import Nasa, VideoPipeline
 from nasa_video.evaluation.removal import Method, SpritesJudge
-from nasa_video.models import OnChange
+from nasa_video.models.presets import OnChange
 
 SEEDS = 4
 """Of each of three shapes."""

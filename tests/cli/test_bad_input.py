@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from nasa_video.models import video_presets
+from nasa_video.models.presets import video_presets
 from nasa_video.video.source import read_frames
 
 Run = Callable[..., Any]
@@ -171,7 +171,7 @@ def test_missing_weights_of_the_shipped_model_say_how_to_train_them(
     nasa_video: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert video_presets()["sprites"].present
-    monkeypatch.setattr("nasa_video.sources.package_root", lambda: Path("/nonexistent"))
+    monkeypatch.setattr("nasa_video.models.sources.package_root", lambda: Path("/nonexistent"))
     done = nasa_video("generate", "a red ball", "-o", "a.mp4")
     assert done.status == 1
     assert "is missing; train it with: python scripts/train_sprites.py" in " ".join(done.stderr.split())

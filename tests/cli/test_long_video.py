@@ -18,7 +18,7 @@ from causvid_adapter import ShapeError, StreamingDecoder, denormalize, normalize
 from causvid_adapter.rollouts import Rollout, overlap_latents, overlap_pictures, rollouts
 from nasa_video import Nasa, VideoPipeline
 from nasa_video.errors import InputError
-from nasa_video.loading import FullDecoder
+from nasa_video.models.loading import FullDecoder
 from nasa_video.video.source import read_frames
 
 Run = Callable[..., Any]
@@ -251,9 +251,9 @@ def test_a_run_that_does_not_fit_is_refused_before_the_first_download(
     def no_network(*given: object, **named: object) -> None:
         pytest.fail("something was to be downloaded")
 
-    monkeypatch.setattr("nasa_video.sources.hf_hub_download", no_network)
-    monkeypatch.setattr("nasa_video.sources.snapshot_download", no_network)
-    monkeypatch.setattr("nasa_video.planning.available", lambda device: 20_000_000_000)
+    monkeypatch.setattr("nasa_video.models.sources.hf_hub_download", no_network)
+    monkeypatch.setattr("nasa_video.models.sources.snapshot_download", no_network)
+    monkeypatch.setattr("nasa_video.memory.planning.available", lambda device: 20_000_000_000)
     done = nasa_video("generate", "a fox", "--model", "causvid", "--device", "cpu")
     text = " ".join(done.stderr.split())
     assert done.status == 1

@@ -18,11 +18,11 @@ from nasa_video.attention import SdpaAttend
 from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.errors import InputError
 from nasa_video.guidance import Nasa
-from nasa_video.memory import Run, budget_of, estimate, fitting_card, fitting_placement, require
-from nasa_video.models import find_preset
-from nasa_video.placement import LADDER, Placement, place
-from nasa_video.planning import PlanRequest, make_plan
-from nasa_video.readiness import cards_of, readiness
+from nasa_video.memory.estimate import Run, budget_of, estimate, fitting_card, fitting_placement, require
+from nasa_video.memory.placement import LADDER, Placement, place
+from nasa_video.memory.planning import PlanRequest, make_plan
+from nasa_video.models.presets import find_preset
+from nasa_video.models.readiness import cards_of, readiness
 from nasa_video.steering import Steering
 from nasa_video.text import TextContext
 
@@ -145,7 +145,7 @@ def test_every_13b_preset_has_a_place_on_24_16_and_12_gigabytes(name: str) -> No
 
 
 def test_the_documented_profiles_are_those_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nasa_video.models.Source.find", lambda source: None)  # whatever is on this machine
+    monkeypatch.setattr("nasa_video.models.presets.Source.find", lambda source: None)  # whatever is on this machine
     rows = [row for row in (ROOT / "docs" / "memory.md").read_text().splitlines() if row.startswith("| ")]
     for name in ("causvid", "causvid-4step", "self-forcing", "longlive", "krea-14b"):
         cards = readiness(find_preset(name), None, None, None, "cpu").cards
@@ -188,7 +188,7 @@ def test_a_refusal_names_the_memory_that_fits() -> None:
 
 def request_on(monkeypatch: pytest.MonkeyPatch, device: int, host: int, **settings: object) -> object:
     sizes = {"cuda": device, "cpu": host}
-    monkeypatch.setattr("nasa_video.planning.available", lambda place: sizes[place.type])
+    monkeypatch.setattr("nasa_video.memory.planning.available", lambda place: sizes[place.type])
     return make_plan(find_preset("causvid"), torch.device("cuda"), torch.bfloat16, PlanRequest(**settings))  # type: ignore[arg-type]
 
 

@@ -13,12 +13,12 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise
-from nasa_video import memory
 from nasa_video.attention import Attend, Backend, SdpaAttend, TextKeys, key_bias, make_attend, shifted_bias
 from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.bench import BenchSettings, bench
 from nasa_video.fused_lse import SMALL_SCORES
 from nasa_video.guidance import AttentionGuidance, Nag, Nasa, Vsf
+from nasa_video.memory.free import available
 from nasa_video.steering import Steering
 from nasa_video.text import TextContext
 
@@ -176,10 +176,10 @@ def test_a_seed_is_the_same_noise_on_both_devices() -> None:
 
 def test_free_memory_follows_what_is_taken() -> None:
     device = torch.device("cuda")
-    before = memory.available(device)
+    before = available(device)
     assert before is not None
     taken = torch.empty(1 << 28, dtype=torch.uint8, device=device)
-    after = memory.available(device)
+    after = available(device)
     assert after is not None
     assert before - after >= taken.numel()
 

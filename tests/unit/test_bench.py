@@ -24,7 +24,7 @@ from nasa_video.bench.random_model import RandomText
 from nasa_video.bench.subject import BASELINE, METHODS, Method, Rollout, Subject
 from nasa_video.cli import bench as command
 from nasa_video.errors import InputError
-from nasa_video.models import SamplerSettings
+from nasa_video.models.presets import SamplerSettings
 
 NewWan = Callable[..., WanTransformer3DModel]
 NewVae = Callable[..., AutoencoderKLWan]
@@ -189,10 +189,10 @@ def test_videos_that_do_not_fit_side_by_side_are_measured_one_after_another(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case.of(settings_of(folder))
-    needed = measuring.memory.estimate(case.run(caches=2)).peak
-    monkeypatch.setattr(measuring.memory, "available", lambda device: int(1.1 * needed))
+    needed = measuring.estimate(case.run(caches=2)).peak
+    monkeypatch.setattr(measuring, "available", lambda device: int(1.1 * needed))
     assert bench(settings_of(folder, methods=("cfg",)))["order"] == "video by video"
-    monkeypatch.setattr(measuring.memory, "available", lambda device: needed // 2)
+    monkeypatch.setattr(measuring, "available", lambda device: needed // 2)
     with pytest.raises(InputError, match="not enough memory on cpu"):
         bench(settings_of(folder))
 

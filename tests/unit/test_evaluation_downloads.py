@@ -13,7 +13,7 @@ from nasa_video.evaluation.identity import checkpoint_hash
 from nasa_video.evaluation.picture_scores import HPS_ASSETS
 from nasa_video.evaluation.sampling import image_checkpoint
 from nasa_video.image.presets import find_image_preset
-from nasa_video.models import find_preset
+from nasa_video.models.presets import find_preset
 
 
 @pytest.fixture
@@ -28,10 +28,10 @@ def said_first(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
         raise OSError("no network")
 
     caplog.set_level(logging.WARNING)
-    for place in ("nasa_video.evaluation.assets", "nasa_video.sources", "huggingface_hub"):
+    for place in ("nasa_video.evaluation.assets", "nasa_video.models.sources", "huggingface_hub"):
         monkeypatch.setattr(f"{place}.hf_hub_download", refuse)
-    monkeypatch.setattr("nasa_video.sources.snapshot_download", refuse)
-    for place in ("nasa_video.evaluation.assets", "nasa_video.stored"):
+    monkeypatch.setattr("nasa_video.models.sources.snapshot_download", refuse)
+    for place in ("nasa_video.evaluation.assets", "nasa_video.models.stored"):
         monkeypatch.setattr(f"{place}.try_to_load_from_cache", lambda *_, **__: None)
     return said
 

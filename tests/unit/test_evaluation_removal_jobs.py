@@ -18,7 +18,7 @@ from nasa_video.evaluation.jobs import Outcome, Shard, Store, run_jobs
 from nasa_video.evaluation.removal import Cell, Method, Verdict, cells, row_of
 from nasa_video.evaluation.removal_jobs import CellJob, CellWorker, Draw, plan_cells, removal_results, rows_of
 from nasa_video.guidance import Nasa
-from nasa_video.models import VideoPreset, find_preset
+from nasa_video.models.presets import VideoPreset, find_preset
 
 DRAW = Draw(n=6, split="report", seed=0, frames=9)
 METHODS = [Method("none", None), Method("nasa:1", Nasa(1.0))]

@@ -10,13 +10,13 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise, StreamingDecoder
-from nasa_video import memory
 from nasa_video.bench.random_model import RandomText
 from nasa_video.errors import InputError
 from nasa_video.guidance import ClassifierFree
-from nasa_video.memory import Run, cache_frames, estimate, fitting_sizes, require
-from nasa_video.models import find_preset
-from nasa_video.part_sizes import vae_sizes
+from nasa_video.memory.estimate import Fit, Run, cache_frames, estimate, fitting_sizes, require
+from nasa_video.memory.free import available
+from nasa_video.memory.part_sizes import vae_sizes
+from nasa_video.models.presets import find_preset
 from nasa_video.pipeline import VideoPipeline
 
 CAUSVID = find_preset("causvid")
@@ -98,7 +98,7 @@ def test_what_fits_fits_and_the_next_larger_does_not() -> None:
     assert estimate(replace(run, width=width + 16, height=height), loaded=True).peak > free
     assert fit.latent_frames is None, "decoding alone takes more than what is free"
     assert fitting_sizes(run, 12_000_000_000, loaded=True).latent_frames == 12
-    assert fitting_sizes(run, 1000) == memory.Fit(None, None)
+    assert fitting_sizes(run, 1000) == Fit(None, None)
 
 
 def test_a_refusal_says_what_for_how_much_is_free_and_what_fits() -> None:
@@ -117,9 +117,9 @@ def test_a_refusal_says_what_for_how_much_is_free_and_what_fits() -> None:
 
 
 def test_free_memory_of_this_machine_is_known_on_linux() -> None:
-    free = memory.available(torch.device("cpu"))
+    free = available(torch.device("cpu"))
     assert free is None or 0 < free < 1 << 50
-    assert memory.available(torch.device("meta")) is None
+    assert available(torch.device("meta")) is None
 
 
 def test_a_pipeline_refuses_before_it_encodes_or_generates(
@@ -130,7 +130,7 @@ def test_a_pipeline_refuses_before_it_encodes_or_generates(
     text = RandomText(8, 10)
     preset = CAUSVID.model_copy(update={"sampler": CAUSVID.sampler.model_copy(update={"window_frames": 3})})
     pipeline = VideoPipeline(CausalWan(new_wan()), new_vae(), text, preset)
-    monkeypatch.setattr(memory, "available", lambda device: 150_000)
+    monkeypatch.setattr("nasa_video.pipeline.available", lambda device: 150_000)
     monkeypatch.setattr(RandomText, "__call__", lambda *_: pytest.fail("encoded before it was checked"))
     sizes = {"width": 64, "height": 32, "frames": 9}
     with pytest.raises(InputError, match=r"not enough memory on cpu: 64 x 32 needs .* what fits"):

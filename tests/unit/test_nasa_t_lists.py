@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from nasa_video.cli.app import app
 from nasa_video.errors import InputError
-from nasa_video.models import configs_dir
+from nasa_video.models.presets import configs_dir
 from nasa_video.training.nasa_t.dry_run import dry_run, sizes
 from nasa_video.training.nasa_t.fleet import Fleet
 from nasa_video.training.nasa_t.lists import build_prompts, content_words, make_texts, read_texts

@@ -18,7 +18,7 @@ from nasa_video.attention import SdpaAttend
 from nasa_video.backbones import wan
 from nasa_video.errors import InputError
 from nasa_video.guidance import Nasa
-from nasa_video.models import find_preset
+from nasa_video.models.presets import find_preset
 from nasa_video.steering import Steering
 from nasa_video.text import TextContext
 from nasa_video.training.nasa_t.draws import Texts, draw_texts, encode_texts, seeded

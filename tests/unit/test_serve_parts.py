@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nasa_video.errors import InputError, OutputError
 from nasa_video.guidance import Nag, Nasa, Negative
-from nasa_video.models import OnChange
+from nasa_video.models.presets import OnChange
 from nasa_video.pipeline import Chunk, VideoPipeline
 from nasa_video.serve.cues import LiveCues
 from nasa_video.serve.outgoing import LIMIT_BYTES, Gone, Outgoing

@@ -22,7 +22,7 @@ from live_client import PATIENCE, Client, eventually, every_task_had_its_turn, f
 from PIL import Image
 from websockets.exceptions import ConnectionClosed
 
-from nasa_video import director, memory
+from nasa_video import director
 from nasa_video.cli.console import chunk_progress
 from nasa_video.cli.generation import Request, run
 from nasa_video.errors import InputError
@@ -251,7 +251,7 @@ def test_a_change_needs_no_memory_for_another_stream(client: Client, monkeypatch
     def nothing_left(*arguments: Any, **options: Any) -> None:
         raise InputError("there is no memory for one more")
 
-    monkeypatch.setattr(memory, "require", nothing_left)
+    monkeypatch.setattr("nasa_video.pipeline.require", nothing_left)
     client.send("update", negatives=[{"text": "red"}], on_change="remake")
     accepted = client.hear("accepted")["from_chunk"]
     while (chunk := client.watch(1)[0])["index"] < accepted:

@@ -16,7 +16,7 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from causvid_adapter import CausalWan
-from nasa_video.models import find_preset
+from nasa_video.models.presets import find_preset
 from nasa_video.text import TextContext
 from nasa_video.training.nasa_t.fleet import Fleet
 from nasa_video.training.nasa_t.run import Game, train

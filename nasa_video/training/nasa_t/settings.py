@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from nasa_video.errors import InputError
-from nasa_video.models import Source, Strict, configs_dir, read_yaml
+from nasa_video.models.presets import Source, Strict, configs_dir, read_yaml
 
 Range = tuple[float, float]
 PlacementName = Literal["nowhere", "teacher", "teacher+fake", "student+teacher", "all"]

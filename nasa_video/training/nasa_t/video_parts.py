@@ -19,8 +19,8 @@ from causvid_adapter import CausalWan, load_generator
 from causvid_adapter.lora import merge_lora
 from causvid_adapter.vae_checkpoint import load_vae
 from nasa_video.errors import InputError
-from nasa_video.loading import load_text_encoder
-from nasa_video.models import LoraSource, Source, VideoPreset, find_preset
+from nasa_video.models.loading import load_text_encoder
+from nasa_video.models.presets import LoraSource, Source, VideoPreset, find_preset
 from nasa_video.text import TextEncoder
 from nasa_video.text.embedding_cache import CachedEncoder
 from nasa_video.training.attention import compile_blocks, matrix_attention

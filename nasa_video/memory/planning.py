@@ -17,10 +17,9 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from causvid_adapter.checkpoint import infer_config, read_shapes, to_diffusers, unwrap
 from nasa_video.errors import InputError
-from nasa_video.memory import (
+from nasa_video.memory.estimate import (
     Estimate,
     Run,
-    available,
     budget_of,
     estimate,
     fitting_placement,
@@ -28,8 +27,9 @@ from nasa_video.memory import (
     frames_of_rollout,
     require,
 )
-from nasa_video.models import Components, Umt5Text, VideoPreset
-from nasa_video.placement import RESIDENT, Placement, WeightKind
+from nasa_video.memory.free import available
+from nasa_video.memory.placement import RESIDENT, Placement, WeightKind
+from nasa_video.models.presets import Components, Umt5Text, VideoPreset
 
 # A plan of less than this is not worth a line.
 _SMALL = 500_000_000
@@ -302,7 +302,7 @@ def text_encoder_bytes(
 
 
 def _all_known(settings: Umt5Text, device: torch.device, dtype: torch.dtype, prompts: Sequence[str]) -> bool:
-    from nasa_video.loading import load_text_encoder
+    from nasa_video.models.loading import load_text_encoder
     from nasa_video.text.embedding_cache import CachedEncoder
 
     try:

@@ -8,10 +8,18 @@ from typing import Any
 
 import torch
 
-from nasa_video.memory import COMMON_CARDS, Estimate, Run, budget_of, estimate, fitting_placement, fitting_sizes
-from nasa_video.models import VideoPreset
-from nasa_video.placement import Placement
-from nasa_video.planning import Plan, PlanRequest, gigabytes, make_plan, text_encoder_bytes
+from nasa_video.memory.estimate import (
+    COMMON_CARDS,
+    Estimate,
+    Run,
+    budget_of,
+    estimate,
+    fitting_placement,
+    fitting_sizes,
+)
+from nasa_video.memory.placement import Placement
+from nasa_video.memory.planning import Plan, PlanRequest, gigabytes, make_plan, text_encoder_bytes
+from nasa_video.models.presets import VideoPreset
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ def readiness(
     memory: str | None = None,
 ) -> Readiness:
     """Look at the files and at the device; nothing is loaded or downloaded."""
-    from nasa_video.loading import choose_device, default_dtype
+    from nasa_video.models.loading import choose_device, default_dtype
 
     place = choose_device(device)
     dtype = default_dtype(place)

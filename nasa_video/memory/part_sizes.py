@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
-from nasa_video.placement import is_quantised
+from nasa_video.memory.placement import is_quantised
 
 # Tensors of full size and base width that the decoder holds at once in its last stage; measured: 11.0 kB a pixel of
 # Wan 2.1's VAE in float32, which is 7.2 tensors of 96 channels and 4 pictures.

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub
 from huggingface_hub.errors import HfHubHTTPError
 
 from nasa_video.errors import InputError
-from nasa_video.models import Source
+from nasa_video.models.presets import Source
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

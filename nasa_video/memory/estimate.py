@@ -16,10 +16,9 @@ import torch
 from causvid_adapter.kv_cache import capacity_frames
 from nasa_video.bench.flops import WanSizes
 from nasa_video.errors import InputError
-from nasa_video.free_memory import available as available
-from nasa_video.models import SamplerSettings
-from nasa_video.part_sizes import decoder_numbers_per_pixel, transformer_sizes, vae_sizes
-from nasa_video.placement import LADDER, RESIDENT, Placement
+from nasa_video.memory.part_sizes import decoder_numbers_per_pixel, transformer_sizes, vae_sizes
+from nasa_video.memory.placement import LADDER, RESIDENT, Placement
+from nasa_video.models.presets import SamplerSettings
 
 # Copies of a chunk's pictures: the decoder's pieces, put together, clamped, compared.
 PICTURE_COPIES = 4

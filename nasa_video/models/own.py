@@ -10,9 +10,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from nasa_video.errors import InputError
-from nasa_video.models import Components, Umt5Text, VideoPreset, VideoSettings, parse_preset, video_presets
-from nasa_video.sources import Source
-from nasa_video.stored import MODELS_FOLDER, WEIGHT_SUFFIXES
+from nasa_video.models.presets import Components, Umt5Text, VideoPreset, VideoSettings, parse_preset, video_presets
+from nasa_video.models.sources import Source
+from nasa_video.models.stored import MODELS_FOLDER, WEIGHT_SUFFIXES
 
 # Where the parts that a bare generator needs are published, by its latent channels: Wan 2.1 (and 2.2's 14B), Wan 2.2's
 # 5B with its own VAE. All read prompts with the same encoder.

@@ -9,7 +9,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from nasa_video.errors import InputError
-from nasa_video.stored import MODELS_FOLDER, WEIGHT_SUFFIXES, find_file, find_folder
+from nasa_video.models.stored import MODELS_FOLDER, WEIGHT_SUFFIXES, find_file, find_folder
 
 
 class Strict(BaseModel):

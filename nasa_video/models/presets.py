@@ -11,10 +11,10 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from nasa_video.errors import InputError
-from nasa_video.sources import Source as Source
-from nasa_video.sources import Strict as Strict
-from nasa_video.sources import package_root
-from nasa_video.stored import WEIGHT_SUFFIXES
+from nasa_video.models.sources import Source as Source
+from nasa_video.models.sources import Strict as Strict
+from nasa_video.models.sources import package_root
+from nasa_video.models.stored import WEIGHT_SUFFIXES
 
 DEFAULT_MODEL = "sprites"
 
@@ -248,7 +248,7 @@ def find_preset(model: str | os.PathLike[str]) -> VideoPreset:
     Raises:
         InputError: it is none of them; the message lists what there is.
     """
-    from nasa_video.own_models import preset_of_checkpoint, preset_of_folder, preset_of_repository
+    from nasa_video.models.own import preset_of_checkpoint, preset_of_folder, preset_of_repository
 
     presets = video_presets()
     if str(model) in presets:

@@ -14,7 +14,7 @@ from torch import Tensor
 from causvid_adapter import StreamingDecoder, denormalize
 from causvid_adapter.tiny_decoder import TinyDecoder, TinyStreamingDecoder, load_tiny_decoder
 from nasa_video.errors import InputError
-from nasa_video.models import Components, Umt5Text, WordLlamaText
+from nasa_video.models.presets import Components, Umt5Text, WordLlamaText
 from nasa_video.text import TextEncoder, Umt5Encoder, WordLlamaEncoder
 from nasa_video.text.embedding_cache import CachedEncoder, identity_of
 
