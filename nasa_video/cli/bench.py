@@ -38,8 +38,8 @@ def bench(
     """Measure time, operations and memory of every guidance method, side by side."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from nasa_video.bench import BenchSettings
-    from nasa_video.bench import bench as measure
+    from nasa_video.bench.case import BenchSettings
+    from nasa_video.bench.measure import bench as measure
 
     settings = BenchSettings(
         model=model,

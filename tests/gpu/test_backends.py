@@ -15,7 +15,8 @@ from torch import Tensor
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise
 from nasa_video.attention import Attend, Backend, SdpaAttend, TextKeys, key_bias, make_attend, shifted_bias
 from nasa_video.backbones.wan import install, prompt_keys
-from nasa_video.bench import BenchSettings, bench
+from nasa_video.bench.case import BenchSettings
+from nasa_video.bench.measure import bench
 from nasa_video.fused_lse import SMALL_SCORES
 from nasa_video.guidance import AttentionGuidance, Nag, Nasa, Vsf
 from nasa_video.memory.free import available

@@ -15,10 +15,10 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from causvid_adapter import CausalWan
 from nasa_video.attention import SdpaAttend
-from nasa_video.bench import BenchSettings, bench
 from nasa_video.bench import measure as measuring
-from nasa_video.bench.case import Case
+from nasa_video.bench.case import BenchSettings, Case
 from nasa_video.bench.flops import chunk_flops, flop_counter, mean_chunk_flops, prompt_flops
+from nasa_video.bench.measure import bench
 from nasa_video.bench.operations import count_flops, count_video
 from nasa_video.bench.random_model import RandomText
 from nasa_video.bench.subject import BASELINE, METHODS, Method, Rollout, Subject
