@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nasa_video.guidance import ClassifierFree, Nag, Nasa, Negative, ScaleSchedule, Vsf
+    from nasa_video.guidance import CentredNasa, ClassifierFree, Nag, Nasa, Negative, ScaleSchedule, Vsf
     from nasa_video.integration.guided import guided
     from nasa_video.pipeline import VideoPipeline
 
@@ -14,6 +14,7 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 _HOMES = {
+    "CentredNasa": "guidance",
     "ClassifierFree": "guidance",
     "Nag": "guidance",
     "Nasa": "guidance",
@@ -24,6 +25,7 @@ _HOMES = {
     "guided": "integration.guided",
 }
 __all__ = [
+    "CentredNasa",
     "ClassifierFree",
     "Nag",
     "Nasa",

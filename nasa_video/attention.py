@@ -35,12 +35,20 @@ class TextKeys:
         bias: (B, 1, 1, N) float32 added to the scores, or None. A key that stands for m equal ones carries log m;
             a key that is not there carries -inf.
         rounded: the same in the model's half precision, see :func:`shifted_bias`; None rounds ``bias`` as it is.
+        padding_v: (1, 1, H, D), the value of the token that pads every prompt of this model, which is what a prompt
+            without words attends to; None where there is no such token.
     """
 
     k: Tensor
     v: Tensor
     bias: Tensor | None = None
     rounded: Tensor | None = None
+    padding_v: Tensor | None = None
+
+    def to(self, device: torch.device) -> TextKeys:
+        """The same on another device."""
+        parts = (self.k, self.v, self.bias, self.rounded, self.padding_v)
+        return TextKeys(*(None if x is None else x.to(device) for x in parts))  # type: ignore[arg-type]
 
     def bias_in(self, dtype: torch.dtype) -> Tensor | None:
         """The bias for a kernel that takes it in ``dtype``."""

@@ -260,6 +260,45 @@ class Nasa:
 
 
 @dataclass(frozen=True)
+class CentredNasa:
+    """NASA that leaves alone what all prompts have in common: ``Z = Z+ - scale (Z- - Z0)``.
+
+    Z0 is what a prompt without words attends to: the value of the padding token, since a softmax over equal keys gives
+    their value whatever the query is. Where the negative finds nothing it attends to its padding, Z- is near Z0, and
+    nothing is subtracted; plain NASA subtracts all of Z0 there (docs/method.md has what that costs). For the same
+    reason several negatives need not share the scale: each has its own weight of it.
+
+    Its negative share is |scale (Z- - Z0)| / (|Z+| + |scale (Z- - Z0)|), as NASA's.
+    """
+
+    scale: float = 1.0
+    negative_padding: bool = True
+    schedule: ScaleSchedule = EVERYWHERE
+    name: ClassVar[str] = "nasa-centred"
+
+    def __post_init__(self) -> None:
+        _check_number("scale", self.scale, 0.0, MAX_SCALE)
+
+    @property
+    def active(self) -> bool:
+        return self.scale > 0
+
+    def __call__(
+        self, q: Tensor, positive: TextKeys, negatives: Sequence[WeightedKeys], attend: Attend
+    ) -> GuidedAttention:
+        z_pos = attend(q, positive)
+        added = torch.zeros_like(z_pos)
+        for keys, weight in negatives:
+            if keys.padding_v is None:
+                raise InputError(
+                    f"{self.name} subtracts what the negative adds to the padding, and this model does not pad its "
+                    "prompts with one token; use nasa"
+                )
+            added = added + weight * (attend(q, keys) - keys.padding_v)
+        return GuidedAttention(z_pos - self.scale * added, z_pos, _norm_share(z_pos, self.scale * added))
+
+
+@dataclass(frozen=True)
 class Nag:
     """NAG; defaults are the paper's for Wan 2.1; scale 1 is unguided.
 
@@ -350,8 +389,8 @@ class ClassifierFree:
         return self.scale > 1
 
 
-Guidance = Nasa | Nag | Vsf | ClassifierFree
-GUIDANCE: dict[str, type[Guidance]] = {method.name: method for method in (Nasa, Nag, Vsf, ClassifierFree)}
+Guidance = Nasa | CentredNasa | Nag | Vsf | ClassifierFree
+GUIDANCE: dict[str, type[Guidance]] = {method.name: method for method in (Nasa, CentredNasa, Nag, Vsf, ClassifierFree)}
 
 
 def sum_branches(q: Tensor, negatives: Sequence[WeightedKeys], attend: Attend) -> Tensor:

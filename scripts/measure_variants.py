@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
@@ -26,26 +26,24 @@ from nasa_video.attention import Attend, TextKeys
 from nasa_video.evaluation.cases import attributes_of
 from nasa_video.evaluation.removal import KINDS, Method, SpritesJudge, cells, removal_table
 from nasa_video.evaluation.report import summary
-from nasa_video.guidance import EVERYWHERE, GuidedAttention, Nasa, ScaleSchedule, Vsf, nasa, shares
+from nasa_video.guidance import EVERYWHERE, CentredNasa, GuidedAttention, Nag, Nasa, ScaleSchedule, Vsf, nasa, shares
 from nasa_video.pipeline import VideoPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
-Branch = Literal["whole", "centred", "own"]
 
 
 @dataclass(frozen=True)
 class NasaVariant:
-    """``Z = Z+ - scale B``; B is what is subtracted, Z- = sum over the negative's keys of p_i v_i, pad the padding key.
+    """``Z = Z+ - scale B``, where B is not the negative's whole attention output.
 
-    whole: B = Z-, as published. centred: B = Z- - v_pad, the difference to the empty prompt, whose attention output is
-    v_pad exactly. own: B = sum of p_i v_i over the negative's own tokens; padding stays in the softmax, so a query that
-    does not care for the negative gives its mass to the padding and is left alone.
+    own: B = sum of p_i v_i over the negative's own tokens; padding stays in the softmax, so that a query that does not
+    care for the negative gives its mass to the padding and is left alone. Without it B is the whole output.
     `keep_norm` gives every token the norm of Z+ back.
     """
 
     scale: float = 1.0
-    branch: Branch = "whole"
+    own: bool = False
     keep_norm: bool = False
     negative_padding: bool = True
     schedule: ScaleSchedule = EVERYWHERE
@@ -63,18 +61,13 @@ class NasaVariant:
         z_pos = attend(q, positive)
         subtracted = torch.zeros_like(z_pos)
         for (keys, _), share in zip(negatives, shares(negatives), strict=True):
-            subtracted = subtracted + share * self._branch(q, keys, attend)
+            if self.own:
+                keys = replace(keys, v=torch.cat((keys.v[:, :-1], torch.zeros_like(keys.v[:, -1:])), 1))
+            subtracted = subtracted + share * attend(q, keys)
         z = nasa(z_pos, subtracted, scale=self.scale)
         if self.keep_norm:
             z = (z * (_norm(z_pos) / _norm(z).clamp_min(1e-9))).to(z.dtype)
         return GuidedAttention(z, z_pos, torch.zeros((), device=q.device))
-
-    def _branch(self, q: Tensor, keys: TextKeys, attend: Attend) -> Tensor:
-        if self.branch == "centred":
-            return attend(q, keys) - keys.v[:, -1:]
-        if self.branch == "own":
-            keys = replace(keys, v=torch.cat((keys.v[:, :-1], torch.zeros_like(keys.v[:, -1:])), 1))
-        return attend(q, keys)
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -85,19 +78,15 @@ def _norm(x: Tensor) -> Tensor:
 def methods() -> list[Method]:
     """Everything that is tried."""
     tried = [Method("none", None)]
-    for scale in (0.5, 0.75, 1.0, 1.25):
-        tried += [
-            Method(f"NASA:{scale:g}", Nasa(scale)),
-            Method(f"NASA, norm kept:{scale:g}", NasaVariant(scale, keep_norm=True)),  # type: ignore[arg-type]
-        ]
-    for scale in (0.5, 1.0, 1.5, 2.0):
-        tried += [
-            Method(f"centred:{scale:g}", NasaVariant(scale, "centred")),  # type: ignore[arg-type]
-            Method(f"centred, norm kept:{scale:g}", NasaVariant(scale, "centred", True)),  # type: ignore[arg-type]
-            Method(f"own tokens:{scale:g}", NasaVariant(scale, "own")),  # type: ignore[arg-type]
-        ]
-    tried += [Method(f"no padding:{scale:g}", Nasa(scale, negative_padding=False)) for scale in (0.05, 0.1, 0.2, 0.3)]
+    tried += [Method(f"NASA:{scale:g}", Nasa(scale)) for scale in (0.5, 0.75, 1.0, 1.25)]
+    tried += [Method(f"NASA, no padding:{scale:g}", Nasa(scale, negative_padding=False)) for scale in (0.05, 0.1, 0.2)]
+    for scale in (0.75, 1.0):
+        tried.append(Method(f"NASA, norm kept:{scale:g}", NasaVariant(scale, keep_norm=True)))  # type: ignore[arg-type]
+    for scale in (0.5, 0.75, 1.0, 1.25, 1.5):
+        tried.append(Method(f"centred:{scale:g}", CentredNasa(scale)))
+        tried.append(Method(f"own tokens:{scale:g}", NasaVariant(scale, own=True)))  # type: ignore[arg-type]
     tried += [Method(f"VSF:{scale:g}", Vsf(scale)) for scale in (0.7, 1.0, 1.4)]
+    tried += [Method(f"NAG, no padding:{scale:g}", Nag(scale, 2.5, 0.5, negative_padding=False)) for scale in (1.5, 2)]
     schedules = {
         "first half of the steps": ScaleSchedule(last_step=0.5),
         "last half of the steps": ScaleSchedule(first_step=0.5),
@@ -105,7 +94,9 @@ def methods() -> list[Method]:
         "last half of the layers": ScaleSchedule(first_layer=0.5),
         "clean pass unguided": ScaleSchedule(clean_pass=False),
     }
-    return tried + [Method(f"NASA, {name}:1", Nasa(1.0, schedule=schedule)) for name, schedule in schedules.items()]
+    return tried + [
+        Method(f"centred, {name}:1", CentredNasa(1.0, schedule=schedule)) for name, schedule in schedules.items()
+    ]
 
 
 def _share(index: int, processes: int, n: int, attributes: list[str], steps: int, folder: Path) -> list[Row]:

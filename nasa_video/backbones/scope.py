@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -68,21 +68,19 @@ def expand_rows(x: Tensor, batch: int) -> Tensor:
 def expand_keys(keys: TextKeys, batch: int) -> TextKeys:
     """Keys of a prompt for every sample of a batch."""
     bias = None if keys.bias is None else expand_rows(keys.bias, batch)
-    return TextKeys(expand_rows(keys.k, batch), expand_rows(keys.v, batch), bias)
+    return replace(keys, k=expand_rows(keys.k, batch), v=expand_rows(keys.v, batch), bias=bias, rounded=None)
 
 
 def place_keys(keys: PromptKeys, weights: torch.device, negative: NegativeContext) -> PromptKeys:
     """Keys on the device on which the model will run: that of its weights, or the prompt's where they are offloaded."""
     device = negative.embeds.device if weights.type in ("cpu", "meta") else weights
-    layers = (
-        TextKeys(k.k.to(device), k.v.to(device), None if k.bias is None else k.bias.to(device)) for k in keys.layers
-    )
-    return PromptKeys(tuple(layers))
+    return PromptKeys(tuple(layer.to(device) for layer in keys.layers))
 
 
 def cut_keys(keys: TextKeys, rows: slice) -> TextKeys:
     """Keys of a part of the batch."""
-    return TextKeys(keys.k[rows], keys.v[rows], None if keys.bias is None else keys.bias[rows])
+    bias = None if keys.bias is None else keys.bias[rows]
+    return replace(keys, k=keys.k[rows], v=keys.v[rows], bias=bias, rounded=None)
 
 
 @dataclass

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,10 +94,12 @@ def prompt_keys(
     layers = []
     with torch.no_grad():
         with resident(transformer):
-            text = transformer.condition_embedder.text_embedder(embeds.to(device, dtype))
+            embedder = transformer.condition_embedder.text_embedder
+            text, blank = (embedder(x.to(device, dtype)) for x in (embeds, torch.zeros_like(embeds[:1, :1])))
         for block in guided_blocks(transformer):
             with resident(block):
-                layers.append(project_text(block.attn2, text, bias, rounded))
+                keys = project_text(block.attn2, text, bias, rounded)
+                layers.append(replace(keys, padding_v=project_text(block.attn2, blank).v))
     return PromptKeys(tuple(layers))
 
 

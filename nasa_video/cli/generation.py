@@ -290,7 +290,7 @@ def _guidance(request: Request, stored: Recipe | None, recipe: Recipe, pipeline:
     if request.neg_padding is not None:
         changes["negative_padding"] = request.neg_padding
     if changes and guidance.name == "cfg":
-        raise InputError(f"{', '.join(changes)} is for guidance inside attention (nasa, nag, vsf), not for cfg")
+        raise InputError(f"{', '.join(changes)} is for guidance inside attention, not for cfg")
     if (request.guidance or request.scale is not None) and not negative:
         warnings.warn("no negative prompt was given, so guidance has nothing to do; add --neg TEXT", PromptWarning, 2)
     return dataclasses.replace(guidance, **changes)

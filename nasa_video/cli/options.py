@@ -11,7 +11,9 @@ NegOption = Annotated[
     typer.Option("--neg", help="What must not be there: TEXT or TEXT:WEIGHT. Give it once a term.", show_default=False),
 ]
 ScaleOption = Annotated[float | None, typer.Option(help="Strength of the guidance; the model's own by default.")]
-GuidanceOption = Annotated[str | None, typer.Option(help="nasa, nag, vsf, cfg or none.", show_default="nasa")]
+GuidanceOption = Annotated[
+    str | None, typer.Option(help="nasa, nasa-centred, nag, vsf, cfg or none.", show_default="nasa")
+]
 ModelOption = Annotated[str | None, typer.Option(help="Preset, folder, or hub id.", show_default="sprites")]
 OutputOption = Annotated[
     str | None,

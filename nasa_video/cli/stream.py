@@ -19,7 +19,9 @@ def stream(
     to: Annotated[str, typer.Option(help="rtmp://, rtmps://, srt://, udp://, tcp://, or a file.")] = "",
     neg: NegOption = None,
     scale: ScaleOption = None,
-    guidance: Annotated[str | None, typer.Option(help="nasa, nag, vsf or cfg.", show_default="nasa")] = None,
+    guidance: Annotated[
+        str | None, typer.Option(help="nasa, nasa-centred, nag, vsf or cfg.", show_default="nasa")
+    ] = None,
     seed: SeedOption = None,
     steps: StepsOption = None,
     seconds: Annotated[float | None, typer.Option(min=0, help="Stop after this long.", show_default="Ctrl-C")] = None,

@@ -74,7 +74,7 @@ def parse_methods(text: str, pipeline: Guides) -> list[Method]:
             raise InputError(f"method {label!r}: {error}") from error
         for switch in switches:
             if switch not in ("nopad", "pad") or guidance.name == "cfg":
-                raise InputError(f"method {label!r}: unknown switch {switch!r}; nasa, nag and vsf take nopad and pad")
+                raise InputError(f"method {label!r}: unknown switch {switch!r}; all but cfg take nopad and pad")
             guidance = dataclasses.replace(guidance, negative_padding=switch == "pad")  # type: ignore[arg-type, call-arg]
         methods.append(Method(label, guidance))
     if not methods:

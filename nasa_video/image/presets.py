@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -141,8 +141,8 @@ class ImagePreset(Strict):
         Raises:
             InputError: there is no such method, or the scale is not one of its.
         """
-        if method not in GUIDANCE:
-            raise InputError(f"guidance must be one of {', '.join(GUIDANCE)}, got {method!r}")
+        if method not in get_args(Method):
+            raise InputError(f"guidance of image models must be one of {', '.join(get_args(Method))}, got {method!r}")
         settings: dict[str, Any] = dict(self.guidance.get(method, {}))  # type: ignore[call-overload]
         if scale is not None:
             settings["scale"] = scale

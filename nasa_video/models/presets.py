@@ -78,6 +78,7 @@ class Components(Strict):
         return (self.transformer, *self.loras, self.vae, *encoder)
 
 
+MethodName = Literal["nasa", "nasa-centred", "nag", "vsf", "cfg"]
 OnChange = Literal["keep", "recompute", "remake"]
 """As causvid_adapter.OnChange, which cannot be had without loading torch."""
 
@@ -186,7 +187,7 @@ class VideoPreset(Strict):
     components: Components
     sampler: SamplerSettings
     video: VideoSettings
-    guidance: dict[Literal["nasa", "nag", "vsf", "cfg"], dict[str, float | bool]] = Field(default_factory=dict)
+    guidance: dict[MethodName, dict[str, float | bool]] = Field(default_factory=dict)
     vocabulary: Literal["sprites"] | None = None
 
     @property

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from nasa_video.guidance import Guidance, Negative
-from nasa_video.models.presets import OnChange, Strict
+from nasa_video.models.presets import MethodName, OnChange, Strict
 from nasa_video.pipeline import VideoPipeline
 from nasa_video.serve.settings import MAX_NEGATIVE, MAX_NEGATIVES, MAX_PROMPT
 from nasa_video.timeline import Cue
@@ -26,7 +26,7 @@ def _with_content(text: str) -> str:
 
 
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT), AfterValidator(_with_content)]
-Method = Literal["nasa", "nag", "vsf", "cfg", "none"]
+Method = MethodName | Literal["none"]
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 MediaKind = Literal["mp4", "webm", "av1", "jpeg"]
 

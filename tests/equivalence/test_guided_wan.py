@@ -17,7 +17,7 @@ from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, ModelCal
 from causvid_adapter.model import IMAGE_MODEL_TEXT_TOKENS
 from nasa_video.attention import SdpaAttend
 from nasa_video.backbones.wan import install, prompt_keys
-from nasa_video.guidance import AttentionGuidance, Nag, Nasa, ScaleSchedule, Vsf
+from nasa_video.guidance import AttentionGuidance, CentredNasa, Nag, Nasa, ScaleSchedule, Vsf
 from nasa_video.steering import Steering
 from nasa_video.text import TextContext
 
@@ -30,6 +30,8 @@ SHAPE = (4, 4, 6)
 METHODS: list[AttentionGuidance] = [
     Nasa(0.7),
     Nasa(0.7, negative_padding=False),
+    CentredNasa(0.7),
+    CentredNasa(0.2, negative_padding=False),
     Nag(5.0),
     Nag(5.0, negative_padding=False),
     Vsf(1.3, bias=-0.2),
@@ -39,7 +41,7 @@ METHODS: list[AttentionGuidance] = [
 
 def label(value: object) -> str:
     """A short name of a case."""
-    if not isinstance(value, Nasa | Nag | Vsf):
+    if not isinstance(value, Nasa | CentredNasa | Nag | Vsf):
         return str(value)
     return f"{value.name}-{value.scale}-{'padding' if value.negative_padding else 'tokens'}"
 
@@ -115,6 +117,10 @@ def by_hand(
     together = max(1.0, sum(weights))
     if isinstance(method, Nasa):
         return z_pos - method.scale * sum(w / together * z for w, (z, _) in zip(weights, branches, strict=True))
+    if isinstance(method, CentredNasa):
+        _, v = negatives[0][0]
+        empty = v[:, -1:]  # any softmax over a prompt of padding alone
+        return z_pos - method.scale * sum(w * (z - empty) for w, (z, _) in zip(weights, branches, strict=True))
     if isinstance(method, Nag):
         z_neg = sum(w / together * z for w, (z, _) in zip(weights, branches, strict=True))
         z_neg = z_neg + (1 - sum(weights) / together) * z_pos

@@ -14,6 +14,7 @@ from nasa_video.errors import InputError
 from nasa_video.guidance import (
     GUIDANCE,
     AttentionGuidance,
+    CentredNasa,
     ClassifierFree,
     Guidance,
     Nag,
@@ -48,6 +49,42 @@ def test_nasa_is_equation_9() -> None:
     z_pos, z_neg = branches()
     assert torch.equal(nasa(z_pos, z_neg, scale=0.7), z_pos - 0.7 * z_neg)
     assert torch.equal(nasa(z_pos, z_neg, scale=0.0), z_pos)
+
+
+def padded(keys: TextKeys, copies: float, seed: int = 9) -> TextKeys:
+    """The keys and a padding token that stands for so many."""
+    k, v = (torch.randn(1, 1, *SHAPE[2:], generator=torch.Generator().manual_seed(seed + part)) for part in range(2))
+    more = [torch.cat([x, y.expand(len(x), -1, -1, -1)], 1) for x, y in ((keys.k, k), (keys.v, v))]
+    bias = torch.zeros(SHAPE[0], 1, 1, more[0].shape[1])
+    bias[..., -1] = math.log(copies)
+    return TextKeys(*more, bias, padding_v=v)
+
+
+def test_centred_nasa_subtracts_what_the_negatives_add_to_the_padding() -> None:
+    q, positive = branches()[0], keys_of(4, 1)
+    negatives = [(padded(keys_of(3, 2), 5), 0.7), (padded(keys_of(2, 3), 6), 1.0)]
+    guided = CentredNasa(0.8)(q, positive, negatives, SdpaAttend())
+    expected = SdpaAttend()(q, positive)
+    for keys, weight in negatives:
+        scores = torch.einsum("bqhd,bnhd->bhqn", q, keys.k) / math.sqrt(SHAPE[-1]) + keys.bias
+        p = scores.softmax(-1)[..., :-1]
+        values = keys.v[:, :-1] - keys.v[:, -1:]
+        expected = expected - 0.8 * weight * torch.einsum("bhqn,bnhd->bqhd", p, values)
+    torch.testing.assert_close(guided.z, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_centred_nasa_leaves_alone_where_the_negative_attends_to_its_padding() -> None:
+    q, positive, negative = branches()[0], keys_of(4, 1), padded(keys_of(3, 2), 1e9)
+    centred = CentredNasa(1.0)(q, positive, [(negative, 1.0)], SdpaAttend())
+    torch.testing.assert_close(centred.z, centred.z_pos, atol=1e-5, rtol=1e-5)
+    assert float(centred.negative_share) < 1e-5
+    plain = Nasa(1.0)(q, positive, [(negative, 1.0)], SdpaAttend())
+    torch.testing.assert_close(plain.z, plain.z_pos - negative.padding_v, atol=1e-5, rtol=1e-5)
+
+
+def test_centred_nasa_says_so_where_prompts_are_not_padded() -> None:
+    with pytest.raises(InputError, match="does not pad its prompts with one token; use nasa"):
+        CentredNasa()(branches()[0], keys_of(4, 1), [(keys_of(3, 2), 1.0)], SdpaAttend())
 
 
 def test_nag_is_its_four_equations_token_by_token() -> None:
@@ -158,7 +195,7 @@ def test_shares_of_the_negative_are_between_none_and_all() -> None:
 
 @pytest.mark.parametrize(
     ("method", "active"),
-    [(Nasa(0), False), (Nasa(0.1), True), (Nag(1), False), (Nag(alpha=0), False), (Nag(), True), (Vsf(0), False),
+    [(Nasa(0), False), (Nasa(0.1), True), (CentredNasa(0), False), (CentredNasa(0.1), True), (Nag(1), False), (Nag(alpha=0), False), (Nag(), True), (Vsf(0), False),
      (Vsf(1), True), (ClassifierFree(1), False), (ClassifierFree(2), True)],
 )  # fmt: skip
 def test_settings_that_make_a_method_the_identity_are_not_active(method: Guidance, active: bool) -> None:
@@ -304,7 +341,13 @@ def test_the_meter_averages_what_layers_did() -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [Nasa(0.8, schedule=ScaleSchedule(step_scales=(1, 0.5), layer_scales=(0, 1))), Nag(), Vsf(), ClassifierFree()],
+    [
+        Nasa(0.8, schedule=ScaleSchedule(step_scales=(1, 0.5), layer_scales=(0, 1))),
+        CentredNasa(),
+        Nag(),
+        Vsf(),
+        ClassifierFree(),
+    ],
     ids=lambda method: method.name,
 )
 def test_a_stored_method_comes_back_from_json_equal(method: Guidance) -> None:
