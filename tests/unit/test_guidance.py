@@ -195,7 +195,8 @@ def test_shares_of_the_negative_are_between_none_and_all() -> None:
 
 @pytest.mark.parametrize(
     ("method", "active"),
-    [(Nasa(0), False), (Nasa(0.1), True), (CentredNasa(0), False), (CentredNasa(0.1), True), (Nag(1), False), (Nag(alpha=0), False), (Nag(), True), (Vsf(0), False),
+    [(Nasa(0), False), (Nasa(0.1), True), (CentredNasa(0), False), (CentredNasa(0.1), True),
+     (Nag(1), False), (Nag(alpha=0), False), (Nag(), True), (Vsf(0), False),
      (Vsf(1), True), (ClassifierFree(1), False), (ClassifierFree(2), True)],
 )  # fmt: skip
 def test_settings_that_make_a_method_the_identity_are_not_active(method: Guidance, active: bool) -> None:
