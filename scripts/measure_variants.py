@@ -1,4 +1,4 @@
-"""Variants of NASA side by side on the shipped model, on the choosing prompts: writes docs/method.md's tables.
+"""Variants of NASA side by side on the shipped model, on the choosing prompts: writes docs/method-4-steps.md.
 
     python scripts/measure_variants.py --n 48
 
@@ -9,9 +9,9 @@ worth having where it beats plain NASA at every scale, not at one.
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -23,7 +23,7 @@ import typer
 from torch import Tensor
 
 from nasa_video.attention import Attend, TextKeys
-from nasa_video.evaluation.cases import attributes_of
+from nasa_video.evaluation.cases import attributes_of, build_cases
 from nasa_video.evaluation.removal import KINDS, Method, SpritesJudge, cells, removal_table
 from nasa_video.evaluation.report import summary
 from nasa_video.guidance import EVERYWHERE, CentredNasa, GuidedAttention, Nag, Nasa, ScaleSchedule, Vsf, nasa, shares
@@ -68,6 +68,44 @@ class NasaVariant:
         if self.keep_norm:
             z = (z * (_norm(z_pos) / _norm(z).clamp_min(1e-9))).to(z.dtype)
         return GuidedAttention(z, z_pos, torch.zeros((), device=q.device))
+
+
+class Parts:
+    """No guidance: lets through what the prompt says, and notes what NASA would subtract of it."""
+
+    scale = 1.0
+    negative_padding = True
+    schedule = EVERYWHERE
+    active = True
+    name: ClassVar[str] = "nasa"
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def __call__(
+        self, q: Tensor, positive: TextKeys, negatives: Sequence[tuple[TextKeys, float]], attend: Attend
+    ) -> GuidedAttention:
+        """Note |Z-|, |Z0| and |Z- - Z0| in multiples of |Z+|, means over the layer's tokens."""
+        z_pos, (keys, _) = attend(q, positive), negatives[0]
+        assert keys.padding_v is not None
+        z_neg, z_empty = attend(q, keys), keys.padding_v.expand_as(z_pos)
+        lengths = [_norm(z).mean() for z in (z_neg, z_empty, z_neg - z_empty, z_pos)]
+        self.seen.append(torch.stack(lengths[:3]) / lengths[3])
+        return GuidedAttention(z_pos, z_pos, torch.zeros((), device=q.device))
+
+
+def what_is_subtracted(attributes: Sequence[str], steps: int, n: int = 8) -> str:
+    """By kind of case: the lengths of NASA's branch and of its two parts, in multiples of |Z+|."""
+    pipeline = VideoPipeline.from_pretrained("sprites")
+    lines = ["| case | whole branch Z- | padding Z0 | Z- - Z0 |", "|---|---|---|---|"]
+    for kind in KINDS:
+        parts = Parts()
+        for attribute in (name for name in attributes_of(kind) if name in attributes):
+            for case in build_cases(attribute, kind, n, "choose"):
+                list(pipeline.stream(case.prompt, negative=case.negative, guidance=parts, seed=case.seed, steps=steps))  # type: ignore[arg-type]
+        means = torch.stack(parts.seen).mean(0).tolist()
+        lines.append(f"| {kind} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -152,17 +190,34 @@ def main(
     steps: Annotated[int, typer.Option(help="Few-step count.")] = 4,
     processes: Annotated[int, typer.Option(help="Processes side by side.")] = os.cpu_count() or 1,
     folder: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = ROOT / "runs" / "variants",
+    docs: Annotated[Path, typer.Option(help="Where the tables are written.")] = ROOT / "docs",
 ) -> None:
     """Measures all variants; a rerun goes on where it stopped."""
     path = files("nasa_video.sprites") / "weights" / "transformer" / "diffusion_pytorch_model.safetensors"
-    folder = folder / hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    weights = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    folder = folder / weights
     folder.mkdir(parents=True, exist_ok=True)
     shares = [(i, processes, n, attributes.split(","), steps, folder) for i in range(processes)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         rows = [row for part in pool.starmap(_share, shares, chunksize=1) for row in part]
-    table = _markdown(rows, n, attributes, steps)
-    (folder / f"variants-{steps}-steps.json").write_text(json.dumps(rows, indent=1))
-    (folder / f"variants-{steps}-steps.md").write_text(table)
+    command = f"python scripts/measure_variants.py --n {n} --steps {steps} --attributes {attributes}"
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    table = f"""# Variants of NASA, {steps} steps
+
+    {command}
+
+The shipped student (SHA-256 {weights}...), commit {commit.stdout.strip()}, choosing prompts; docs/method.md says what
+follows.
+
+{_markdown(rows, n, attributes, steps)}
+## What NASA subtracts, in multiples of |Z+|
+
+Means over tokens, layers, steps and 8 unguided videos an attribute.
+
+{what_is_subtracted(attributes.split(","), steps)}"""
+    (docs / f"method-{steps}-steps.md").write_text(table, encoding="utf-8")
     print(table)
 
 
