@@ -26,7 +26,7 @@ from nasa_video.training.checkpoint import Average, load_state, save_state
 from nasa_video.training.dataset import ClipBatch, LatentClips
 from nasa_video.training.flow import shifted
 from nasa_video.training.journal import Journal
-from nasa_video.training.latent_detector import LatentDetector, blurred_by_noise, spread_loss, stated_loss
+from nasa_video.training.latent_detector import LatentDetector, blurred_by_noise, legible, spread_loss, stated_loss
 from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
 from nasa_video.training.parallel import Team
 
@@ -39,7 +39,8 @@ class DistillTraining:
     `teacher_scale` is the teacher's classifier-free guidance, 1 being none. `short_share` of the iterations roll out
     first chunks alone, as many more as take the same work; `switched_share` of the others roll out clips whose prompt
     changes between chunks. `told_weight` is the weight of the latent detector's
-    gradient, which is at most `told_limit` times as large as that of the distribution.
+    two gradients: towards what captions state, at most `told_limit` times as large as that of the distribution, and
+    towards the data's shares of what they leave open, at most `spread_limit` times.
     """
 
     steps: dict[int, tuple[float, ...]] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class DistillTraining:
     teacher_scale: float = 1.75
     told_weight: float = 30.0
     told_limit: float = 0.7
+    spread_limit: float = 0.3
     empty_share: float = 0.05
     short_share: float = 0.4
     switched_share: float = 0.25
@@ -208,9 +210,11 @@ class Distillation:
                 self.real, self.fake, clip.detach(), context, empty, settings.teacher_scale, sigma, normal()
             )
             values["direction"] = float(direction.abs().mean())
-            told = self._told(clip.detach(), batch, generator)
-            values["told"] = float(told.abs().mean())
-            direction = direction + _at_most(told, settings.told_limit * _size(direction))
+            told, shares = self._told(clip.detach(), batch, generator)
+            values |= {"told": float(told.abs().mean()), "shares": float(shares.abs().mean())}
+            size = _size(direction)
+            direction = direction + _at_most(told, settings.told_limit * size)
+            direction = direction + _at_most(shares, settings.spread_limit * size)
             loss = 0.5 * (clip - (clip - direction).detach()).square().mean()
             loss.backward()  # type: ignore[no-untyped-call]
             self.team.average_gradients(self.student)
@@ -222,21 +226,22 @@ class Distillation:
         )
         return values
 
-    def _told(self, clip: Tensor, batch: ClipBatch, generator: torch.Generator) -> Tensor:
+    def _told(self, clip: Tensor, batch: ClipBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """What the latent detector would change of the clips.
 
-        So that they show what their captions state, and differ as the data does in what these leave open.
+        The first so that they show what their captions state, the second so that together they differ as the data does
+        in what these leave open.
         """
         settings = self.settings
         if self.detector is None or settings.told_weight == 0 or not any(batch.stated):
-            return torch.zeros_like(clip)
+            return torch.zeros_like(clip), torch.zeros_like(clip)
         clip = clip.requires_grad_(True)
         with torch.enable_grad(), autocast(self.device):
             logits = self.detector(blurred_by_noise(clip, self.detector_noise, generator))
-        told = ({n: v.float() for n, v in logits.items()}, batch.scenes.to(self.device), batch.stated)
-        loss = stated_loss(*told) + spread_loss(*told)
-        (gradient,) = torch.autograd.grad(loss, clip)
-        return torch.nan_to_num(settings.told_weight * gradient)
+        found, scenes = {n: v.float() for n, v in logits.items()}, batch.scenes.to(self.device)
+        losses = stated_loss(found, scenes, legible(batch.stated)), spread_loss(found, scenes, batch.stated)
+        told, shares = (settings.told_weight * torch.autograd.grad(loss, clip, retain_graph=True)[0] for loss in losses)
+        return torch.nan_to_num(told), torch.nan_to_num(shares)
 
     def _update_fake(self, clip: Tensor, context: Tensor, noise: Tensor, generator: torch.Generator) -> float:
         sigma = self._sigma(len(clip), generator)

@@ -73,6 +73,19 @@ def blurred_by_noise(latents: Tensor, most: float, generator: torch.Generator) -
     return (1 - level) * latents + level * noise
 
 
+HIDING = frozenset({"blurry", "pixelated"})
+HIDDEN = frozenset({"shape", "texture"})
+
+
+def legible(stated: Sequence[frozenset[str]]) -> list[frozenset[str]]:
+    """What captions state, without the details that a stated flaw hides.
+
+    A clip that is told to show its shape loses the blur that makes shapes hard to read, although its caption asks for
+    it.
+    """
+    return [words - HIDDEN if words & HIDING else words for words in stated]
+
+
 def stated_loss(logits: dict[str, Tensor], scenes: Scenes, stated: Sequence[frozenset[str]]) -> Tensor:
     """Sum over the clips of the cross-entropies of what their captions state; nothing else counts."""
     goal = targets(scenes)

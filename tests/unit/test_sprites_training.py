@@ -14,7 +14,7 @@ from nasa_video.training.dataset import LatentClips
 from nasa_video.training.distill import Distillation, DistillTraining, matching_direction, rollout
 from nasa_video.training.flow import FlowTraining, draw_noise_levels, flow_loss, new_transformer, train_flow
 from nasa_video.training.journal import Journal
-from nasa_video.training.latent_detector import LatentDetector, spread_loss, stated_loss
+from nasa_video.training.latent_detector import LatentDetector, legible, spread_loss, stated_loss
 from nasa_video.training.optimiser import orthogonalise, warm_then_linear
 from nasa_video.training.parallel import Team
 from nasa_video.training.plan import load_plan
@@ -331,10 +331,21 @@ def test_what_the_latent_detector_tells_makes_the_clip_show_what_is_stated(tiny)
         with torch.autocast("cpu", torch.bfloat16, enabled=False):
             return float(stated_loss(detector(clip), batch.scenes, batch.stated))
 
-    told = game._told(batch.latents.clone(), batch, torch.Generator().manual_seed(0))
+    told, shares = game._told(batch.latents.clone(), batch, torch.Generator().manual_seed(0))
     assert loss(batch.latents - 1e-2 * told / told.abs().max()) < loss(batch.latents)
     emptied = batch.with_some_empty(1.0, torch.Generator())
-    assert game._told(batch.latents.clone(), emptied, torch.Generator()).abs().max() == 0
+    assert max(part.abs().max() for part in game._told(batch.latents.clone(), emptied, torch.Generator())) == 0
+
+    def apart(clip):
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            return float(spread_loss(detector(clip), batch.scenes, batch.stated))
+
+    assert apart(batch.latents - 1e-2 * shares / shares.abs().max()) < apart(batch.latents)
+
+
+def test_a_clip_that_is_to_be_blurred_is_not_told_its_details():
+    stated = [frozenset({"shape", "colour", "blurry"}), frozenset({"shape", "noisy"})]
+    assert legible(stated) == [frozenset({"colour", "blurry"}), frozenset({"shape", "noisy"})]
 
 
 def test_only_what_is_stated_counts():
