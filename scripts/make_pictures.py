@@ -20,9 +20,14 @@ EXAMPLES = {
 SEEDS = (0, 1, 2)
 
 
-def video(pipeline: VideoPipeline, prompt: str, negative: str | None, seed: int) -> Frames:
-    """All frames of one video, with the model's default guidance."""
-    return np.concatenate([chunk.frames for chunk in pipeline.stream(prompt, negative=negative, seed=seed)])
+METHODS = ("nasa", "nasa-centred")
+
+
+def video(pipeline: VideoPipeline, prompt: str, negative: str | None, method: str, seed: int) -> Frames:
+    """All frames of one video, at the model's own scale."""
+    guidance = pipeline.guidance(method) if negative else None
+    chunks = pipeline.stream(prompt, negative=negative, guidance=guidance, seed=seed)
+    return np.concatenate([chunk.frames for chunk in chunks])
 
 
 def main() -> None:
@@ -30,14 +35,17 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images")
     folder.mkdir(parents=True, exist_ok=True)
     pipeline = VideoPipeline.from_pretrained("sprites")
-    scale = pipeline.guidance().scale
     for name, (prompt, negative) in EXAMPLES.items():
         rows, wide = [], []
         for seed in SEEDS:
-            plain, guided = video(pipeline, prompt, None, seed), video(pipeline, prompt, negative, seed)
-            rows.append((f'"{prompt}", seed {seed}', plain))
-            rows.append((f'the same with --neg "{negative}" (NASA, scale {scale:g})', guided))
-            wide.append(side_by_side([plain, guided], ["without", f"--neg {negative}"], scale=2))
+            videos = [video(pipeline, prompt, None, "none", seed)]
+            rows.append((f'"{prompt}", seed {seed}', videos[0]))
+            for method in METHODS:
+                videos.append(video(pipeline, prompt, negative, method, seed))
+                scale = pipeline.guidance(method).scale
+                rows.append((f'the same with --neg "{negative}" --guidance {method}, scale {scale:g}', videos[-1]))
+            labels = ["without", *(f"--neg {negative}, {method}" for method in METHODS)]
+            wide.append(side_by_side(videos, labels, scale=2))
         contact_sheet(rows, columns=5).save(folder / f"{name}.png")
         with open_sink(folder / f"{name}.mp4", pipeline.preset.video.fps) as sink:
             sink.write(np.concatenate(wide))
