@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import random
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,16 +19,30 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 import torch
 import typer
 from torch import Tensor
 
 from nasa_video.attention import Attend, TextKeys
-from nasa_video.evaluation.cases import attributes_of, build_cases
+from nasa_video.evaluation.cases import MAIN, attributes_of, build_cases
 from nasa_video.evaluation.removal import KINDS, Method, SpritesJudge, cells, removal_table
 from nasa_video.evaluation.report import summary
-from nasa_video.guidance import EVERYWHERE, CentredNasa, GuidedAttention, Nag, Nasa, ScaleSchedule, Vsf, nasa, shares
+from nasa_video.guidance import (
+    EVERYWHERE,
+    CentredNasa,
+    Guidance,
+    GuidedAttention,
+    Nag,
+    Nasa,
+    ScaleSchedule,
+    Vsf,
+    nasa,
+    shares,
+)
 from nasa_video.pipeline import VideoPipeline
+from nasa_video.sprites.captions import caption_stating, value_names
+from nasa_video.sprites.world import ATTRIBUTES, FLAWS, sample_scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
@@ -105,6 +120,47 @@ def what_is_subtracted(attributes: Sequence[str], steps: int, n: int = 8) -> str
                 list(pipeline.stream(case.prompt, negative=case.negative, guidance=parts, seed=case.seed, steps=steps))  # type: ignore[arg-type]
         means = torch.stack(parts.seen).mean(0).tolist()
         lines.append(f"| {kind} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
+    return "\n".join(lines) + "\n"
+
+
+THREE = {"weather": "snow", "noisy": "noisy", "border": "border"}
+
+
+def several_negatives(steps: int, n: int) -> str:
+    """Three things that the prompt states, forbidden by three negatives or by one list of them."""
+    pipeline, judge = VideoPipeline.from_pretrained("sprites"), SpritesJudge()
+    prompts, kept = [], []
+    for seed in range(n):
+        names = {"count": 0, "texture": 0, "weather": ATTRIBUTES["weather"].index("snow"), **dict.fromkeys(FLAWS, 0)}
+        scene = sample_scenes(1, torch.Generator().manual_seed(seed)).replace(**{**names, "noisy": 1, "border": 1})
+        row = scene.row(0)
+        prompts.append(caption_stating(row, frozenset({*MAIN, *THREE}), random.Random(seed)).text)
+        kept.append({name: value_names(row)[name] for name in MAIN})
+    tried: list[Guidance | None] = [None, Nasa(1.0), CentredNasa(1.0), CentredNasa(0.5), Vsf(1.0)]
+    tried.append(Nag(1.5, 2.5, 0.5, negative_padding=False))
+    lines = ["| | negatives | all three removed | all else held | both |", "|---|---|---|---|---|"]
+    for guidance in tried:
+        ways = {"three": tuple(THREE.values()), "one list": (", ".join(THREE.values()),)}
+        for way, terms in ways.items() if guidance else (("none", ()),):
+            removed, held = [], []
+            for start in range(0, n, 24):
+                part = slice(start, min(n, start + 24))
+                chunks = pipeline.stream_batch(
+                    prompts[part],
+                    seeds=list(range(n)[part]),
+                    negatives=[terms] * len(prompts[part]) if guidance else None,
+                    guidance=guidance,
+                    frames=33,
+                    steps=steps,
+                )
+                videos = np.concatenate([chunk.frames for chunk in chunks], axis=1)
+                for found, wanted in zip(judge(list(videos)), kept[part], strict=True):
+                    removed.append(all(found[name] != value for name, value in THREE.items()))
+                    held.append(all(found[name] == value for name, value in wanted.items()))
+            both = sum(r and h for r, h in zip(removed, held, strict=True))
+            label = f"{guidance.name} {guidance.scale:g}" if guidance else "none"
+            counts = (sum(removed), sum(held), both)
+            lines.append(f"| {label} | {way} | {' | '.join(f'{count / n:.0%}' for count in counts)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -216,7 +272,12 @@ follows.
 
 Means over tokens, layers, steps and 8 unguided videos an attribute.
 
-{what_is_subtracted(attributes.split(","), steps)}"""
+{what_is_subtracted(attributes.split(","), steps)}
+## Three negatives at once
+
+Prompts that state snow, noise and a border; {n} videos a row. NASA and NAG share their scale among the negatives.
+
+{several_negatives(steps, n)}"""
     (docs / f"method-{steps}-steps.md").write_text(table, encoding="utf-8")
     print(table)
 
