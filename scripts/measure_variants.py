@@ -106,7 +106,8 @@ class Parts:
         z_neg, z_empty = attend(q, keys), keys.padding_v.expand_as(z_pos)
         lengths = [_norm(z).mean() for z in (z_neg, z_empty, z_neg - z_empty, z_pos)]
         self.seen.append(torch.stack(lengths[:3]) / lengths[3])
-        return GuidedAttention(z_pos, z_pos, torch.zeros((), device=q.device))
+        # a run whose guidance changes nothing is refused: the effect is told wrongly, the output is not changed
+        return GuidedAttention(z_pos, 2 * z_pos, torch.zeros((), device=q.device))
 
 
 def what_is_subtracted(attributes: Sequence[str], steps: int, n: int = 8) -> str:
@@ -114,12 +115,13 @@ def what_is_subtracted(attributes: Sequence[str], steps: int, n: int = 8) -> str
     pipeline = VideoPipeline.from_pretrained("sprites")
     lines = ["| case | whole branch Z- | padding Z0 | Z- - Z0 |", "|---|---|---|---|"]
     for kind in KINDS:
-        parts = Parts()
-        for attribute in (name for name in attributes_of(kind) if name in attributes):
+        parts, here = Parts(), [name for name in attributes_of(kind) if name in attributes]
+        for attribute in here:
             for case in build_cases(attribute, kind, n, "choose"):
                 list(pipeline.stream(case.prompt, negative=case.negative, guidance=parts, seed=case.seed, steps=steps))  # type: ignore[arg-type]
-        means = torch.stack(parts.seen).mean(0).tolist()
-        lines.append(f"| {kind} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
+        if here:
+            means = torch.stack(parts.seen).mean(0).tolist()
+            lines.append(f"| {kind} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
     return "\n".join(lines) + "\n"
 
 
