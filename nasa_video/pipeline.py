@@ -172,7 +172,7 @@ class VideoPipeline:
 
         Args:
             negative: what must not be there; a text, a Negative, or several.
-            guidance: the method; None takes the preset's NASA when there is a negative.
+            guidance: the method; None takes the preset's default when there is a negative.
             seed: the noise follows from it alone.
             frames: length; None takes the preset's. See :meth:`check_frames`.
             endless: go on until the caller stops. A loop without a window and rollouts gets a window of the preset's
@@ -227,12 +227,13 @@ class VideoPipeline:
         cue = Cue(tuple(prompts), lists, guidance or (self.guidance() if any(lists) else None))
         return self._plan(cues or (lambda index: cue), seeds, frames, False, steps, width, height, on_change)
 
-    def guidance(self, method: str = "nasa", scale: float | None = None) -> Guidance:
-        """A method with this model's settings, and another scale where one is given.
+    def guidance(self, method: str | None = None, scale: float | None = None) -> Guidance:
+        """A method (None: this model's default) with this model's settings, and another scale where one is given.
 
         Raises:
             InputError: no such method, or a scale that it cannot take.
         """
+        method = method or self.preset.default_guidance
         if method not in GUIDANCE:
             raise InputError(f"guidance must be one of {', '.join(GUIDANCE)} or none, got {method!r}")
         settings: dict[str, Any] = dict(self.preset.guidance.get(method, {}))  # type: ignore[call-overload]

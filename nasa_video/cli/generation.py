@@ -279,7 +279,7 @@ def _guidance(request: Request, stored: Recipe | None, recipe: Recipe, pipeline:
         guidance = restore_guidance(stored.guidance)
         assert guidance is not None
     else:
-        method = request.guidance or (stored.guidance.method if stored and stored.guidance else "nasa")
+        method = request.guidance or (stored.guidance.method if stored and stored.guidance else None)
         guidance = pipeline.guidance(method, request.scale)
     schedule = ScaleSchedule(
         *request.guide_steps, *request.guide_layers, request.guide_clean, request.scale_steps, request.scale_layers

@@ -12,7 +12,7 @@ NegOption = Annotated[
 ]
 ScaleOption = Annotated[float | None, typer.Option(help="Strength of the guidance; the model's own by default.")]
 GuidanceOption = Annotated[
-    str | None, typer.Option(help="nasa, nasa-centred, nag, vsf, cfg or none.", show_default="nasa")
+    str | None, typer.Option(help="nasa, nasa-centred, nag, vsf, cfg or none.", show_default="the model's own")
 ]
 ModelOption = Annotated[str | None, typer.Option(help="Preset, folder, or hub id.", show_default="sprites")]
 OutputOption = Annotated[

@@ -20,7 +20,7 @@ def stream(
     neg: NegOption = None,
     scale: ScaleOption = None,
     guidance: Annotated[
-        str | None, typer.Option(help="nasa, nasa-centred, nag, vsf or cfg.", show_default="nasa")
+        str | None, typer.Option(help="nasa, nasa-centred, nag, vsf or cfg.", show_default="the model's own")
     ] = None,
     seed: SeedOption = None,
     steps: StepsOption = None,

@@ -182,7 +182,7 @@ def _cues(request: StreamRequest, timeline: Timeline | None, pipeline: VideoPipe
     prompt = request.prompt or (timeline.timeline[0].prompt if timeline else None)
     if prompt is None:
         raise InputError('say what the video should show: nasa-video stream "a red ball bouncing" --to ball.mp4')
-    guidance = pipeline.guidance(request.guidance or "nasa", request.scale)
+    guidance = pipeline.guidance(request.guidance, request.scale)
     first = Cue.of(prompt, [parse_negative(text) for text in request.negatives], guidance)
     if timeline is None:
         return lambda chunk: first

@@ -188,6 +188,7 @@ class VideoPreset(Strict):
     sampler: SamplerSettings
     video: VideoSettings
     guidance: dict[MethodName, dict[str, float | bool]] = Field(default_factory=dict)
+    default_guidance: MethodName = "nasa"
     vocabulary: Literal["sprites"] | None = None
 
     @property

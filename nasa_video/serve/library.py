@@ -79,6 +79,7 @@ def _describe(name: str, *, offered: bool) -> dict[str, Any]:
         "steps": sorted(sampler.steps) if sampler.steps != "any" else None,
         "default_steps": sampler.default_steps,
         "scales": {method: settings.get("scale") for method, settings in preset.guidance.items()},
+        "guidance": preset.default_guidance,
         "on_change": sampler.on_change,
         "vocabulary": preset.vocabulary,
     }

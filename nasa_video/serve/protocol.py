@@ -46,7 +46,8 @@ class Wanted(Strict):
 
     prompt: Prompt
     negatives: Terms = ()
-    guidance: Method = "nasa"
+    guidance: Method | None = None
+    """None takes the model's own."""
     scale: Scale | None = None
     on_change: OnChange | None = None
     """None takes the model's own."""

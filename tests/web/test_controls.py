@@ -71,7 +71,7 @@ def test_a_refused_change_is_taken_back(server: Server, open_page: Any) -> None:
     assert "prompt itself" in page.inner_text("#notice")
     assert page.locator(".chip .text").all_inner_texts() == ["snow"], "what holds is what is shown"
     page.select_option("#guidance", "cfg")
-    until(page, "document.querySelector('#guidance').value === 'nasa'")
+    until(page, "document.querySelector('#guidance').value === 'nasa-centred'")
     page.fill("#prompt", "snow")
     page.press("#prompt", "Enter")
     until(page, "document.querySelector('#prompt').value === 'a red ball'")

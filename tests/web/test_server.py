@@ -241,7 +241,7 @@ def test_a_bad_change_is_refused_and_the_stream_goes_on(client: Client) -> None:
         client.send("update", **change)
         assert client.hear("error")["code"] == "refused"
         client.heard.clear()
-    assert client.watch(1)[0]["guidance"] == "nasa"
+    assert client.watch(1)[0]["guidance"] == "nasa-centred"
 
 
 def test_a_change_needs_no_memory_for_another_stream(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,6 +206,7 @@ export class Form {
 
   modelChanged() {
     this.fitted = $("model").value;
+    $("guidance").value = this.stored?.guidance ?? this.model()?.guidance ?? "nasa";
     $("on-change").value = this.stored?.on_change ?? this.model()?.on_change ?? "keep";
     this.fitScale(this.stored?.scale);
     this.drawChips();
