@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nasa_video import ClassifierFree, Nasa, VideoPipeline, Vsf
+from nasa_video import CentredNasa, ClassifierFree, Nasa, VideoPipeline, Vsf
 from nasa_video.evaluation.cases import build_cases
 from nasa_video.evaluation.removal import Method, SpritesJudge, run_cases
 
@@ -40,6 +40,15 @@ def test_a_negative_wins_over_the_prompt_with_nasa_and_not_with_classifier_free_
     assert unguided <= 0.25
     assert nasa >= 0.6
     assert cfg <= nasa - 0.3
+
+
+def test_the_models_own_guidance_removes_and_holds(pipeline: VideoPipeline, judge: SpritesJudge) -> None:
+    own = pipeline.guidance()
+    assert isinstance(own, CentredNasa)
+    cases = build_cases("colour", "conflict", NUM, "choose") + build_cases("blurry", "stated", NUM, "choose")
+    verdicts = run_cases(pipeline, Method("own", own), 4, cases, judge, frames=21, batch=NUM)
+    assert sum(verdict.removed for verdict in verdicts) >= 12
+    assert sum(verdict.removed and verdict.held for verdict in verdicts) >= 8
 
 
 def test_value_sign_flip_removes_too(pipeline: VideoPipeline, judge: SpritesJudge) -> None:

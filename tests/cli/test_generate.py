@@ -23,7 +23,7 @@ def test_a_prompt_and_its_negatives_become_a_file_with_its_recipe(nasa_video: Ru
     )
     assert done.status == 0
     assert set(done.json) >= {"output", "frames", "fps", "seconds", "seed", "model", "guidance", "effect"}
-    assert (done.json["frames"], done.json["fps"], done.json["guidance"]) == (21, 12, "nasa")
+    assert (done.json["frames"], done.json["fps"], done.json["guidance"]) == (21, 12, "nasa-centred")
     assert 0.01 < done.json["effect"]["relative_change"] < 2
     assert 0 < done.json["effect"]["negative_share"] < 1
     info = probe("a.mp4")
@@ -63,7 +63,7 @@ def test_no_guidance_scale_zero_and_no_negative_are_one_video(nasa_video: Run) -
     assert not np.array_equal(plain, guided)
 
 
-@pytest.mark.parametrize("method", ["nasa", "nag", "vsf", "cfg"])
+@pytest.mark.parametrize("method", ["nasa", "nasa-centred", "nag", "vsf", "cfg"])
 def test_every_method_runs_and_reports_its_effect(nasa_video: Run, method: str) -> None:
     done = nasa_video(
         "generate", "a star", "--neg", "red", "--guidance", method, "--model", "{model}", "-o", "a.mp4", "--json"

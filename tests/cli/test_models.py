@@ -173,7 +173,7 @@ def test_every_shipped_preset_is_valid_and_complete() -> None:
     for path in (configs_dir() / "video").glob("*.yaml"):
         preset = parse_preset(path)
         assert preset.name == path.stem
-        assert set(preset.guidance) == {"nasa", "nag", "vsf", "cfg"}
+        assert set(preset.guidance) == {"nasa", "nasa-centred", "nag", "vsf", "cfg"}
         assert preset.sampler.timesteps(preset.sampler.default_steps)
         assert preset.licence
         for source in preset.components.sources:
