@@ -229,7 +229,7 @@ def _markdown(rows: list[Row], n: int, attributes: str, steps: int) -> str:
     by_label: dict[str, dict[str, Row]] = {}
     for row in summary(rows):
         by_label.setdefault(row["label"], {})[row["case"]] = row
-    for label, kinds in by_label.items():
+    for label, kinds in ((method.label, by_label[method.label]) for method in methods()):
         shares = [
             " / ".join(f"{100 * kinds[kind][column]:.0f}" for column in ("removed", "held", "both"))
             if kind in kinds
