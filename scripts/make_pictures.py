@@ -14,7 +14,7 @@ from nasa_video.video.sinks import open_sink
 
 EXAMPLES = {
     "blurry": ("a big red star on a light background, blurry", "blurry"),
-    "colour": ("a big star on a dark background", "yellow"),
+    "colour": ("a big blue ball on a dark background", "blue"),
     "background": ("a big yellow heart moving up on a starry background", "starry background"),
 }
 SEEDS = (0, 1, 2)
