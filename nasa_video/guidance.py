@@ -291,8 +291,8 @@ class CentredNasa:
         for keys, weight in negatives:
             if keys.padding_v is None:
                 raise InputError(
-                    f"{self.name} subtracts what the negative adds to the padding, and this model does not pad its "
-                    "prompts with one token; use nasa"
+                    f"{self.name} subtracts what the negative adds to the padding, and there is none: this model does "
+                    "not pad its prompts with one token, or an unfolded negative fills all tokens; use nasa"
                 )
             added = added + weight * (attend(q, keys) - keys.padding_v)
         return GuidedAttention(z_pos - self.scale * added, z_pos, _norm_share(z_pos, self.scale * added))

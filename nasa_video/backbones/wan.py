@@ -84,6 +84,10 @@ def prompt_keys(
         fold: keep the real tokens and one padding token that stands for all (exact); otherwise all L.
         padding: whether padding takes part (as Wan does it) or is masked out.
     """
+    # A row that ends in padding has its value; folded, all do. Prompts that fill all L tokens have none.
+    ends: int | None = 0 if fold else int(context.lengths.argmin())
+    if not fold and int(context.lengths[ends]) == context.embeds.shape[1]:
+        ends = None
     bias = key_bias(context.lengths, context.embeds.shape[1], fold=fold, padding=padding)
     embeds = folded_embeds(context.embeds, context.lengths) if fold else context.embeds
     device, dtype = transformer.device, transformer.dtype
@@ -94,12 +98,11 @@ def prompt_keys(
     layers = []
     with torch.no_grad():
         with resident(transformer):
-            embedder = transformer.condition_embedder.text_embedder
-            text, blank = (embedder(x.to(device, dtype)) for x in (embeds, torch.zeros_like(embeds[:1, :1])))
+            text = transformer.condition_embedder.text_embedder(embeds.to(device, dtype))
         for block in guided_blocks(transformer):
             with resident(block):
                 keys = project_text(block.attn2, text, bias, rounded)
-                layers.append(replace(keys, padding_v=project_text(block.attn2, blank).v))
+                layers.append(replace(keys, padding_v=None if ends is None else keys.v[ends : ends + 1, -1:]))
     return PromptKeys(tuple(layers))
 
 

@@ -36,6 +36,7 @@ METHODS = (
     Method("none-folded", "none, folded", None, True),
     Method("nasa-folded", "NASA, folded", "nasa", True),
     Method("nasa-padded", "NASA, padded", "nasa", False),
+    Method("nasa-centred", "NASA centred, folded", "nasa-centred", True),
     Method("nag", "NAG, folded", "nag", True),
     Method("vsf", "VSF, folded", "vsf", True),
     Method("cfg", "CFG, folded", "cfg", True),

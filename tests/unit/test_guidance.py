@@ -83,7 +83,7 @@ def test_centred_nasa_leaves_alone_where_the_negative_attends_to_its_padding() -
 
 
 def test_centred_nasa_says_so_where_prompts_are_not_padded() -> None:
-    with pytest.raises(InputError, match="does not pad its prompts with one token; use nasa"):
+    with pytest.raises(InputError, match=r"not pad its prompts with one token.*use nasa"):
         CentredNasa()(branches()[0], keys_of(4, 1), [(keys_of(3, 2), 1.0)], SdpaAttend())
 
 
