@@ -71,7 +71,7 @@ def guided(
         negatives: a text, a :class:`~nasa_video.Negative` (with a weight), an encoded
             :class:`~nasa_video.backbones.scope.NegativeContext`, embeddings (B, L, E), or several of them. A bare model
             has no text encoder and takes encoded ones only. Nothing, or an empty text: unguided.
-        guidance: :class:`~nasa_video.Nasa` (default), Nag or Vsf; None is Nasa().
+        guidance: :class:`~nasa_video.Nasa` (default), Nag, Vsf or, for Wan, CentredNasa; None is Nasa().
         attend: the attention kernel; PyTorch's by default.
         joint: what guidance means in joint attention, see :mod:`nasa_video.backbones.joint`; FLUX only.
         doubled_batch: a bare model is called with [unconditional; conditional] batches: guide the second half only.
@@ -86,7 +86,7 @@ def guided(
     if isinstance(guidance, ClassifierFree):
         raise InputError(
             "classifier-free guidance is the pipeline's own: pass it negative_prompt and guidance_scale. guided() "
-            "takes Nasa, Nag and Vsf, which act in attention and may be combined with it"
+            "takes Nasa, CentredNasa, Nag and Vsf, which act in attention and may be combined with it"
         )
     if isinstance(model_or_pipeline, ModularPipeline):
         raise InputError(

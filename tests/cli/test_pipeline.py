@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from causvid_adapter import denormalize
-from nasa_video import ClassifierFree, Nag, Nasa, Negative, VideoPipeline, Vsf
+from nasa_video import CentredNasa, ClassifierFree, Nag, Nasa, Negative, VideoPipeline, Vsf
 from nasa_video.errors import InputError
 from nasa_video.guidance import ScaleSchedule
 from nasa_video.timeline import Cue
@@ -80,7 +80,7 @@ def test_an_empty_negative_is_no_negative(pipeline: VideoPipeline) -> None:
 
 def test_folding_changes_nothing_that_can_be_seen(pipeline: VideoPipeline) -> None:
     padded = VideoPipeline(pipeline.model, pipeline.vae, pipeline.text_encoder, pipeline.preset, fold_padding=False)
-    for guidance in (Nasa(0.8), Nasa(0.3, negative_padding=False), Nag(3.0), Vsf(1.0)):
+    for guidance in (Nasa(0.8), CentredNasa(0.8), Nasa(0.3, negative_padding=False), Nag(3.0), Vsf(1.0)):
         folded = video(pipeline, negative="blurry", guidance=guidance)
         assert np.abs(folded.astype(int) - video(padded, negative="blurry", guidance=guidance)).max() <= 1
 

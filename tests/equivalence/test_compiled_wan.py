@@ -13,14 +13,14 @@ from torch import Tensor
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise
 from nasa_video.attention import SdpaAttend
 from nasa_video.backbones.wan import install, prompt_keys
-from nasa_video.guidance import AttentionGuidance, Nag, Nasa, ScaleSchedule, Vsf
+from nasa_video.guidance import AttentionGuidance, CentredNasa, Nag, Nasa, ScaleSchedule, Vsf
 from nasa_video.steering import Steering
 from nasa_video.text import TextContext
 
 NewWan = Callable[..., WanTransformer3DModel]
 NewContext = Callable[..., TextContext]
 SHAPE = (4, 4, 6)
-METHODS: list[AttentionGuidance | None] = [None, Nasa(0.7), Nag(5.0), Vsf(1.3)]
+METHODS: list[AttentionGuidance | None] = [None, Nasa(0.7), CentredNasa(0.7), Nag(5.0), Vsf(1.3)]
 
 
 @pytest.fixture(autouse=True)
