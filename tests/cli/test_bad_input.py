@@ -37,7 +37,7 @@ MODEL = ("--model", "{model}")
         (["x", "--neg", ":0.5", *MODEL], "a weight but no text"),
         (["x", "--neg", "X", *MODEL], "is the prompt itself"),
         (["x", "--neg", "y", "--guidance", "none", *MODEL], "leave out one of the two"),
-        (["x", "--guidance", "apg", *MODEL], "guidance must be one of nasa, nag, vsf, cfg or none"),
+        (["x", "--guidance", "apg", *MODEL], "guidance must be one of nasa, nasa-centred, nag, vsf, cfg or none"),
         (["x", "--neg", "y:0.5", "--guidance", "cfg", *MODEL], "takes no weights"),
         (["x", "--neg", "y", "--guidance", "cfg", "--guide-layers", "0:0.5", *MODEL], "not for cfg"),
         (["x", "--neg", "y", "--guide-steps", "0.6:0.7", "--no-guide-clean", *MODEL], "changed nothing"),
