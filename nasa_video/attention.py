@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -47,8 +47,13 @@ class TextKeys:
 
     def to(self, device: torch.device) -> TextKeys:
         """The same on another device."""
-        parts = (self.k, self.v, self.bias, self.rounded, self.padding_v)
-        return TextKeys(*(None if x is None else x.to(device) for x in parts))  # type: ignore[arg-type]
+        moved = self.by_rows(lambda x: x.to(device))
+        return replace(moved, padding_v=None if self.padding_v is None else self.padding_v.to(device))
+
+    def by_rows(self, change: Callable[[Tensor], Tensor]) -> TextKeys:
+        """With another batch: what has a row a sample, changed."""
+        bias, rounded = (None if x is None else change(x) for x in (self.bias, self.rounded))
+        return replace(self, k=change(self.k), v=change(self.v), bias=bias, rounded=rounded)
 
     def bias_in(self, dtype: torch.dtype) -> Tensor | None:
         """The bias for a kernel that takes it in ``dtype``."""

@@ -233,16 +233,12 @@ def _check_number(name: str, value: float, low: float, high: float) -> None:
 
 
 @dataclass(frozen=True)
-class Nasa:
-    """NASA as published: ``Z = Z+ - scale * Z-``; with several negatives, the weighted sum of their branches.
-
-    Its negative share is |scale Z-| / (|Z+| + |scale Z-|), means over tokens of norms over channels.
-    """
+class _Subtraction:
+    """Settings of a method that subtracts a multiple of something from Z+."""
 
     scale: float = 1.0
     negative_padding: bool = True
     schedule: ScaleSchedule = EVERYWHERE
-    name: ClassVar[str] = "nasa"
 
     def __post_init__(self) -> None:
         _check_number("scale", self.scale, 0.0, MAX_SCALE)
@@ -250,6 +246,16 @@ class Nasa:
     @property
     def active(self) -> bool:
         return self.scale > 0
+
+
+@dataclass(frozen=True)
+class Nasa(_Subtraction):
+    """NASA as published: ``Z = Z+ - scale * Z-``; with several negatives, the weighted sum of their branches.
+
+    Its negative share is |scale Z-| / (|Z+| + |scale Z-|), means over tokens of norms over channels.
+    """
+
+    name: ClassVar[str] = "nasa"
 
     def __call__(
         self, q: Tensor, positive: TextKeys, negatives: Sequence[WeightedKeys], attend: Attend
@@ -260,7 +266,7 @@ class Nasa:
 
 
 @dataclass(frozen=True)
-class CentredNasa:
+class CentredNasa(_Subtraction):
     """NASA that leaves alone what all prompts have in common: ``Z = Z+ - scale (Z- - Z0)``.
 
     Z0 is what a prompt without words attends to: the value of the padding token, since a softmax over equal keys gives
@@ -271,17 +277,7 @@ class CentredNasa:
     Its negative share is |scale (Z- - Z0)| / (|Z+| + |scale (Z- - Z0)|), as NASA's.
     """
 
-    scale: float = 1.0
-    negative_padding: bool = True
-    schedule: ScaleSchedule = EVERYWHERE
     name: ClassVar[str] = "nasa-centred"
-
-    def __post_init__(self) -> None:
-        _check_number("scale", self.scale, 0.0, MAX_SCALE)
-
-    @property
-    def active(self) -> bool:
-        return self.scale > 0
 
     def __call__(
         self, q: Tensor, positive: TextKeys, negatives: Sequence[WeightedKeys], attend: Attend
@@ -295,7 +291,7 @@ class CentredNasa:
                     "not pad its prompts with one token, or an unfolded negative fills all tokens; use nasa"
                 )
             added = added + weight * (attend(q, keys) - keys.padding_v)
-        return GuidedAttention(z_pos - self.scale * added, z_pos, _norm_share(z_pos, self.scale * added))
+        return GuidedAttention(nasa(z_pos, added, scale=self.scale), z_pos, _norm_share(z_pos, self.scale * added))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -67,8 +67,7 @@ def expand_rows(x: Tensor, batch: int) -> Tensor:
 
 def expand_keys(keys: TextKeys, batch: int) -> TextKeys:
     """Keys of a prompt for every sample of a batch."""
-    bias = None if keys.bias is None else expand_rows(keys.bias, batch)
-    return replace(keys, k=expand_rows(keys.k, batch), v=expand_rows(keys.v, batch), bias=bias, rounded=None)
+    return keys.by_rows(lambda x: expand_rows(x, batch))
 
 
 def place_keys(keys: PromptKeys, weights: torch.device, negative: NegativeContext) -> PromptKeys:
@@ -79,8 +78,7 @@ def place_keys(keys: PromptKeys, weights: torch.device, negative: NegativeContex
 
 def cut_keys(keys: TextKeys, rows: slice) -> TextKeys:
     """Keys of a part of the batch."""
-    bias = None if keys.bias is None else keys.bias[rows]
-    return replace(keys, k=keys.k[rows], v=keys.v[rows], bias=bias, rounded=None)
+    return keys.by_rows(lambda x: x[rows])
 
 
 @dataclass
