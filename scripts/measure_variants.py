@@ -85,6 +85,48 @@ class NasaVariant:
         return GuidedAttention(z, z_pos, torch.zeros((), device=q.device))
 
 
+@dataclass(frozen=True)
+class CentredVariant:
+    """``Z = Z+ - S``, where S is made of what a negative adds to the padding, D = Z- - Z0.
+
+    limit: S = scale D, of no token longer than this share of |Z+|.
+    project: S = scale D + project P, where P is the part of Z+ - Z0 that points along D: what the prompt says itself of
+    what the negative names. `by_head` takes lengths and parts head by head, not of a token's whole output.
+    """
+
+    scale: float = 1.0
+    limit: float | None = None
+    project: float = 0.0
+    by_head: bool = False
+    negative_padding: bool = True
+    schedule: ScaleSchedule = EVERYWHERE
+    name: ClassVar[str] = "nasa-centred"
+
+    @property
+    def active(self) -> bool:
+        """False where nothing is subtracted."""
+        return self.scale > 0 or self.project > 0
+
+    def __call__(
+        self, q: Tensor, positive: TextKeys, negatives: Sequence[tuple[TextKeys, float]], attend: Attend
+    ) -> GuidedAttention:
+        """Guide one layer."""
+        over = (-1,) if self.by_head else (-2, -1)
+        z_pos = attend(q, positive)
+        z = z_pos
+        for keys, weight in negatives:
+            assert keys.padding_v is not None
+            added = attend(q, keys) - keys.padding_v
+            step = self.scale * weight * added
+            if self.limit is not None:
+                longest = self.limit * z_pos.norm(dim=over, keepdim=True)
+                step = step * (longest / step.norm(dim=over, keepdim=True).clamp_min(1e-9)).clamp(max=1)
+            along = ((z_pos - keys.padding_v) * added).sum(over, keepdim=True).clamp_min(0)
+            part = along / added.square().sum(over, keepdim=True).clamp_min(1e-9) * added
+            z = z - step - self.project * weight * part
+        return GuidedAttention(z.to(z_pos.dtype), z_pos, torch.zeros((), device=q.device))
+
+
 class Parts:
     """No guidance: lets through what the prompt says, and notes what NASA would subtract of it."""
 
@@ -173,16 +215,21 @@ def _norm(x: Tensor) -> Tensor:
 
 def methods() -> list[Method]:
     """Everything that is tried."""
-    tried = [Method("none", None)]
-    tried += [Method(f"NASA:{scale:g}", Nasa(scale)) for scale in (0.5, 0.75, 1.0, 1.25)]
-    tried += [Method(f"NASA, no padding:{scale:g}", Nasa(scale, negative_padding=False)) for scale in (0.05, 0.1, 0.2)]
-    for scale in (0.75, 1.0):
-        tried.append(Method(f"NASA, norm kept:{scale:g}", NasaVariant(scale, keep_norm=True)))  # type: ignore[arg-type]
-    for scale in (0.5, 0.75, 1.0, 1.25, 1.5):
-        tried.append(Method(f"centred:{scale:g}", CentredNasa(scale)))
-        tried.append(Method(f"own tokens:{scale:g}", NasaVariant(scale, own=True)))  # type: ignore[arg-type]
-    tried += [Method(f"VSF:{scale:g}", Vsf(scale)) for scale in (0.7, 1.0, 1.4)]
-    tried += [Method(f"NAG, no padding:{scale:g}", Nag(scale, 2.5, 0.5, negative_padding=False)) for scale in (1.5, 2)]
+    tried: list[tuple[str, Any]] = [("none", None)]
+    tried += [(f"NASA:{scale:g}", Nasa(scale)) for scale in (0.5, 0.75, 1.0, 1.25)]
+    tried.append(("NASA, no padding:0.1", Nasa(0.1, negative_padding=False)))
+    tried.append(("NASA, norm kept:1", NasaVariant(1.0, keep_norm=True)))
+    tried += [(f"centred:{scale:g}", CentredNasa(scale)) for scale in (0.5, 0.75, 1.0, 1.25, 1.5)]
+    tried.append(("own tokens:1.25", NasaVariant(1.25, own=True)))
+    for scale, limit in ((1.25, 0.3), (1.25, 0.4), (1.25, 0.5), (2.0, 0.4), (2.0, 0.5)):
+        tried.append((f"centred, at most {limit:g} |Z+|:{scale:g}", CentredVariant(scale, limit=limit)))
+    for scale, project in ((0.0, 1.0), (0.25, 1.0), (0.5, 0.5), (0.5, 1.0), (0.75, 0.5)):
+        label = f"centred, and {project:g} times the prompt's part:{scale:g}"
+        tried.append((label, CentredVariant(scale, project=project)))
+    label = "centred, and 1 times the prompt's part, by head:0.5"
+    tried.append((label, CentredVariant(0.5, project=1.0, by_head=True)))
+    tried += [(f"VSF:{scale:g}", Vsf(scale)) for scale in (0.7, 1.0, 1.4)]
+    tried += [(f"NAG, no padding:{scale:g}", Nag(scale, 2.5, 0.5, negative_padding=False)) for scale in (1.5, 2)]
     schedules = {
         "first half of the steps": ScaleSchedule(last_step=0.5),
         "last half of the steps": ScaleSchedule(first_step=0.5),
@@ -190,9 +237,8 @@ def methods() -> list[Method]:
         "last half of the layers": ScaleSchedule(first_layer=0.5),
         "clean pass unguided": ScaleSchedule(clean_pass=False),
     }
-    return tried + [
-        Method(f"centred, {name}:1", CentredNasa(1.0, schedule=schedule)) for name, schedule in schedules.items()
-    ]
+    tried += [(f"centred, {name}:1", CentredNasa(1.0, schedule=schedule)) for name, schedule in schedules.items()]
+    return [Method(label, guidance) for label, guidance in tried]
 
 
 def _share(index: int, processes: int, n: int, attributes: list[str], steps: int, folder: Path) -> list[Row]:

@@ -122,12 +122,19 @@ def caption_stating(row: Mapping[str, int], stated: frozenset[str], rng: random.
     return Caption(_sentence(value_names(row), stated, rng), stated)
 
 
-def random_caption(row: Mapping[str, int], rng: random.Random) -> Caption:
-    """A caption for training: never a held-out one."""
+def random_caption(row: Mapping[str, int], rng: random.Random, full: bool = False) -> Caption:
+    """A caption for training, never a held-out one: of a random part of what is there, or of all of it."""
     while True:
-        caption = _draw(row, rng)
+        caption = full_caption(row, rng) if full else _draw(row, rng)
         if not is_held_out(caption.text):
             return caption
+
+
+def bare_caption(row: Mapping[str, int], attribute: str, rng: random.Random) -> Caption:
+    """A caption for training that states one attribute and nothing else, never a held-out one."""
+    while is_held_out((caption := caption_stating(row, frozenset({attribute}), rng)).text):
+        pass
+    return caption
 
 
 def switched_captions(before: Mapping[str, int], after: Mapping[str, int], rng: random.Random) -> tuple[str, str]:
@@ -140,7 +147,7 @@ def switched_captions(before: Mapping[str, int], after: Mapping[str, int], rng: 
         also = {a for a in ATTRIBUTES if rng.random() < _stating_share(a, first)}
         texts = []
         for names, row in ((first, before), (second, after)):
-            stated = frozenset((changed | also) & set(_things_to_state(names, row)))
+            stated = frozenset((changed | also) & set(things_to_state(row)))
             texts.append(_sentence(names, stated, rng))
         if not any(map(is_held_out, texts)):
             return texts[0], texts[1]
@@ -159,7 +166,7 @@ def _draw(row: Mapping[str, int], rng: random.Random) -> Caption:
     if rng.random() < 0.2:
         return full_caption(row, rng)
     names = value_names(row)
-    there = _things_to_state(names, row)
+    there = things_to_state(row)
     if rng.random() < 0.12:
         attribute = rng.choice(there)
         return Caption(_phrase(attribute, names[attribute], rng), frozenset({attribute}))
@@ -186,7 +193,8 @@ def _is_default(attribute: str, names: Mapping[str, str]) -> bool:
     return (attribute, names[attribute]) in {("texture", "plain"), ("count", "one"), ("weather", "none")}
 
 
-def _things_to_state(names: Mapping[str, str], row: Mapping[str, int]) -> list[str]:
+def things_to_state(row: Mapping[str, int]) -> list[str]:
+    """The attributes that a caption of this scene may state: all but the flaws that it does not have."""
     basic = ["shape", "colour", "size", "texture", "count", "motion", "background", "weather"]
     return basic + [flaw for flaw in FLAWS if row[flaw]]
 

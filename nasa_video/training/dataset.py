@@ -16,12 +16,14 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from causvid_adapter.vae_stream import normalize
-from nasa_video.sprites.captions import random_caption, switched_captions
+from nasa_video.sprites.captions import bare_caption, random_caption, switched_captions, things_to_state
 from nasa_video.sprites.renderer import render_switched
 from nasa_video.sprites.world import (
+    ATTRIBUTES,
     CLIP_CHUNKS,
     CLIP_FRAMES,
     FLAWS,
+    MOTIONS,
     Scenes,
     concatenate,
     first_frame_of,
@@ -69,6 +71,11 @@ def is_easy(row: Mapping[str, int]) -> bool:
     return not any(row[name] for name in ("count", "texture", "weather", *FLAWS))
 
 
+def is_hard(row: Mapping[str, int]) -> bool:
+    """Whether a scene is one that small models draw worst: two small sprites, or one that turns."""
+    return row["count"] == ATTRIBUTES["count"].index("two") or row["motion"] == MOTIONS.index("spinning")
+
+
 class LatentClips:
     """Clips held in memory as float16 latents.
 
@@ -88,27 +95,49 @@ class LatentClips:
         self.whole = [i for i, first in enumerate(self.chunk) if first == 0]
         self.switching = [i for i, first in enumerate(self.chunk) if first > 0]
         self.easy = [i for i in self.whole if is_easy(self.rows[i])]
+        self.hard = [i for i in self.whole if is_hard(self.rows[i])]
 
     def __len__(self) -> int:
         return self.latents.shape[0]
 
-    def batch(self, size: int, seed: int, switching: bool = False, easy: float = 0.0) -> ClipBatch:
+    def batch(self, size: int, seed: int, switching: bool = False, easy: float = 0.0, hard: float = 0.0) -> ClipBatch:
         """A batch that follows from the seed alone, of clips that switch or of clips that do not.
 
-        A share `easy` of the latter is drawn from those where `is_easy`, the rest from all.
+        Of the latter a share `easy` is drawn from those where `is_easy`, a share `hard` from those where `is_hard`, the
+        rest from all. The captions of what was drawn for being hard state everything, so that where a caption leaves
+        something open, what there is to see is still distributed as in the data.
         """
         rng = random.Random(seed)
         index = rng.choices(self.switching if switching else self.whole, k=size)
         if easy and self.easy and not switching:
             index = [rng.choice(self.easy) if rng.random() < easy else i for i in index]
+        full = [bool(hard and self.hard) and not switching and rng.random() < hard for _ in index]
+        index = [rng.choice(self.hard) if told_all else i for told_all, i in zip(full, index, strict=True)]
         stated: list[frozenset[str]] = [frozenset()] * size
         if switching:
             captions = [text for i in index for text in self._switched(i, rng)]
         else:
-            drawn = [random_caption(self.rows[i], rng) for i in index]
+            drawn = [random_caption(self.rows[i], rng, told_all) for i, told_all in zip(index, full, strict=True)]
             captions, stated = [c.text for c in drawn], [c.stated for c in drawn]
-        scenes = self.scenes[torch.tensor(index)]
-        return ClipBatch(self.latents[index].float(), self.coverage[index].float(), captions, scenes, stated)
+        return self._batch(index, captions, stated)
+
+    def bare_batch(self, size: int, seed: int) -> ClipBatch:
+        """A batch of clips that have one thing in common, and captions that state nothing but that; the seed decides.
+
+        What the rest of such a batch shows is distributed as the data are under this one condition: every second time a
+        shape, as prompts that leave everything else open mostly are.
+        """
+        rng = random.Random(seed)
+        row = self.rows[rng.choice(self.whole)]
+        attribute = "shape" if rng.random() < 0.5 else rng.choice(things_to_state(row))
+        alike = [i for i in self.whole if self.rows[i][attribute] == row[attribute]]
+        index = rng.choices(alike, k=size)
+        captions = [bare_caption(self.rows[i], attribute, rng) for i in index]
+        return self._batch(index, [c.text for c in captions], [c.stated for c in captions])
+
+    def _batch(self, index: list[int], captions: list[str], stated: list[frozenset[str]]) -> ClipBatch:
+        latents, coverage = self.latents[index].float(), self.coverage[index].float()
+        return ClipBatch(latents, coverage, captions, self.scenes[torch.tensor(index)], stated)
 
     def _switched(self, index: int, rng: random.Random) -> list[str]:
         """A caption for each chunk of one clip."""

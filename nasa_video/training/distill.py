@@ -38,9 +38,12 @@ class DistillTraining:
     `steps` maps a number of steps to the sampler's timesteps; `step_counts` is what a rollout's number is drawn from.
     `teacher_scale` is the teacher's classifier-free guidance, 1 being none. `short_share` of the iterations roll out
     first chunks alone, as many more as take the same work; `switched_share` of the others roll out clips whose prompt
-    changes between chunks. `told_weight` is the weight of the latent detector's
-    two gradients: towards what captions state, at most `told_limit` times as large as that of the distribution, and
-    towards the data's shares of what they leave open, at most `spread_limit` times.
+    changes between chunks. `hard_share` of the clips that do not switch show what is hardest to draw, told in full;
+    `bare_share` of the iterations are told one thing alone, the same for all their clips. `told_weight` is the weight
+    of the latent detector's two gradients: towards what captions state, at most `told_limit` times as large as that of
+    the distribution, and towards the data's shares of what they leave open, at most `spread_limit` times. The detector
+    reads clips with a noise level of at most `told_noise`: without any its gradient is not to be trusted, and a lot of
+    it hides whether a clip is blurry.
     """
 
     steps: dict[int, tuple[float, ...]] = field(default_factory=dict)
@@ -58,9 +61,12 @@ class DistillTraining:
     teacher_scale: float = 1.75
     told_weight: float = 30.0
     told_limit: float = 0.7
+    told_noise: float = 0.15
     spread_limit: float = 0.3
     empty_share: float = 0.05
     short_share: float = 0.4
+    hard_share: float = 0.25
+    bare_share: float = 0.2
     switched_share: float = 0.25
     checkpoint_every: int = 25
     sheet_every: int = 50
@@ -155,9 +161,8 @@ class Distillation:
         seed: int,
         team: Team,
         detector: LatentDetector | None = None,
-        detector_noise: float = 0.3,
     ) -> None:
-        self.detector, self.detector_noise = detector, detector_noise
+        self.detector = detector
         self.settings, self.encoder, self.seed, self.team = settings, encoder, seed, team
         self.clips, self.short = clips, short
         self.real = base.eval().requires_grad_(False)
@@ -177,6 +182,16 @@ class Distillation:
         u = u[torch.randperm(batch, generator=generator)]
         return shifted(u, self.settings.shift).clamp(low, high).to(self.device)
 
+    def _clips(self, draw: int, kinds: list[float]) -> ClipBatch:
+        """An iteration's clips; the three numbers in [0, 1) decide of which kind they are."""
+        settings, seed = self.settings, self.seed * 11_000_003 + draw
+        many = settings.batch_size * CLIP_CHUNKS  # first chunks alone: as many as take the same work
+        if kinds[2] < settings.bare_share:
+            return self.short.bare_batch(many, seed)
+        if kinds[1] < settings.short_share:
+            return self.short.batch(many, seed, hard=settings.hard_share)
+        return self.clips.batch(settings.batch_size, seed, kinds[0] < settings.switched_share, hard=settings.hard_share)
+
     def iterate(self, step: int) -> dict[str, float]:
         """A rollout, an update of the student on it, and updates of the fake score on it."""
         settings = self.settings
@@ -186,11 +201,7 @@ class Distillation:
         exit_step = int(torch.randint(count, (1,), generator=plan))
         draw = step * self.team.size + self.team.rank
         generator = torch.Generator().manual_seed(self.seed * 9_000_011 + draw)
-        switching = float(torch.rand((), generator=plan)) < settings.switched_share
-        if float(torch.rand((), generator=plan)) < settings.short_share:
-            batch = self.short.batch(settings.batch_size * CLIP_CHUNKS, self.seed * 11_000_003 + draw)
-        else:
-            batch = self.clips.batch(settings.batch_size, self.seed * 11_000_003 + draw, switching)
+        batch = self._clips(draw, torch.rand(3, generator=plan).tolist())
         batch = batch.with_some_empty(settings.empty_share, generator)
         context = self.encoder(batch.captions).embeds.to(self.device)
         empty = torch.zeros_like(context)
@@ -237,7 +248,7 @@ class Distillation:
             return torch.zeros_like(clip), torch.zeros_like(clip)
         clip = clip.requires_grad_(True)
         with torch.enable_grad(), autocast(self.device):
-            logits = self.detector(blurred_by_noise(clip, self.detector_noise, generator))
+            logits = self.detector(blurred_by_noise(clip, settings.told_noise, generator))
         found, scenes = {n: v.float() for n, v in logits.items()}, batch.scenes.to(self.device)
         losses = stated_loss(found, scenes, legible(batch.stated)), spread_loss(found, scenes, batch.stated)
         told, shares = (settings.told_weight * torch.autograd.grad(loss, clip, retain_graph=True)[0] for loss in losses)

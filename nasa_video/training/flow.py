@@ -37,7 +37,8 @@ class FlowTraining:
     the noise levels drawn in training towards pure noise. Shares: of batches trained bidirectionally, of batches whose
     clips turn into another scene, of causal clips with a clean prefix, of captions left empty; `short_share` of all
     batches hold first chunks alone, as many more of them as take the same work, and of these clips `easy_share` show
-    one plain sprite without flaws at first, falling to none at 70 % of the run. The first latent frame stands for one
+    one plain sprite without flaws at first, falling to none at 70 % of the run; `hard_share` of all clips that do not
+    switch show what is hardest to draw, told in full. The first latent frame stands for one
     picture instead of four and is the hardest to learn; `first_frame_weight` is what it counts. Cells that a sprite
     covers count `sprite_weight` more, falling to nothing over the last 40 % of the run: a weight that depends on the
     data bends the denoiser away from the mean, towards more sprite, and distribution matching would carry that on.
@@ -55,6 +56,7 @@ class FlowTraining:
     first_frame_weight: float = 3.0
     short_share: float = 0.6
     easy_share: float = 0.6
+    hard_share: float = 0.25
     bidirectional_share: float = 0.45
     switched_share: float = 0.25
     clean_prefix_share: float = 0.5
@@ -170,10 +172,16 @@ def train_flow(
         kinds = torch.rand(3, generator=torch.Generator().manual_seed(seed * 3_000_017 + step)).tolist()
         whole = kinds[2] >= settings.short_share
         if whole:
-            batch = clips.batch(settings.batch_size, seed * 7_000_003 + draw, kinds[0] < settings.switched_share)
+            batch = clips.batch(
+                settings.batch_size,
+                seed * 7_000_003 + draw,
+                kinds[0] < settings.switched_share,
+                hard=settings.hard_share,
+            )
         else:
             easy = settings.easy_share * max(0.0, 1 - step / (0.7 * settings.iterations))
-            batch = short.batch(settings.batch_size * CLIP_CHUNKS, seed * 7_000_003 + draw, easy=easy)
+            size = settings.batch_size * CLIP_CHUNKS
+            batch = short.batch(size, seed * 7_000_003 + draw, easy=easy, hard=settings.hard_share)
         batch = batch.to(device)
         batch = batch.with_some_empty(settings.empty_share, generator)
         context = encoder(batch.captions).embeds.to(device)

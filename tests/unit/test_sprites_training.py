@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from causvid_adapter import CausalWan
+from nasa_video.sprites.captions import is_held_out
 from nasa_video.sprites.detectors import HEADS, Detector, DetectorNetwork, shows, targets, truth
 from nasa_video.sprites.vocabulary import nearest_known, unknown_words
-from nasa_video.sprites.world import ATTRIBUTES, FLAWS, sample_scenes, sample_switches
+from nasa_video.sprites.world import ATTRIBUTES, FLAWS, MOTIONS, sample_scenes, sample_switches
 from nasa_video.text import WordLlamaEncoder
 from nasa_video.training.attention import matrix_attention
 from nasa_video.training.checkpoint import load_state, save_state
@@ -201,7 +202,9 @@ def test_the_student_rolls_out_first_chunks_alone_at_times(tiny, monkeypatch, sh
     monkeypatch.setattr("nasa_video.training.distill.rollout", record)
     monkeypatch.setattr("nasa_video.training.distill.compile_blocks", lambda model: None)
     steps = {1: (1000.0,)}
-    settings = DistillTraining(steps=steps, step_counts=(1,), batch_size=2, short_share=short_share, fake_warmup=0)
+    settings = DistillTraining(
+        steps=steps, step_counts=(1,), batch_size=2, short_share=short_share, bare_share=0.0, fake_warmup=0
+    )
     encoder = WordLlamaEncoder(8)
     model = new_transformer(TINY | {"text_dim": 256}, torch.device("cpu"))
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1)
@@ -244,6 +247,43 @@ def test_easy_clips_show_one_plain_sprite():
         assert getattr(batch.scenes, name).max() == 0
     assert clips.batch(64, 0).scenes.texture.max() > 0
     assert clips.batch(64, 0, easy=0.5).scenes.texture.max() > 0
+
+
+def test_hard_clips_are_told_in_full():
+    clips = clips_that_switch()
+    batch = clips.batch(64, 0, hard=1.0)
+    spinning = MOTIONS.index("spinning")
+    assert all(two or motion == spinning for two, motion in zip(batch.scenes.count, batch.scenes.motion, strict=True))
+    assert batch.scenes.count.float().mean() > 0.25
+    assert all(stated >= {"shape", "colour", "size", "count", "motion", "background"} for stated in batch.stated)
+    assert not any(map(is_held_out, batch.captions))
+    some = clips.batch(64, 0, hard=0.5)
+    assert 16 < sum(len(stated) >= 6 for stated in some.stated) < 56
+    assert clips.batch(8, 3).captions == clips.batch(8, 3, hard=0.0).captions
+
+
+def test_a_bare_batch_states_one_thing_that_all_its_clips_show():
+    clips = clips_that_switch()
+    seen = set()
+    for seed in range(40):
+        batch = clips.bare_batch(16, seed)
+        (stated,) = set(batch.stated)
+        (attribute,) = stated
+        seen.add(attribute)
+        assert len(set(getattr(batch.scenes, attribute).tolist())) == 1
+        assert len(set(batch.scenes.background.tolist())) > 1 or attribute == "background"
+        assert not any(map(is_held_out, batch.captions))
+    assert "shape" in seen
+    assert len(seen) > 4
+
+
+@pytest.mark.parametrize(("share", "alike"), [(0.0, False), (1.0, True)])
+def test_a_share_of_the_iterations_is_told_one_thing(tiny, monkeypatch, share, alike):
+    monkeypatch.setattr("nasa_video.training.distill.compile_blocks", lambda model: None)
+    settings = DistillTraining(steps={1: (1000.0,)}, step_counts=(1,), batch_size=4, bare_share=share, hard_share=0.0)
+    game = Distillation(settings, tiny, whole_clips(), first_chunks(), WordLlamaEncoder(8), 0, Team())
+    told = [game._clips(draw, [0.9, 0.0, 0.5]).stated for draw in range(4)]
+    assert [len(set(stated)) == 1 and len(stated[0]) == 1 for stated in told] == [alike] * 4
 
 
 def test_orthogonalised_updates_have_singular_values_near_one():
@@ -322,9 +362,9 @@ def test_what_the_latent_detector_tells_makes_the_clip_show_what_is_stated(tiny)
     clips = clips_that_switch()
     clips.latents = torch.randn(200, 9, 4, 2, 2)
     detector = LatentDetector(4, 16).eval().requires_grad_(False)
-    settings = DistillTraining(steps={1: (1000.0,)}, batch_size=4)
+    settings = DistillTraining(steps={1: (1000.0,)}, batch_size=4, told_noise=0.0)
     encoder = WordLlamaEncoder(8)
-    game = Distillation(settings, tiny, clips, clips, encoder, 0, Team(), detector, detector_noise=0.0)
+    game = Distillation(settings, tiny, clips, clips, encoder, 0, Team(), detector)
     batch = clips.batch(4, 3)
 
     def loss(clip):
