@@ -22,11 +22,25 @@ from nasa_video.attention import Attend, TextKeys
 from nasa_video.errors import InputError
 
 MAX_SCALE = 100.0
+_RIDGE = 0.01
 
 
 def nasa(z_pos: Tensor, z_neg: Tensor, *, scale: float) -> Tensor:
     """Negative-Away Steer Attention: eq. 9 of arXiv 2412.02687."""
     return z_pos - scale * z_neg
+
+
+def said_already(prompt: Tensor, negative: Tensor) -> Tensor:
+    """How much of a negative a prompt says itself, token by token and head by head: c in prompt = c negative + rest.
+
+    Both (B, Q, H, D), without what the padding contributes; the result (B, Q, H, 1) is 0 where they point apart. A
+    small ridge makes it 0, too, where the negative finds next to nothing and its direction means nothing.
+    """
+    prompt, negative = prompt.float(), negative.float()
+    along, own, whole = (
+        (x * y).sum(-1, keepdim=True) for x, y in ((prompt, negative), (negative, negative), (prompt, prompt))
+    )
+    return along.clamp_min(0) / (own + _RIDGE * whole).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def nag(z_pos: Tensor, z_neg: Tensor, *, scale: float, tau: float, alpha: float) -> Tensor:
@@ -274,10 +288,20 @@ class CentredNasa(_Subtraction):
     nothing is subtracted; plain NASA subtracts all of Z0 there (docs/method.md has what that costs). For the same
     reason several negatives need not share the scale: each has its own weight of it.
 
-    Its negative share is |scale (Z- - Z0)| / (|Z+| + |scale (Z- - Z0)|), as NASA's.
+    With `conflict` the scale rises where prompt and negative contradict each other, and only there:
+    ``Z = Z+ - scale (1 + conflict c) (Z- - Z0)``, c being how much of Z- - Z0 the prompt's own Z+ - Z0 contains
+    (:func:`said_already`), in every token and head. What nobody asked for needs little; what the prompt asks for needs
+    a lot.
+
+    Its negative share is |Z+ - Z| / (|Z+| + |Z+ - Z|), as NASA's.
     """
 
+    conflict: float = 0.0
     name: ClassVar[str] = "nasa-centred"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_number("conflict", self.conflict, 0.0, MAX_SCALE)
 
     def __call__(
         self, q: Tensor, positive: TextKeys, negatives: Sequence[WeightedKeys], attend: Attend
@@ -290,7 +314,11 @@ class CentredNasa(_Subtraction):
                     f"{self.name} subtracts what the negative adds to the padding, and there is none: this model does "
                     "not pad its prompts with one token, or an unfolded negative fills all tokens; use nasa"
                 )
-            added = added + weight * (attend(q, keys) - keys.padding_v)
+            its_own = attend(q, keys) - keys.padding_v
+            if self.conflict:
+                rise = 1 + self.conflict * said_already(z_pos - keys.padding_v, its_own)
+                its_own = its_own * rise.to(its_own.dtype)
+            added = added + weight * its_own
         return GuidedAttention(nasa(z_pos, added, scale=self.scale), z_pos, _norm_share(z_pos, self.scale * added))
 
 

@@ -228,6 +228,10 @@ def methods() -> list[Method]:
         tried.append((label, CentredVariant(scale, project=project)))
     label = "centred, and 1 times the prompt's part, by head:0.5"
     tried.append((label, CentredVariant(0.5, project=1.0, by_head=True)))
+    for conflict, scales in ((1.0, (0.5, 0.75, 1.0)), (2.0, (0.25, 0.35, 0.5, 0.75)), (4.0, (0.25, 0.35))):
+        tried += [
+            (f"centred, conflict {conflict:g}:{scale:g}", CentredNasa(scale, conflict=conflict)) for scale in scales
+        ]
     tried += [(f"VSF:{scale:g}", Vsf(scale)) for scale in (0.7, 1.0, 1.4)]
     tried += [(f"NAG, no padding:{scale:g}", Nag(scale, 2.5, 0.5, negative_padding=False)) for scale in (1.5, 2)]
     schedules = {

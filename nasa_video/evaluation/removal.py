@@ -20,7 +20,7 @@ from nasa_video.errors import InputError
 from nasa_video.evaluation.cases import Case, CaseKind, Split, attributes_of, build_cases
 from nasa_video.evaluation.quality import Quality, mean_quality, quality
 from nasa_video.evaluation.statistics import wilson
-from nasa_video.guidance import Guidance
+from nasa_video.guidance import CentredNasa, Guidance
 from nasa_video.pipeline import VideoPipeline
 from nasa_video.video.frames import Frames
 
@@ -56,7 +56,8 @@ class Guides(Protocol):
 def parse_methods(text: str, pipeline: Guides) -> list[Method]:
     """``none,cfg:2,nasa,nasa:0.8,nasa+nopad:0.1`` as methods with the model's settings.
 
-    ``+nopad`` takes padding out of the negative branch, ``+pad`` takes it in.
+    ``+nopad`` takes padding out of the negative branch, ``+pad`` takes it in; ``+even`` takes centred NASA without its
+    rise where prompt and negative contradict each other.
 
     Raises:
         InputError: an unknown method or a scale that it cannot take.
@@ -73,6 +74,9 @@ def parse_methods(text: str, pipeline: Guides) -> list[Method]:
         except ValueError as error:
             raise InputError(f"method {label!r}: {error}") from error
         for switch in switches:
+            if switch == "even" and isinstance(guidance, CentredNasa):
+                guidance = dataclasses.replace(guidance, conflict=0.0)
+                continue
             if switch not in ("nopad", "pad") or guidance.name == "cfg":
                 raise InputError(f"method {label!r}: unknown switch {switch!r}; all but cfg take nopad and pad")
             guidance = dataclasses.replace(guidance, negative_padding=switch == "pad")  # type: ignore[arg-type, call-arg]

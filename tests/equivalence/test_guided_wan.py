@@ -31,6 +31,7 @@ METHODS: list[AttentionGuidance] = [
     Nasa(0.7),
     Nasa(0.7, negative_padding=False),
     CentredNasa(0.7),
+    CentredNasa(0.4, conflict=1.5),
     CentredNasa(0.2, negative_padding=False),
     Nag(5.0),
     Nag(5.0, negative_padding=False),
@@ -120,7 +121,13 @@ def by_hand(
     if isinstance(method, CentredNasa):
         _, v = negatives[0][0]
         empty = v[:, -1:]  # any softmax over a prompt of padding alone
-        return z_pos - method.scale * sum(w * (z - empty) for w, (z, _) in zip(weights, branches, strict=True))
+        moved = z_pos
+        for weight, (z, _) in zip(weights, branches, strict=True):
+            added, said = z - empty, z_pos - empty
+            contained = (said * added).sum(-1).clamp(min=0) / (added.square() + 0.01 * said.square()).sum(-1)
+            rise = 1 + method.conflict * contained[..., None]
+            moved = moved - method.scale * weight * rise * (z - empty)
+        return moved
     if isinstance(method, Nag):
         z_neg = sum(w / together * z for w, (z, _) in zip(weights, branches, strict=True))
         z_neg = z_neg + (1 - sum(weights) / together) * z_pos

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from nasa_video.guidance import (
     cfg,
     nag,
     nasa,
+    said_already,
     shares,
     vsf,
     weakened,
@@ -80,6 +82,35 @@ def test_centred_nasa_leaves_alone_where_the_negative_attends_to_its_padding() -
     assert float(centred.negative_share) < 1e-5
     plain = Nasa(1.0)(q, positive, [(negative, 1.0)], SdpaAttend())
     torch.testing.assert_close(plain.z, plain.z_pos - negative.padding_v, atol=1e-5, rtol=1e-5)
+
+
+def test_centred_nasa_rises_where_the_prompt_says_what_the_negative_names() -> None:
+    """The attention's answers are given, so that what the prompt contains of the negative is known by construction."""
+    empty, along, across = torch.zeros(3, 1, 1, 2, 4)
+    empty[..., 0], along[..., 1], across[..., 2] = 1.0, 2.0, 3.0
+    negative = replace(padded(keys_of(3, 2), 5), padding_v=empty)
+
+    def subtracted(prompt: Tensor, scale: float = 0.5) -> Tensor:
+        def attend(q: Tensor, keys: TextKeys) -> Tensor:
+            return empty + (along if keys is negative else prompt)
+
+        guided = CentredNasa(scale, conflict=2.0)(prompt, keys_of(4, 1), [(negative, 1.0)], attend)
+        return (guided.z_pos - guided.z) / scale
+
+    torch.testing.assert_close(subtracted(across), along)
+    torch.testing.assert_close(subtracted(-along), along)
+    for share in (0.5, 1.0):
+        rise = subtracted(share * along + across) / along.clamp_min(1e-9)
+        assert rise[..., 1].unique().item() == pytest.approx(1 + 2 * share, rel=0.05)
+    torch.testing.assert_close(subtracted(along, 0.1), subtracted(along))
+
+
+def test_what_the_prompt_says_already_is_nothing_where_the_negative_finds_nothing() -> None:
+    prompt = torch.randn(2, 5, 3, 4)
+    for tiny in (0.0, 1e-6, 1e-3):
+        assert (said_already(prompt, tiny * prompt) * tiny).max() < 0.1 * (said_already(prompt, prompt)).max()
+    assert said_already(prompt, prompt).min() > 0.98
+    assert said_already(prompt, -prompt).max() == 0
 
 
 def test_centred_nasa_says_so_where_prompts_are_not_padded() -> None:
