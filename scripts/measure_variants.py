@@ -180,7 +180,8 @@ def several_negatives(steps: int, n: int) -> str:
         row = scene.row(0)
         prompts.append(caption_stating(row, frozenset({*MAIN, *THREE}), random.Random(seed)).text)
         kept.append({name: value_names(row)[name] for name in MAIN})
-    tried: list[Guidance | None] = [None, Nasa(1.0), CentredNasa(1.0), CentredNasa(0.5), Vsf(1.0)]
+    tried: list[Guidance | None] = [None, Nasa(1.0), CentredNasa(1.0), CentredNasa(0.5), CentredNasa(0.5, conflict=2.0)]
+    tried.append(Vsf(1.0))
     tried.append(Nag(1.5, 2.5, 0.5, negative_padding=False))
     lines = ["| | negatives | all three removed | all else held | both |", "|---|---|---|---|---|"]
     for guidance in tried:
@@ -203,6 +204,8 @@ def several_negatives(steps: int, n: int) -> str:
                     held.append(all(found[name] == value for name, value in wanted.items()))
             both = sum(r and h for r, h in zip(removed, held, strict=True))
             label = f"{guidance.name} {guidance.scale:g}" if guidance else "none"
+            if isinstance(guidance, CentredNasa) and guidance.conflict:
+                label += f", conflict {guidance.conflict:g}"
             counts = (sum(removed), sum(held), both)
             lines.append(f"| {label} | {way} | {' | '.join(f'{count / n:.0%}' for count in counts)} |")
     return "\n".join(lines) + "\n"
