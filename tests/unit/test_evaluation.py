@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nasa_video.errors import InputError
 from nasa_video.evaluation import removal
 from nasa_video.evaluation.cases import CONFLICT, STATED, UNMENTIONED, attributes_of, build_cases
 from nasa_video.evaluation.quality import Quality, quality
-from nasa_video.evaluation.removal import Cell, Method, Verdict, cells, row_of, verdict
+from nasa_video.evaluation.removal import Cell, Method, Verdict, cells, parse_methods, row_of, verdict
 from nasa_video.evaluation.report import markdown, summary
 from nasa_video.evaluation.statistics import wilson
-from nasa_video.guidance import Nasa
+from nasa_video.guidance import GUIDANCE, CentredNasa, Guidance, Nasa
 from nasa_video.sprites.captions import TERMS
 
 ANY = Quality(100.0, 1.0, 0.0, 50.0, 0.0, 1.0)
@@ -166,3 +167,32 @@ def test_the_report_has_every_cell(tmp_path: Path) -> None:
 def test_kinds_cover_the_world() -> None:
     assert {"blurry", "watermark"} <= set(STATED) & set(UNMENTIONED)
     assert set(CONFLICT) == {"shape", "colour", "background", "motion", "size"}
+
+
+class _Preset:
+    """A model whose centred NASA rises with what prompt and negative share."""
+
+    def guidance(self, method: str = "nasa", scale: float | None = None) -> Guidance:
+        if method not in GUIDANCE:
+            raise InputError(f"no method {method}")
+        settings: dict[str, float] = {"conflict": 1.0} if method == "nasa-centred" else {}
+        return GUIDANCE[method](**settings | ({} if scale is None else {"scale": scale}))
+
+
+def test_methods_are_read_with_their_switches():
+    text = "none, nasa:0.8, nasa+nopad:0.1, nasa-centred:0.5, nasa-centred+even:1.25, nasa-centred+even+nopad:1"
+    methods = parse_methods(text, _Preset())
+    assert [method.guidance for method in methods] == [
+        None,
+        Nasa(0.8),
+        Nasa(0.1, negative_padding=False),
+        CentredNasa(0.5, conflict=1.0),
+        CentredNasa(1.25),
+        CentredNasa(1.0, negative_padding=False),
+    ]
+
+
+@pytest.mark.parametrize("label", ["nasa+even:1", "nasa+loud", "apg", "nasa:x", "nasa:-1", "none:1", ""])
+def test_methods_that_there_are_not_are_refused(label):
+    with pytest.raises(InputError):
+        parse_methods(label, _Preset())

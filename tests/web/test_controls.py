@@ -33,7 +33,7 @@ def test_moving_the_scale_acts_from_the_next_chunk(server: Server, open_page: An
     page = open_page(server.address)
     play(page)
     add_negative(page, "red")
-    timeline_says(page, ".how", ["NASA-CENTRED 1.25"])
+    timeline_says(page, ".how", ["NASA-CENTRED 0.75"])
     until(page, f"Number(document.body.dataset.chunk) >= {data(page, 'accepted')}")
     change, chunk = page.inner_text("#change"), int(data(page, "chunk"))
     page.focus("#scale")
