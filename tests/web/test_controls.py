@@ -39,8 +39,8 @@ def test_moving_the_scale_acts_from_the_next_chunk(server: Server, open_page: An
     page.focus("#scale")
     for _ in range(10):
         page.keyboard.press("ArrowLeft")
-    assert page.inner_text("#scale-value") == "0.75"
-    timeline_says(page, ".how", ["NASA-CENTRED 0.75"])
+    assert page.inner_text("#scale-value") == "0.25"
+    timeline_says(page, ".how", ["NASA-CENTRED 0.25"])
     accepted = acting_chunk(page)
     assert accepted > chunk
     until(page, f"Number(document.body.dataset.chunk) >= {accepted}")
