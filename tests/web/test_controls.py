@@ -33,14 +33,14 @@ def test_moving_the_scale_acts_from_the_next_chunk(server: Server, open_page: An
     page = open_page(server.address)
     play(page)
     add_negative(page, "red")
-    timeline_says(page, ".how", ["NASA-CENTRED 0.6"])
+    timeline_says(page, ".how", ["NASA-CENTRED 0.75"])
     until(page, f"Number(document.body.dataset.chunk) >= {data(page, 'accepted')}")
     change, chunk = page.inner_text("#change"), int(data(page, "chunk"))
     page.focus("#scale")
     for _ in range(10):
         page.keyboard.press("ArrowLeft")
-    assert page.inner_text("#scale-value") == "0.1"
-    timeline_says(page, ".how", ["NASA-CENTRED 0.1"])
+    assert page.inner_text("#scale-value") == "0.25"
+    timeline_says(page, ".how", ["NASA-CENTRED 0.25"])
     accepted = acting_chunk(page)
     assert accepted > chunk
     until(page, f"Number(document.body.dataset.chunk) >= {accepted}")
