@@ -37,10 +37,9 @@ def said_already(prompt: Tensor, negative: Tensor) -> Tensor:
     small ridge makes it 0, too, where the negative finds next to nothing and its direction means nothing.
     """
     prompt, negative = prompt.float(), negative.float()
-    along, own, whole = (
-        (x * y).sum(-1, keepdim=True) for x, y in ((prompt, negative), (negative, negative), (prompt, prompt))
-    )
-    return along.clamp_min(0) / (own + _RIDGE * whole).clamp_min(torch.finfo(torch.float32).tiny)
+    along, own, whole = map(torch.linalg.vecdot, (prompt, negative, prompt), (negative, negative, prompt))
+    contained: Tensor = along.clamp_min(0) / (own + _RIDGE * whole).clamp_min(torch.finfo(torch.float32).tiny)
+    return contained[..., None]
 
 
 def nag(z_pos: Tensor, z_neg: Tensor, *, scale: float, tau: float, alpha: float) -> Tensor:

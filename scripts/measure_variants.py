@@ -49,7 +49,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class NasaVariant:
+class NasaVariant(Nasa):
     """``Z = Z+ - scale B``, where B is not the negative's whole attention output.
 
     own: B = sum of p_i v_i over the negative's own tokens; padding stays in the softmax, so that a query that does not
@@ -57,17 +57,8 @@ class NasaVariant:
     `keep_norm` gives every token the norm of Z+ back.
     """
 
-    scale: float = 1.0
     own: bool = False
     keep_norm: bool = False
-    negative_padding: bool = True
-    schedule: ScaleSchedule = EVERYWHERE
-    name: ClassVar[str] = "nasa"
-
-    @property
-    def active(self) -> bool:
-        """False at scale 0."""
-        return self.scale > 0
 
     def __call__(
         self, q: Tensor, positive: TextKeys, negatives: Sequence[tuple[TextKeys, float]], attend: Attend
@@ -86,7 +77,7 @@ class NasaVariant:
 
 
 @dataclass(frozen=True)
-class CentredVariant:
+class CentredVariant(CentredNasa):
     """``Z = Z+ - S``, where S is made of what a negative adds to the padding, D = Z- - Z0.
 
     limit: S = scale D, of no token longer than this share of |Z+|.
@@ -94,13 +85,9 @@ class CentredVariant:
     what the negative names. `by_head` takes lengths and parts head by head, not of a token's whole output.
     """
 
-    scale: float = 1.0
     limit: float | None = None
     project: float = 0.0
     by_head: bool = False
-    negative_padding: bool = True
-    schedule: ScaleSchedule = EVERYWHERE
-    name: ClassVar[str] = "nasa-centred"
 
     @property
     def active(self) -> bool:
@@ -218,7 +205,7 @@ def _norm(x: Tensor) -> Tensor:
 
 def methods() -> list[Method]:
     """Everything that is tried."""
-    tried: list[tuple[str, Any]] = [("none", None)]
+    tried: list[tuple[str, Guidance | None]] = [("none", None)]
     tried += [(f"NASA:{scale:g}", Nasa(scale)) for scale in (0.5, 0.75, 1.0, 1.25)]
     tried.append(("NASA, no padding:0.1", Nasa(0.1, negative_padding=False)))
     tried.append(("NASA, norm kept:1", NasaVariant(1.0, keep_norm=True)))

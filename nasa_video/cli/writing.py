@@ -110,7 +110,9 @@ def _label(recipe: Recipe) -> str:
     if recipe.guidance is None or not recipe.anything_negative:
         return "the same, no negative given"
     terms = ", ".join(n.text if n.weight == 1 else f"{n.text} ({n.weight:g})" for n in recipe.negatives)
-    return f"{recipe.guidance.method.upper()} {recipe.guidance.settings['scale']:g}, negative: {terms or 'timeline'}"
+    # what a narrow video cuts off is the method, not what it removes
+    method = f"{recipe.guidance.method.upper()} {recipe.guidance.settings['scale']:g}"
+    return f"--neg {terms}, {method}" if terms else f"timeline, {method}"
 
 
 def report(written: Written, recipe: Recipe, say: Callable[[str], None]) -> None:
