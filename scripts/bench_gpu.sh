@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# On a CUDA machine: the tests of tests/gpu, then the bench at CausVid's true size with both attention kernels, compiled
-# and not. Writes a log and one JSON file a bench. What is not installed is skipped; every step has its time limit, so
-# that the whole ends within 9 minutes. Usage: scripts/bench_gpu.sh FOLDER        (PYTHON=... names the interpreter)
+# On a CUDA machine: the tests of tests/gpu, then the bench at CausVid's true size with both attention kernels, and
+# compiled and not. Writes a log and one JSON file a bench. What is not installed is skipped; every step has its time
+# limit, so that the whole ends within 9 minutes.
+# Usage: scripts/bench_gpu.sh FOLDER [tests] [sdpa] [xformers] [compiled]        all four where none is named
+# PYTHON=... names the interpreter, SECONDS_LEFT=... another limit of the whole.
 set -uo pipefail
 
-out=${1:?usage: scripts/bench_gpu.sh FOLDER}
+out=${1:?usage: scripts/bench_gpu.sh FOLDER [tests] [sdpa] [xformers] [compiled]}
+shift
+wanted=" ${*:-tests sdpa xformers compiled} "
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$out" && out=$(cd "$out" && pwd)
 cd "$root" || exit 1
@@ -16,7 +20,7 @@ if [ -z "$python" ]; then
     if [ -x .venv/bin/python ]; then python=.venv/bin/python; else python=python3; fi
 fi
 export PYTHONUNBUFFERED=1 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-deadline=$((SECONDS + 525))
+deadline=$((SECONDS + ${SECONDS_LEFT:-525}))
 failed=0
 
 say() { echo "== $*" | tee -a "$log"; }
@@ -52,30 +56,38 @@ done
     tee -a "$log"
 if command -v nvidia-smi >/dev/null; then nvidia-smi >>"$log" 2>&1; fi
 
+wants() { [[ $wanted == *" $1 "* ]]; }
+
 true_size=(
     "$python" -c 'from nasa_video.cli import main; main()' bench
-    --model causvid --random-weights --width 832 --height 480 --dtype bfloat16 --device cuda --chunks 7 --json
+    --model causvid --random-weights --width 832 --height 480 --dtype bfloat16 --device cuda --json
 )
 
-step bench-sdpa 120 "${true_size[@]}" --repeats 2 --decode
-if has pytest; then
-    step tests-gpu 100 "$python" -m pytest -m gpu -p no:cacheprovider tests/gpu
-else
-    say "pytest is not installed: tests/gpu skipped"
+if wants tests; then
+    if has pytest; then
+        step tests-gpu 150 "$python" -m pytest -m gpu -p no:cacheprovider tests/gpu
+    else
+        say "pytest is not installed: tests/gpu skipped"
+    fi
 fi
-if has xformers.ops; then
-    step bench-xformers 110 "${true_size[@]}" --repeats 2 --attention xformers
-else
-    say "xformers is not installed: its bench and tests are skipped"
+if wants sdpa; then step bench-sdpa 150 "${true_size[@]}" --chunks 7 --repeats 1 --decode; fi
+if wants xformers; then
+    if has xformers.ops; then
+        step bench-xformers 150 "${true_size[@]}" --chunks 7 --repeats 1 --attention xformers
+    else
+        say "xformers is not installed: its bench and tests are skipped"
+    fi
 fi
 # A compiled graph unrolls every layer, and a method takes about six of them (empty cache, first chunk, growing history),
 # so compiling is measured on a model cut to 2 layers, beside the same model uncompiled.
-cut=(--repeats 5 --layers 2 --methods nasa-folded)
-step bench-cut 60 "${true_size[@]}" "${cut[@]}"
-if has triton; then
-    step bench-cut-compiled 120 "${true_size[@]}" "${cut[@]}" --compile
-else
-    say "triton is not installed: the compiled bench is skipped"
+cut=(--chunks 7 --repeats 5 --layers 2 --methods nasa-folded)
+if wants compiled; then
+    if has triton; then
+        step bench-cut 60 "${true_size[@]}" "${cut[@]}"
+        step bench-cut-compiled 120 "${true_size[@]}" "${cut[@]}" --compile
+    else
+        say "triton is not installed: the compiled bench is skipped"
+    fi
 fi
 say "all written to $out ($SECONDS s)"
 exit "$failed"

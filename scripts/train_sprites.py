@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,8 +71,8 @@ class Run:
     weights: Path
     device: torch.device
     team: Team
-    report: Report | None
     continued: bool
+    report: Report | None = None
 
     def autoencoder(self) -> AutoencoderKLWan:
         """Trains the autoencoder, or reads the finished one."""
@@ -93,17 +94,23 @@ class Run:
         vae = AutoencoderKLWan.from_pretrained(folder, low_cpu_mem_usage=False).to(self.device).eval()
         return vae.requires_grad_(False)  # type: ignore[no-any-return]
 
+    @cached_property
     def clips(self) -> LatentClips:
         """Renders and encodes the clips, or reads them."""
         settings = self.plan.dataset
         return self._encoded("clips", settings.clips, settings.switched_share, self.plan.seed)
 
+    @cached_property
     def short_clips(self) -> LatentClips:
         """Renders and encodes first chunks, or reads them."""
         from nasa_video.training.dataset import CHUNK_FRAMES
 
         seed = self.plan.seed + 500_000  # other scenes than the whole clips'
         return self._encoded("short-clips", self.plan.dataset.short_clips, 0.0, seed, CHUNK_FRAMES)
+
+    def dataset(self) -> None:
+        """Renders and encodes all clips."""
+        _ = self.clips, self.short_clips
 
     def _encoded(self, name: str, count: int, switched: float, seed: int, frames: int = 33) -> LatentClips:
         from nasa_video.training.dataset import encode_clips
@@ -144,8 +151,9 @@ class Run:
             show = self._show("base", (1000, 964, 923, 875, 818, 750, 667, 563, 429, 250), student_too=True)
             args = (self.folder, self.plan.seed, self.device, journal, self.team, show)
             placed = self._placed("teacher/transformer")
-            model = train_flow(self.plan.base, self.clips(), self.short_clips(), encoder, *args, placed)
+            model = train_flow(self.plan.base, self.clips, self.short_clips, encoder, *args, placed)
             if self.team.leads:
+                self._note_hardware()
                 model.transformer.save_pretrained(folder)
                 self._place(model, "teacher/transformer")
             self.team.wait()
@@ -158,7 +166,7 @@ class Run:
 
         journal = Journal(self.folder, "latent-detector", self.report)
         args = (self.folder, self.plan.seed, self.device, journal, self.team)
-        return train_latent_detector(self.plan.latent_detector, self.clips(), self.short_clips(), *args)
+        return train_latent_detector(self.plan.latent_detector, self.clips, self.short_clips, *args)
 
     def student(self) -> CausalWan:
         """Distils the student, or reads the finished one."""
@@ -169,10 +177,10 @@ class Run:
         folder = self.folder / "student"
         if not (folder / "config.json").exists():
             encoder = WordLlamaEncoder(self.plan.text_tokens)
-            journal = Journal(self.folder, "student", self.report, draw_every=50)
+            journal = Journal(self.folder, "student", self.report)
             show = self._show("student", self.plan.student.steps[4])
             args = (self.folder, self.plan.seed, journal, self.team, show)
-            base, clips, short, told = self.base(), self.clips(), self.short_clips(), self.latent_detector()
+            base, clips, short, told = self.base(), self.clips, self.short_clips, self.latent_detector()
             model = train_student(self.plan.student, base, clips, short, encoder, *args, told)
             if self.team.leads:
                 model.transformer.save_pretrained(folder)
@@ -191,7 +199,7 @@ class Run:
             studio = Studio(vae, WordLlamaEncoder(self.plan.text_tokens), self.plan.latent_size)
             results = measure(self.plan, studio, detector, base, student)
             (self.folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-            write_card(self.weights.parent / "MODEL_CARD.md", self.plan, results, self.folder, self.device)
+            write_card(self.weights.parent / "MODEL_CARD.md", self.plan, results, self.folder)
         self.team.wait()
 
     def _show(self, name: str, timesteps: tuple[float, ...], student_too: bool = False):  # type: ignore[no-untyped-def]
@@ -209,6 +217,15 @@ class Run:
                 self._place(model, "transformer")
 
         return show
+
+    def _note_hardware(self) -> None:
+        """Writes down for the card what trained the model: it may be measured elsewhere."""
+        import platform
+
+        import torch
+
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {platform.machine()}"
+        (self.folder / "hardware.txt").write_text(f"{name}, PyTorch {torch.__version__}", encoding="utf-8")
 
     def _placed(self, what: str) -> Path | None:
         """The package's weights of a model to begin with, where `--continue` asks for it."""
@@ -264,8 +281,11 @@ def train(
 
     plan = load_plan(ROOT / "configs" / "train" / f"{preset}.yaml")
     team = join_team(int(os.environ[RANK]), processes if device == "cpu" else 1, Path(os.environ[MEETING_POINT]))
+    if device != "cpu":
+        torch.set_float32_matmul_precision("high")
+    run = Run(plan, folder, weights, torch.device(device), team, continued)
     columns = (
-        TextColumn("{task.description:12}"),
+        TextColumn("{task.description:15}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -279,8 +299,8 @@ def train(
                 text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
                 progress.update(task, completed=step, total=steps, values=text)
 
-            run = Run(plan, folder, weights, torch.device(device), team, report if team.leads else None, continued)
-            getattr(run, {"dataset": "clips"}.get(stage, stage))()
+            run.report = report if team.leads else None
+            getattr(run, stage)()
             progress.update(task, total=1, completed=1)
 
 

@@ -133,7 +133,7 @@ def _minutes(folder: Path) -> str:
     return "; ".join(parts)
 
 
-def write_card(path: Path, plan: TrainingPlan, results: dict[str, Any], folder: Path, device: torch.device) -> None:
+def write_card(path: Path, plan: TrainingPlan, results: dict[str, Any], folder: Path) -> None:
     """Writes the model card as Markdown."""
     accuracies = {name: {a: share for a, (share, _) in column.items()} for name, column in results["accuracy"].items()}
     counts = {a: n for column in results["accuracy"].values() for a, (_, n) in column.items()}
@@ -143,7 +143,7 @@ def write_card(path: Path, plan: TrainingPlan, results: dict[str, Any], folder: 
         for name, table in results["spread"].items()
     ]  # fmt: skip
     switched = ", ".join(f"{name} {_percent(value)}" for name, value in results["switches"].items())
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {platform.machine()}"
+    hardware = (folder / "hardware.txt").read_text(encoding="utf-8")
     speed = "; ".join(f"{name} {value:.2f}" for name, value in results["speed"].items())
     long = ", ".join(f"{name} {_percent(value)}" for name, value in results["long"].items())
     notes_file = folder / "notes.md"
@@ -167,7 +167,7 @@ chosen on.
   the batches are first chunks alone, the others whole clips, bidirectional or block-causal, and in
   {100 * plan.base.switched_share:.0f} % of these the scene and its caption change between two chunks. Then self-forcing
   distribution matching with the teacher's guidance at {plan.student.teacher_scale:g}.
-- **Hardware**: {hardware}, PyTorch {torch.__version__}. **Speed there**: {speed}.
+- **Hardware**: {hardware}. **Speed** ({platform.machine()}, {torch.get_num_threads()} threads): {speed}.
 - **Licence**: Apache-2.0, weights and data.
 
 ## Accuracy on held-out captions that state everything, %

@@ -42,8 +42,8 @@ class Average:
         """Moves the average towards the module's present parameters."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, p in module.named_parameters():
-            self.shadow[name].lerp_(p.detach().float(), 1 - decay)
+        named = [(name, p.detach().float()) for name, p in module.named_parameters()]
+        torch._foreach_lerp_([self.shadow[name] for name, _ in named], [p for _, p in named], 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

@@ -40,30 +40,33 @@ CHUNK_FRAMES = 9
 
 
 @dataclass(frozen=True)
-class ClipBatch:
-    """Clean latents (B, T, C, h, w), the sprites' coverage of each latent cell (B, T, 1, h, w), and captions.
+class Draw:
+    """Which B clips a batch holds and what is said of them: all of it that is made without their latents.
 
-    The captions are one a clip (B), or one a chunk (B * chunks, a clip's side by side) where the clips switch. `scenes`
-    are the clips' scenes and `stated` the attributes that their captions state; nothing is stated where they switch.
+    The captions are one a clip (B), or one a chunk (B * chunks, a clip's side by side) where the clips switch. `stated`
+    are the attributes that a clip's captions state; nothing is stated where they switch.
     """
 
-    latents: Tensor
-    coverage: Tensor
+    index: list[int]
     captions: list[str]
-    scenes: Scenes
     stated: list[frozenset[str]]
 
-    def to(self, device: torch.device) -> ClipBatch:
-        """The same batch on another device."""
-        return replace(self, latents=self.latents.to(device), coverage=self.coverage.to(device))
-
-    def with_some_empty(self, share: float, generator: torch.Generator) -> ClipBatch:
-        """The same batch, the captions of some clips emptied."""
-        per_clip = len(self.captions) // self.latents.shape[0]
-        dropped = (torch.rand(self.latents.shape[0], generator=generator) < share).tolist()
+    def with_some_empty(self, share: float, rng: random.Random) -> Draw:
+        """The same clips, the captions of some emptied."""
+        per_clip = len(self.captions) // len(self.index)
+        dropped = [rng.random() < share for _ in self.index]
         captions = ["" if dropped[i // per_clip] else text for i, text in enumerate(self.captions)]
         stated = [frozenset() if drop else words for drop, words in zip(dropped, self.stated, strict=True)]
         return replace(self, captions=captions, stated=stated)
+
+
+@dataclass(frozen=True)
+class ClipBatch:
+    """Clean latents (B, T, C, h, w), the sprites' coverage of each latent cell (B, T, 1, h, w), and the B scenes."""
+
+    latents: Tensor
+    coverage: Tensor
+    scenes: Scenes
 
 
 def is_easy(row: Mapping[str, int]) -> bool:
@@ -100,8 +103,20 @@ class LatentClips:
     def __len__(self) -> int:
         return self.latents.shape[0]
 
-    def batch(self, size: int, seed: int, switching: bool = False, easy: float = 0.0, hard: float = 0.0) -> ClipBatch:
-        """A batch that follows from the seed alone, of clips that switch or of clips that do not.
+    def to(self, device: torch.device) -> LatentClips:
+        """The same clips with what batches are taken from on another device; a CPU's stay where they are."""
+        if device.type != "cpu":
+            self.latents, self.coverage = self.latents.to(device), self.coverage.to(device)
+            self.scenes = self.scenes.to(device)
+        return self
+
+    def take(self, draw: Draw) -> ClipBatch:
+        """The clips that were drawn, in float32."""
+        index = torch.tensor(draw.index, device=self.latents.device)
+        return ClipBatch(self.latents[index].float(), self.coverage[index].float(), self.scenes[index])
+
+    def draw(self, size: int, seed: int, switching: bool = False, easy: float = 0.0, hard: float = 0.0) -> Draw:
+        """A draw that follows from the seed alone, of clips that switch or of clips that do not.
 
         Of the latter a share `easy` is drawn from those where `is_easy`, a share `hard` from those where `is_hard`, the
         rest from all. The captions of what was drawn for being hard state everything, so that where a caption leaves
@@ -119,12 +134,12 @@ class LatentClips:
         else:
             drawn = [random_caption(self.rows[i], rng, told_all) for i, told_all in zip(index, full, strict=True)]
             captions, stated = [c.text for c in drawn], [c.stated for c in drawn]
-        return self._batch(index, captions, stated)
+        return Draw(index, captions, stated)
 
-    def bare_batch(self, size: int, seed: int) -> ClipBatch:
-        """A batch of clips that have one thing in common, and captions that state nothing but that; the seed decides.
+    def draw_bare(self, size: int, seed: int) -> Draw:
+        """Clips that have one thing in common, and captions that state nothing but that; the seed decides.
 
-        What the rest of such a batch shows is distributed as the data are under this one condition: every second time a
+        What the rest of such clips shows is distributed as the data are under this one condition: every second time a
         shape, as prompts that leave everything else open mostly are.
         """
         rng = random.Random(seed)
@@ -133,11 +148,7 @@ class LatentClips:
         alike = [i for i in self.whole if self.rows[i][attribute] == row[attribute]]
         index = rng.choices(alike, k=size)
         captions = [bare_caption(self.rows[i], attribute, rng) for i in index]
-        return self._batch(index, [c.text for c in captions], [c.stated for c in captions])
-
-    def _batch(self, index: list[int], captions: list[str], stated: list[frozenset[str]]) -> ClipBatch:
-        latents, coverage = self.latents[index].float(), self.coverage[index].float()
-        return ClipBatch(latents, coverage, captions, self.scenes[torch.tensor(index)], stated)
+        return Draw(index, [c.text for c in captions], [c.stated for c in captions])
 
     def _switched(self, index: int, rng: random.Random) -> list[str]:
         """A caption for each chunk of one clip."""
@@ -155,12 +166,13 @@ def _coverage(mask: Tensor, latent_frames: int, cells: int) -> Tensor:
 
 @torch.no_grad()
 def _encode_shard(
-    vae: AutoencoderKLWan, seed: int, switched_share: float, num_frames: int, device: torch.device, batch: int = 16
+    vae: AutoencoderKLWan, seed: int, switched_share: float, num_frames: int, device: torch.device
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     scenes = sample_scenes(SHARD_CLIPS, generator)
     later, chunk = sample_switches(scenes, switched_share, generator)
     latents, coverage = [], []
+    batch = 16 if device.type == "cpu" else SHARD_CLIPS  # a CPU's caches are small
     for start in range(0, SHARD_CLIPS, batch):
         part = slice(start, start + batch)
         cut = first_frame_of(chunk[part]).to(device)

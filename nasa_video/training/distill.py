@@ -10,25 +10,29 @@ Shape legend: B batch, T latent frames, C channels, h w latent height and width.
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from causvid_adapter import CausalWan, FlowMatchSchedule
-from nasa_video.sprites.world import CLIP_CHUNKS
+from nasa_video.sprites.world import CLIP_CHUNKS, Scenes
 from nasa_video.text import TextEncoder
 from nasa_video.training.attention import compile_blocks
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average, load_state, save_state
-from nasa_video.training.dataset import ClipBatch, LatentClips
+from nasa_video.training.dataset import Draw, LatentClips
 from nasa_video.training.flow import shifted
 from nasa_video.training.journal import Journal
 from nasa_video.training.latent_detector import LatentDetector, blurred_by_noise, legible, spread_loss, stated_loss
 from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
-from nasa_video.training.parallel import Team
+from nasa_video.training.parallel import Team, made_ahead
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def rollout(
                 flow = student(x, t, text, cache=cache)
             x0 = schedule.to_x0(x, flow.float(), t)
             if step < exit_step:
-                fresh = torch.randn(x.shape, generator=generator).to(x.device)
+                fresh = torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
                 x = schedule.add_noise(x0, fresh, timesteps[step + 1])
         chunks.append(x0)
         if start + size < noise.shape[1]:
@@ -148,6 +152,55 @@ def _at_most(x: Tensor, limit: Tensor) -> Tensor:
     return x * (limit / _size(x).clamp_min(1e-9)).clamp(max=1)
 
 
+@dataclass(frozen=True)
+class DistillDraw:
+    """One iteration's rollout: how many steps its sampler has, the one it stops at, clips and captions' embeddings."""
+
+    steps: int
+    exit_step: int
+    draw: Draw
+    whole: bool
+    embeds: NDArray[np.float32]
+
+
+class DistillDraws(Dataset[DistillDraw]):
+    """The draws of one member of the team, by step; they follow from the seed and the step alone."""
+
+    def __init__(
+        self,
+        settings: DistillTraining,
+        clips: LatentClips,
+        short: LatentClips,
+        encoder: TextEncoder,
+        seed: int,
+        team: Team,
+    ) -> None:
+        self.settings, self.clips, self.short, self.encoder = settings, clips, short, encoder
+        self.seed, self.team = seed, team
+
+    def __getitem__(self, step: int) -> DistillDraw:
+        settings = self.settings
+        # the number of steps is the same in the whole team, so that nobody waits
+        plan = torch.Generator().manual_seed(self.seed * 5_000_011 + step)
+        count = settings.step_counts[int(torch.randint(len(settings.step_counts), (1,), generator=plan))]
+        exit_step = int(torch.randint(count, (1,), generator=plan))
+        seed = self.seed * 11_000_003 + step * self.team.size + self.team.rank
+        draw, whole = self._draw(seed, torch.rand(3, generator=plan).tolist())
+        draw = draw.with_some_empty(settings.empty_share, random.Random(seed))
+        return DistillDraw(count, exit_step, draw, whole, self.encoder(draw.captions).embeds.numpy())
+
+    def _draw(self, seed: int, kinds: list[float]) -> tuple[Draw, bool]:
+        """An iteration's clips, and whether they are whole; three numbers in [0, 1) decide of which kind they are."""
+        settings = self.settings
+        many = settings.batch_size * CLIP_CHUNKS  # first chunks alone: as many as take the same work
+        if kinds[2] < settings.bare_share:
+            return self.short.draw_bare(many, seed), False
+        if kinds[1] < settings.short_share:
+            return self.short.draw(many, seed, hard=settings.hard_share), False
+        switching = kinds[0] < settings.switched_share
+        return self.clips.draw(settings.batch_size, seed, switching, hard=settings.hard_share), True
+
+
 class Distillation:
     """Student, teacher and fake score, and one iteration of their game."""
 
@@ -163,8 +216,9 @@ class Distillation:
         detector: LatentDetector | None = None,
     ) -> None:
         self.detector = detector
-        self.settings, self.encoder, self.seed, self.team = settings, encoder, seed, team
-        self.clips, self.short = clips, short
+        self.settings, self.seed, self.team = settings, seed, team
+        self.clips, self.short = clips.to(base.device), short.to(base.device)
+        self.draws = DistillDraws(settings, clips, short, encoder, seed, team)
         self.real = base.eval().requires_grad_(False)
         self.student = copy.deepcopy(base).requires_grad_(True)
         self.fake = copy.deepcopy(base).requires_grad_(True)
@@ -178,41 +232,31 @@ class Distillation:
         self.device = base.device
 
     def _sigma(self, batch: int, generator: torch.Generator, low: float = 0.02, high: float = 0.98) -> Tensor:
-        u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-        u = u[torch.randperm(batch, generator=generator)]
-        return shifted(u, self.settings.shift).clamp(low, high).to(self.device)
+        device = self.device
+        u = (torch.arange(batch, device=device) + torch.rand(batch, generator=generator, device=device)) / batch
+        u = u[torch.randperm(batch, generator=generator, device=device)]
+        return shifted(u, self.settings.shift).clamp(low, high)
 
-    def _clips(self, draw: int, kinds: list[float]) -> ClipBatch:
-        """An iteration's clips; the three numbers in [0, 1) decide of which kind they are."""
-        settings, seed = self.settings, self.seed * 11_000_003 + draw
-        many = settings.batch_size * CLIP_CHUNKS  # first chunks alone: as many as take the same work
-        if kinds[2] < settings.bare_share:
-            return self.short.bare_batch(many, seed)
-        if kinds[1] < settings.short_share:
-            return self.short.batch(many, seed, hard=settings.hard_share)
-        return self.clips.batch(settings.batch_size, seed, kinds[0] < settings.switched_share, hard=settings.hard_share)
-
-    def iterate(self, step: int) -> dict[str, float]:
+    def iterate(self, step: int, drawn: DistillDraw) -> dict[str, float]:
         """A rollout, an update of the student on it, and updates of the fake score on it."""
         settings = self.settings
-        # the number of steps is the same in the whole team, so that nobody waits
-        plan = torch.Generator().manual_seed(self.seed * 5_000_011 + step)
-        count = settings.step_counts[int(torch.randint(len(settings.step_counts), (1,), generator=plan))]
-        exit_step = int(torch.randint(count, (1,), generator=plan))
-        draw = step * self.team.size + self.team.rank
-        generator = torch.Generator().manual_seed(self.seed * 9_000_011 + draw)
-        batch = self._clips(draw, torch.rand(3, generator=plan).tolist())
-        batch = batch.with_some_empty(settings.empty_share, generator)
-        context = self.encoder(batch.captions).embeds.to(self.device)
+        generator = torch.Generator(self.device)
+        generator.manual_seed(self.seed * 9_000_011 + step * self.team.size + self.team.rank)
+        batch = (self.clips if drawn.whole else self.short).take(drawn.draw)
+        context = torch.from_numpy(drawn.embeds).to(self.device)
+        if drawn.whole and len(context) == len(batch.latents):
+            # as where the text changes between the chunks: blocks are compiled once less
+            context = context.repeat_interleave(CLIP_CHUNKS, 0)
         empty = torch.zeros_like(context)
 
         def normal() -> Tensor:
-            return torch.randn(batch.latents.shape, generator=generator).to(self.device)
+            return torch.randn(batch.latents.shape, generator=generator, device=self.device)
 
         warming = step <= settings.fake_warmup
         with torch.set_grad_enabled(not warming):
+            steps = settings.steps[drawn.steps]
             clip = rollout(
-                self.student, context, normal(), settings.steps[count], exit_step, settings.frames_per_chunk, generator
+                self.student, context, normal(), steps, drawn.exit_step, settings.frames_per_chunk, generator
             )
         values = {}
         if not warming:
@@ -221,7 +265,7 @@ class Distillation:
                 self.real, self.fake, clip.detach(), context, empty, settings.teacher_scale, sigma, normal()
             )
             values["direction"] = float(direction.abs().mean())
-            told, shares = self._told(clip.detach(), batch, generator)
+            told, shares = self._told(clip.detach(), drawn.draw.stated, batch.scenes, generator)
             values |= {"told": float(told.abs().mean()), "shares": float(shares.abs().mean())}
             size = _size(direction)
             direction = direction + _at_most(told, settings.told_limit * size)
@@ -237,20 +281,22 @@ class Distillation:
         )
         return values
 
-    def _told(self, clip: Tensor, batch: ClipBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _told(
+        self, clip: Tensor, stated: list[frozenset[str]], scenes: Scenes, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """What the latent detector would change of the clips.
 
         The first so that they show what their captions state, the second so that together they differ as the data does
         in what these leave open.
         """
         settings = self.settings
-        if self.detector is None or settings.told_weight == 0 or not any(batch.stated):
+        if self.detector is None or settings.told_weight == 0 or not any(stated):
             return torch.zeros_like(clip), torch.zeros_like(clip)
         clip = clip.requires_grad_(True)
         with torch.enable_grad(), autocast(self.device):
             logits = self.detector(blurred_by_noise(clip, settings.told_noise, generator))
-        found, scenes = {n: v.float() for n, v in logits.items()}, batch.scenes.to(self.device)
-        losses = stated_loss(found, scenes, legible(batch.stated)), spread_loss(found, scenes, batch.stated)
+        found = {n: v.float() for n, v in logits.items()}
+        losses = stated_loss(found, scenes, legible(stated)), spread_loss(found, scenes, stated)
         told, shares = (settings.told_weight * torch.autograd.grad(loss, clip, retain_graph=True)[0] for loss in losses)
         return torch.nan_to_num(told), torch.nan_to_num(shares)
 
@@ -301,8 +347,9 @@ def train_student(
     torch.manual_seed(seed)
     averaged = copy.deepcopy(base).eval().requires_grad_(False)
     game = Distillation(settings, base, clips, short, encoder, seed, team, detector)
-    for step in range(game.load(folder / "student.pt") + 1, settings.iterations + 1):
-        values = game.iterate(step)
+    steps = range(game.load(folder / "student.pt") + 1, settings.iterations + 1)
+    for step, drawn in zip(steps, made_ahead(game.draws, steps, base.device), strict=True):
+        values = game.iterate(step, drawn)
         if not team.leads:
             continue
         journal.record(step, settings.iterations, values)

@@ -7,15 +7,19 @@ Shape legend: B batch, T latent frames, C channels, h w latent height and width.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from causvid_adapter import CausalWan
 from nasa_video.sprites.world import CLIP_CHUNKS
@@ -23,10 +27,10 @@ from nasa_video.text import TextEncoder
 from nasa_video.training.attention import compile_blocks, trainable
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average, load_state, save_state
-from nasa_video.training.dataset import ClipBatch, LatentClips
+from nasa_video.training.dataset import ClipBatch, Draw, LatentClips
 from nasa_video.training.journal import Journal
 from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
-from nasa_video.training.parallel import Team
+from nasa_video.training.parallel import Team, made_ahead
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,50 @@ def flow_loss(
     return (weight * error).sum() / (error.shape[0] * error.shape[2])
 
 
+@dataclass(frozen=True)
+class FlowDraw:
+    """One iteration's clips, whole or first chunks, and the embeddings of their captions (captions, L, E)."""
+
+    draw: Draw
+    whole: bool
+    bidirectional: bool
+    embeds: NDArray[np.float32]
+
+
+class FlowDraws(Dataset[FlowDraw]):
+    """The draws of one member of the team, by step; they follow from the seed and the step alone."""
+
+    def __init__(
+        self,
+        settings: FlowTraining,
+        clips: LatentClips,
+        short: LatentClips,
+        encoder: TextEncoder,
+        seed: int,
+        team: Team,
+    ) -> None:
+        self.settings, self.clips, self.short, self.encoder = settings, clips, short, encoder
+        self.seed, self.team = seed, team
+
+    def __getitem__(self, step: int) -> FlowDraw:
+        settings = self.settings
+        number = step * self.team.size + self.team.rank
+        seed = self.seed * 7_000_003 + number
+        # the kind of batch is the same in the whole team, so that nobody waits
+        kinds = torch.rand(3, generator=torch.Generator().manual_seed(self.seed * 3_000_017 + step)).tolist()
+        whole = kinds[2] >= settings.short_share
+        if whole:
+            switching = kinds[0] < settings.switched_share
+            draw = self.clips.draw(settings.batch_size, seed, switching, hard=settings.hard_share)
+        else:
+            easy = settings.easy_share * max(0.0, 1 - step / (0.7 * settings.iterations))
+            size = settings.batch_size * CLIP_CHUNKS
+            draw = self.short.draw(size, seed, easy=easy, hard=settings.hard_share)
+        draw = draw.with_some_empty(settings.empty_share, random.Random(seed))
+        bidirectional = kinds[1] < settings.bidirectional_share or not whole  # one chunk: both are the same
+        return FlowDraw(draw, whole, bidirectional, self.encoder(draw.captions).embeds.numpy())
+
+
 def new_transformer(model: dict[str, Any], device: torch.device) -> CausalWan:
     """A causal Wan with fresh weights; the last projection starts at zero, so that the first flow is zero."""
     transformer = WanTransformer3DModel(**model).to(device)
@@ -165,30 +213,20 @@ def train_flow(
         optimiser.load_state_dict(state["optimiser"])
         average.load_state_dict(state["average"])
         start = int(state["step"])
-    for step in range(start + 1, settings.iterations + 1):
-        draw = step * team.size + team.rank
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
-        # the kind of batch is the same in the whole team, so that nobody waits
-        kinds = torch.rand(3, generator=torch.Generator().manual_seed(seed * 3_000_017 + step)).tolist()
-        whole = kinds[2] >= settings.short_share
-        if whole:
-            batch = clips.batch(
-                settings.batch_size,
-                seed * 7_000_003 + draw,
-                kinds[0] < settings.switched_share,
-                hard=settings.hard_share,
-            )
-        else:
-            easy = settings.easy_share * max(0.0, 1 - step / (0.7 * settings.iterations))
-            size = settings.batch_size * CLIP_CHUNKS
-            batch = short.batch(size, seed * 7_000_003 + draw, easy=easy, hard=settings.hard_share)
-        batch = batch.to(device)
-        batch = batch.with_some_empty(settings.empty_share, generator)
-        context = encoder(batch.captions).embeds.to(device)
-        noise = torch.randn(batch.latents.shape, generator=generator).to(device)
-        bidirectional = kinds[1] < settings.bidirectional_share or not whole  # one chunk: both are the same
+    clips, short = clips.to(device), short.to(device)
+    steps = range(start + 1, settings.iterations + 1)
+    draws = FlowDraws(settings, clips, short, encoder, seed, team)
+    for step, drawn in zip(steps, made_ahead(draws, steps, device), strict=True):
+        number = seed * 1_000_003 + step * team.size + team.rank
+        generator = torch.Generator().manual_seed(number)
+        batch = (clips if drawn.whole else short).take(drawn.draw)
+        context = torch.from_numpy(drawn.embeds).to(device)
         size, frames = batch.latents.shape[:2]
-        levels = draw_noise_levels(settings, size, frames, bidirectional, generator)
+        if drawn.whole and len(context) == size:
+            # as where the text changes between the chunks: blocks are compiled once less
+            context = context.repeat_interleave(CLIP_CHUNKS, 0)
+        noise = torch.randn(batch.latents.shape, generator=torch.Generator(device).manual_seed(number), device=device)
+        levels = draw_noise_levels(settings, size, frames, drawn.bidirectional, generator)
         sprite_weight = settings.sprite_weight * min(1.0, (1 - step / settings.iterations) / 0.4)
         loss = flow_loss(model, batch, context, noise, levels, settings, sprite_weight)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -197,7 +235,7 @@ def train_flow(
         average.update(model)
         if not team.leads:
             continue
-        name = "causal" if not bidirectional else "bidirectional" if whole else "first chunk"
+        name = "causal" if not drawn.bidirectional else "bidirectional" if drawn.whole else "first chunk"
         journal.record(step, settings.iterations, {name: float(loss.detach()), "gradient": norm})
         if step % settings.checkpoint_every == 0 or step == settings.iterations:
             state = {"step": step, "model": model.state_dict(), "optimiser": optimiser.state_dict()}

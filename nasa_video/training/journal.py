@@ -35,13 +35,13 @@ def contact_sheet(
 
 
 class Journal:
-    """Values by step, appended to a JSON-lines file and drawn as a curve now and then."""
+    """Values by step, appended to a JSON-lines file and drawn as a curve every `draw_every` seconds."""
 
-    def __init__(self, folder: Path, name: str, report: Report | None = None, draw_every: int = 200) -> None:
+    def __init__(self, folder: Path, name: str, report: Report | None = None, draw_every: float = 60) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.name, self.report, self.draw_every = folder, name, report, draw_every
         self.path = folder / f"{name}.jsonl"
-        self.started = time.monotonic()
+        self.started = self.drawn = time.monotonic()
 
     def record(self, step: int, steps: int, values: dict[str, float]) -> None:
         """Notes the values of one step."""
@@ -50,8 +50,9 @@ class Journal:
             file.write(json.dumps(line) + "\n")
         if self.report is not None:
             self.report(step, steps, values)
-        if step % self.draw_every == 0 or step == steps:
+        if time.monotonic() - self.drawn >= self.draw_every or step == steps:
             self.draw()
+            self.drawn = time.monotonic()
 
     def draw(self) -> None:
         """Draws every value over the steps into `<name>.png`."""

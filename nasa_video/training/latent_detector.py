@@ -68,8 +68,8 @@ class LatentDetector(nn.Module):
 def blurred_by_noise(latents: Tensor, most: float, generator: torch.Generator) -> Tensor:
     """Latents with a noise level between 0 and `most`, one a clip, as the denoiser sees them."""
     shape = (latents.shape[0], 1, 1, 1, 1)
-    level = most * torch.rand(shape, generator=generator).to(latents)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    level = most * torch.rand(shape, generator=generator, device=generator.device).to(latents)
+    noise = torch.randn(latents.shape, generator=generator, device=generator.device).to(latents)
     return (1 - level) * latents + level * noise
 
 
@@ -152,6 +152,7 @@ def train_latent_detector(
     network = LatentDetector(clips.latents.shape[2], settings.width).to(device)
     optimiser = MatrixOptimiser(network, inner_convolution, settings.matrix_rate, settings.other_rate)
     average, start = Average(network, settings.average_decay), 0
+    pools = [(pool.to(device), torch.tensor(pool.whole, device=device)) for pool in (clips, short)]
     path = folder / "latent-detector.pt"
     if (state := load_state(path)) is not None:
         network.load_state_dict(state["model"])
@@ -159,14 +160,13 @@ def train_latent_detector(
         average.load_state_dict(state["average"])
         start = int(state["step"])
     for step in range(start + 1, settings.iterations + 1):
-        generator = torch.Generator().manual_seed(seed * 13_000_027 + step * team.size + team.rank)
-        pool = (clips, short)[step % 2]
-        whole = torch.tensor(pool.whole)
-        chosen = whole[torch.randint(len(whole), (settings.batch_size,), generator=generator)]
-        latents = blurred_by_noise(pool.latents[chosen].float().to(device), settings.noise, generator)
+        generator = torch.Generator(device).manual_seed(seed * 13_000_027 + step * team.size + team.rank)
+        pool, whole = pools[step % 2]
+        chosen = whole[torch.randint(len(whole), (settings.batch_size,), generator=generator, device=device)]
+        latents = blurred_by_noise(pool.latents[chosen].float(), settings.noise, generator)
         with autocast(device):
             logits = network(latents)
-        goal = targets(pool.scenes[chosen].to(device))
+        goal = targets(pool.scenes[chosen])
         loss = detector_loss({n: v.float() for n, v in logits.items()}, goal)
         loss.backward()  # type: ignore[no-untyped-call]
         team.average_gradients(network)

@@ -1,3 +1,4 @@
+import random
 from dataclasses import replace
 
 import pytest
@@ -12,12 +13,12 @@ from nasa_video.text import WordLlamaEncoder
 from nasa_video.training.attention import matrix_attention
 from nasa_video.training.checkpoint import load_state, save_state
 from nasa_video.training.dataset import LatentClips
-from nasa_video.training.distill import Distillation, DistillTraining, matching_direction, rollout
-from nasa_video.training.flow import FlowTraining, draw_noise_levels, flow_loss, new_transformer, train_flow
+from nasa_video.training.distill import Distillation, DistillDraws, DistillTraining, matching_direction, rollout
+from nasa_video.training.flow import FlowDraws, FlowTraining, draw_noise_levels, flow_loss, new_transformer, train_flow
 from nasa_video.training.journal import Journal
 from nasa_video.training.latent_detector import LatentDetector, legible, spread_loss, stated_loss
 from nasa_video.training.optimiser import orthogonalise, warm_then_linear
-from nasa_video.training.parallel import Team
+from nasa_video.training.parallel import Team, made_ahead
 from nasa_video.training.plan import load_plan
 
 TINY = {
@@ -122,12 +123,12 @@ def clips_that_switch() -> LatentClips:
 
 def test_batches_are_of_one_kind():
     clips = clips_that_switch()
-    assert len(clips.batch(8, 0).captions) == 8
-    batch = clips.batch(8, 0, switching=True)
-    assert len(batch.captions) == 24
+    assert len(clips.draw(8, 0).captions) == 8
+    draw = clips.draw(8, 0, switching=True)
+    assert len(draw.captions) == 24
     for i in range(0, 24, 3):
-        assert batch.captions[i] != batch.captions[i + 2]
-    emptied = batch.with_some_empty(0.5, torch.Generator().manual_seed(0)).captions
+        assert draw.captions[i] != draw.captions[i + 2]
+    emptied = draw.with_some_empty(0.5, random.Random(0)).captions
     kept = [set(map(bool, emptied[i : i + 3])) for i in range(0, 24, 3)]
     assert {frozenset(k) for k in kept} == {frozenset({True}), frozenset({False})}
 
@@ -171,7 +172,9 @@ def test_a_small_sprite_counts_as_much_as_a_big_one():
     clips.coverage[:] = 0
     clips.coverage[::2, :, :, :3, :3] = 1
     clips.coverage[1::2, :, :, :1, :1] = 1
-    batch = replace(clips.batch(2, 0), latents=torch.zeros(2, 9, 4, 4, 4), coverage=clips.coverage[:2].clone())
+    batch = replace(
+        clips.take(clips.draw(2, 0)), latents=torch.zeros(2, 9, 4, 4, 4), coverage=clips.coverage[:2].clone()
+    )
     levels = draw_noise_levels(FlowTraining(), 2, 9, True, torch.Generator().manual_seed(0))
 
     def loss(wrong: int) -> float:
@@ -210,7 +213,7 @@ def test_the_student_rolls_out_first_chunks_alone_at_times(tiny, monkeypatch, sh
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1)
     game = Distillation(settings, model, whole_clips(), first_chunks(), encoder, 0, Team())
     before = game.student.transformer.proj_out.weight.detach().clone()
-    game.iterate(1)
+    game.iterate(1, game.draws[1])
     assert rolled == [(clips, 3 if short_share else 9)]
     assert (game.student.transformer.proj_out.weight - before).abs().max() > 0
 
@@ -242,54 +245,69 @@ def truth_logits(scenes) -> dict[str, torch.Tensor]:
 
 def test_easy_clips_show_one_plain_sprite():
     clips = clips_that_switch()
-    batch = clips.batch(64, 0, easy=1.0)
     for name in ("count", "texture", "weather", *FLAWS):
-        assert getattr(batch.scenes, name).max() == 0
-    assert clips.batch(64, 0).scenes.texture.max() > 0
-    assert clips.batch(64, 0, easy=0.5).scenes.texture.max() > 0
+        assert getattr(clips.take(clips.draw(64, 0, easy=1.0)).scenes, name).max() == 0
+    for share in (0.0, 0.5):
+        assert clips.take(clips.draw(64, 0, easy=share)).scenes.texture.max() > 0
 
 
 def test_hard_clips_are_told_in_full():
     clips = clips_that_switch()
-    batch = clips.batch(64, 0, hard=1.0)
+    draw = clips.draw(64, 0, hard=1.0)
+    scenes = clips.take(draw).scenes
     spinning = MOTIONS.index("spinning")
-    assert all(two or motion == spinning for two, motion in zip(batch.scenes.count, batch.scenes.motion, strict=True))
-    assert batch.scenes.count.float().mean() > 0.25
-    assert all(stated >= {"shape", "colour", "size", "count", "motion", "background"} for stated in batch.stated)
-    assert not any(map(is_held_out, batch.captions))
-    some = clips.batch(64, 0, hard=0.5)
+    assert all(two or motion == spinning for two, motion in zip(scenes.count, scenes.motion, strict=True))
+    assert scenes.count.float().mean() > 0.25
+    assert all(stated >= {"shape", "colour", "size", "count", "motion", "background"} for stated in draw.stated)
+    assert not any(map(is_held_out, draw.captions))
+    some = clips.draw(64, 0, hard=0.5)
     assert 16 < sum(len(stated) >= 6 for stated in some.stated) < 56
-    assert clips.batch(8, 3).captions == clips.batch(8, 3, hard=0.0).captions
+    assert clips.draw(8, 3).captions == clips.draw(8, 3, hard=0.0).captions
 
 
 def test_a_bare_batch_states_one_thing_that_all_its_clips_show():
     clips = clips_that_switch()
     seen = set()
     for seed in range(40):
-        batch = clips.bare_batch(16, seed)
-        (stated,) = set(batch.stated)
+        draw = clips.draw_bare(16, seed)
+        scenes = clips.take(draw).scenes
+        (stated,) = set(draw.stated)
         (attribute,) = stated
         seen.add(attribute)
-        assert len(set(getattr(batch.scenes, attribute).tolist())) == 1
-        assert len(set(batch.scenes.background.tolist())) > 1 or attribute == "background"
-        assert not any(map(is_held_out, batch.captions))
+        assert len(set(getattr(scenes, attribute).tolist())) == 1
+        assert len(set(scenes.background.tolist())) > 1 or attribute == "background"
+        assert not any(map(is_held_out, draw.captions))
     assert "shape" in seen
     assert len(seen) > 4
 
 
 @pytest.mark.parametrize(("share", "alike"), [(0.0, False), (1.0, True)])
-def test_a_share_of_the_iterations_is_told_one_thing(tiny, monkeypatch, share, alike):
-    monkeypatch.setattr("nasa_video.training.distill.compile_blocks", lambda model: None)
-    settings = DistillTraining(steps={1: (1000.0,)}, step_counts=(1,), batch_size=4, bare_share=share, hard_share=0.0)
-    game = Distillation(settings, tiny, whole_clips(), first_chunks(), WordLlamaEncoder(8), 0, Team())
-    told = [game._clips(draw, [0.9, 0.0, 0.5]).stated for draw in range(4)]
+def test_a_share_of_the_iterations_is_told_one_thing(share, alike):
+    settings = DistillTraining(
+        steps={1: (1000.0,)}, step_counts=(1,), batch_size=4, bare_share=share, hard_share=0.0, empty_share=0.0
+    )
+    draws = DistillDraws(settings, whole_clips(), first_chunks(), WordLlamaEncoder(8), 0, Team())
+    told = [draws[step].draw.stated for step in range(4)]
     assert [len(set(stated)) == 1 and len(stated[0]) == 1 for stated in told] == [alike] * 4
 
 
 def test_orthogonalised_updates_have_singular_values_near_one():
-    values = torch.linalg.svdvals(orthogonalise(torch.randn(20, 50)).float())
+    stack = torch.randn(3, 20, 50)
+    values = torch.linalg.svdvals(orthogonalise(stack[0]).float())
     assert values.min() > 0.4
     assert values.max() < 1.4
+    torch.testing.assert_close(orthogonalise(stack)[0], orthogonalise(stack[0]), atol=0.02, rtol=0.1)
+
+
+def test_the_draws_of_a_step_are_the_same_made_ahead_or_not():
+    settings = FlowTraining(batch_size=2, iterations=6)
+    draws = FlowDraws(settings, whole_clips(), first_chunks(), WordLlamaEncoder(8), 0, Team())
+    here = list(made_ahead(draws, range(2, 6), torch.device("cpu")))
+    elsewhere = list(made_ahead(draws, range(2, 6), torch.device("cuda")))
+    assert [d.draw for d in here] == [d.draw for d in elsewhere]
+    assert len({tuple(d.draw.index) for d in here}) > 1
+    for one, other in zip(here, elsewhere, strict=True):
+        assert (one.embeds == other.embeds).all()
 
 
 def test_the_learning_rate_rises_stays_and_falls():
@@ -365,20 +383,22 @@ def test_what_the_latent_detector_tells_makes_the_clip_show_what_is_stated(tiny)
     settings = DistillTraining(steps={1: (1000.0,)}, batch_size=4, told_noise=0.0)
     encoder = WordLlamaEncoder(8)
     game = Distillation(settings, tiny, clips, clips, encoder, 0, Team(), detector)
-    batch = clips.batch(4, 3)
+    draw = clips.draw(4, 3)
+    batch = clips.take(draw)
 
     def loss(clip):
         with torch.autocast("cpu", torch.bfloat16, enabled=False):
-            return float(stated_loss(detector(clip), batch.scenes, batch.stated))
+            return float(stated_loss(detector(clip), batch.scenes, draw.stated))
 
-    told, shares = game._told(batch.latents.clone(), batch, torch.Generator().manual_seed(0))
+    told, shares = game._told(batch.latents.clone(), draw.stated, batch.scenes, torch.Generator().manual_seed(0))
     assert loss(batch.latents - 1e-2 * told / told.abs().max()) < loss(batch.latents)
-    emptied = batch.with_some_empty(1.0, torch.Generator())
-    assert max(part.abs().max() for part in game._told(batch.latents.clone(), emptied, torch.Generator())) == 0
+    nothing = draw.with_some_empty(1.0, random.Random(0)).stated
+    untold = game._told(batch.latents.clone(), nothing, batch.scenes, torch.Generator())
+    assert max(part.abs().max() for part in untold) == 0
 
     def apart(clip):
         with torch.autocast("cpu", torch.bfloat16, enabled=False):
-            return float(spread_loss(detector(clip), batch.scenes, batch.stated))
+            return float(spread_loss(detector(clip), batch.scenes, draw.stated))
 
     assert apart(batch.latents - 1e-2 * shares / shares.abs().max()) < apart(batch.latents)
 
