@@ -73,7 +73,7 @@ fi
 if wants sdpa; then step bench-sdpa 150 "${true_size[@]}" --chunks 7 --repeats 1 --decode; fi
 if wants xformers; then
     if has xformers.ops; then
-        step bench-xformers 150 "${true_size[@]}" --chunks 7 --repeats 1 --attention xformers
+        step bench-xformers 100 "${true_size[@]}" --chunks 7 --repeats 1 --attention xformers --methods none-folded,nasa-folded,nasa-padded,nag
     else
         say "xformers is not installed: its bench and tests are skipped"
     fi

@@ -293,6 +293,8 @@ def train(
     )
     with Progress(*columns, disable=not team.leads) as progress:
         for stage in STAGES[: STAGES.index(until) + 1]:
+            if stage in ("dataset", "latent_detector") and (folder / "student" / "config.json").exists():
+                continue  # only the base and the student are made of them
             task = progress.add_task(stage, total=None, values="")
 
             def report(step: int, steps: int, values: dict[str, float], task=task) -> None:  # type: ignore[no-untyped-def]
