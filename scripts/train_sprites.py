@@ -72,6 +72,7 @@ class Run:
     device: torch.device
     team: Team
     continued: bool
+    tuned: bool = False
     report: Report | None = None
 
     def autoencoder(self) -> AutoencoderKLWan:
@@ -181,7 +182,8 @@ class Run:
             show = self._show("student", self.plan.student.steps[4])
             args = (self.folder, self.plan.seed, journal, self.team, show)
             base, clips, short, told = self.base(), self.clips, self.short_clips, self.latent_detector()
-            model = train_student(self.plan.student, base, clips, short, encoder, *args, told)
+            placed = self._placed("transformer") if self.tuned else None
+            model = train_student(self.plan.student, base, clips, short, encoder, *args, told, placed)
             if self.team.leads:
                 model.transformer.save_pretrained(folder)
                 self._place(model, "transformer")
@@ -230,7 +232,7 @@ class Run:
     def _placed(self, what: str) -> Path | None:
         """The package's weights of a model to begin with, where `--continue` asks for it."""
         path = self.weights / what / "diffusion_pytorch_model.safetensors"
-        return path if self.continued and path.exists() else None
+        return path if (self.continued or self.tuned) and path.exists() else None
 
     def _place(self, model: CausalWan, where: str) -> None:
         """Writes a transformer's float16 copy into the package's weights."""
@@ -265,6 +267,9 @@ def train(
     continued: Annotated[
         bool, typer.Option("--continue", help="Begin with the package's weights, not with random ones.")
     ] = False,
+    tuned: Annotated[
+        bool, typer.Option("--tune", help="Distil on from the package's student, not from the base.")
+    ] = False,
     until: Annotated[str, typer.Option(help=f"Last stage to run: {', '.join(STAGES)}.")] = STAGES[-1],
 ) -> None:
     """Trains the sprites model from nothing, or goes on where the last run stopped."""
@@ -283,7 +288,7 @@ def train(
     team = join_team(int(os.environ[RANK]), processes if device == "cpu" else 1, Path(os.environ[MEETING_POINT]))
     if device != "cpu":
         torch.set_float32_matmul_precision("high")
-    run = Run(plan, folder, weights, torch.device(device), team, continued)
+    run = Run(plan, folder, weights, torch.device(device), team, continued, tuned)
     columns = (
         TextColumn("{task.description:15}"),
         BarColumn(),

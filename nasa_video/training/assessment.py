@@ -68,7 +68,6 @@ class Studio:
     ) -> None:
         self.vae, self.encoder, self.latent_size = vae, encoder, latent_size
 
-    @torch.no_grad()
     def stream(
         self,
         model: CausalWan,
@@ -81,20 +80,37 @@ class Studio:
         later: tuple[int, Sequence[str]] | None = None,
     ) -> Tensor:
         """Frames (B, F, 3, H, W) by the few-step chunk loop; `later` is (chunk, prompts) from that chunk on."""
+        rest = (timesteps, num_latents, window_frames, sink_frames)
+        change, second = later or (num_latents, prompts)
+        parts = [
+            self._stream(model, prompts[part], seeds[part], *rest, (change, second[part]))
+            for part in _batches(len(prompts))
+        ]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _stream(
+        self,
+        model: CausalWan,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        timesteps: Sequence[float],
+        num_latents: int,
+        window_frames: int | None,
+        sink_frames: int,
+        later: tuple[int, Sequence[str]],
+    ) -> Tensor:
         rope = "absolute" if window_frames is None else "window"
         schedule = FlowMatchSchedule(1.0, tuple(timesteps))
         sampler = ChunkSampler(model, schedule, 3, window_frames, sink_frames, rope=rope)  # type: ignore[arg-type]
         noise = SeededNoise(seeds, self.latent_size, model.device)
         first = self.encoder(list(prompts)).embeds.to(model.device)
-        change, second = (num_latents, first)
-        if later is not None:
-            change, second = later[0], self.encoder(list(later[1])).embeds.to(model.device)
-        stream = sampler.stream(lambda chunk: first if chunk < change else second, noise, num_frames=num_latents)
+        second = self.encoder(list(later[1])).embeds.to(model.device)
+        stream = sampler.stream(lambda chunk: first if chunk < later[0] else second, noise, num_frames=num_latents)
         with autocast(model.device):
             chunks = [c.float() for c in stream]
         return self.decode(torch.cat(chunks, 1))
 
-    @torch.no_grad()
     def whole(
         self,
         model: CausalWan,
@@ -105,6 +121,14 @@ class Studio:
         shift: float = 3.0,
     ) -> Tensor:
         """Frames (B, F, 3, H, W) by the bidirectional teacher: Euler steps with classifier-free guidance."""
+        rest = (steps, scale, shift)
+        parts = [self._whole(model, prompts[part], seeds[part], *rest) for part in _batches(len(prompts))]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _whole(
+        self, model: CausalWan, prompts: Sequence[str], seeds: Sequence[int], steps: int, scale: float, shift: float
+    ) -> Tensor:
         x = SeededNoise(seeds, self.latent_size, model.device)(range(9), 0)
         context = self.encoder(list(prompts)).embeds.to(model.device)
         levels = shifted(torch.linspace(1, 0, steps + 1), shift).tolist()
@@ -125,6 +149,11 @@ class Studio:
             with autocast(part.device):
                 parts.append(StreamingDecoder(self.vae).decode(denormalize(self.vae, part)).float())
         return torch.cat(parts)
+
+
+def _batches(count: int, size: int = 32) -> list[slice]:
+    """Slices of at most `size`: what a CPU's caches hold."""
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def accuracy(detector: Detector, frames: Tensor, prompts: Sequence[HeldOutPrompt]) -> dict[str, tuple[float, int]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -214,6 +215,7 @@ class Distillation:
         seed: int,
         team: Team,
         detector: LatentDetector | None = None,
+        start_from: Path | None = None,
     ) -> None:
         self.detector = detector
         self.settings, self.seed, self.team = settings, seed, team
@@ -221,6 +223,9 @@ class Distillation:
         self.draws = DistillDraws(settings, clips, short, encoder, seed, team)
         self.real = base.eval().requires_grad_(False)
         self.student = copy.deepcopy(base).requires_grad_(True)
+        if start_from is not None:
+            weights = {name: value.float() for name, value in load_file(start_from).items()}
+            self.student.transformer.load_state_dict(weights)
         self.fake = copy.deepcopy(base).requires_grad_(True)
         for score in (self.real, self.fake):
             compile_blocks(score)
@@ -342,11 +347,15 @@ def train_student(
     team: Team,
     show: Callable[[CausalWan, int], None] | None = None,
     detector: LatentDetector | None = None,
+    start_from: Path | None = None,
 ) -> CausalWan:
-    """Distils the base and returns the student's average; resumes from `folder`/student.pt."""
+    """Distils the base and returns the student's average; resumes from `folder`/student.pt.
+
+    `start_from` is a safetensors file of a student to go on with, in place of the base.
+    """
     torch.manual_seed(seed)
     averaged = copy.deepcopy(base).eval().requires_grad_(False)
-    game = Distillation(settings, base, clips, short, encoder, seed, team, detector)
+    game = Distillation(settings, base, clips, short, encoder, seed, team, detector, start_from)
     steps = range(game.load(folder / "student.pt") + 1, settings.iterations + 1)
     for step, drawn in zip(steps, made_ahead(game.draws, steps, base.device), strict=True):
         values = game.iterate(step, drawn)

@@ -111,26 +111,27 @@ def spread_loss(logits: dict[str, Tensor], scenes: Scenes, stated: Sequence[froz
 
     For each attribute the clips whose captions do not state it: cross-entropy of the mean of their predictions against
     the shares in the scenes that the captions came from, times the number of these clips. It tells no single clip what
-    to show, only all of them together not to agree on a favourite.
+    to show, only all of them together not to agree on a favourite. Means are taken of logarithms, so that what no clip
+    shows at all still has a gradient, on those clips that are nearest to it.
     """
     goal = targets(scenes)
     device = logits["flaws"].device
     total = torch.zeros((), device=device)
     for name, value in goal.items():
-        shown = logits[name].sigmoid() if value.dtype.is_floating_point else logits[name].softmax(1)
         wanted = value.to(device)
-        if not value.dtype.is_floating_point:
-            wanted = nn_f.one_hot(wanted, shown.shape[1])
-        names = FLAWS if name == "flaws" else (name,) * shown.shape[1]
-        left = torch.tensor([[word not in words for word in names] for words in stated], device=device).float()
-        count = left.sum(0)
-        mean, share = ((x * left).sum(0) / count.clamp_min(1) for x in (shown, wanted))
         if value.dtype.is_floating_point:
-            total = (
-                total + (count * nn_f.binary_cross_entropy(mean.clamp(1e-4, 1 - 1e-4), share, reduction="none")).sum()
-            )
+            logs = torch.stack((nn_f.logsigmoid(logits[name]), nn_f.logsigmoid(-logits[name])), -1)
+            wanted = torch.stack((wanted, 1 - wanted), -1)
         else:
-            total = total - (count * share * mean.clamp_min(1e-4).log()).sum()
+            logs = logits[name].log_softmax(1)[:, None]
+            wanted = nn_f.one_hot(wanted, logs.shape[-1])[:, None].float()
+        names = FLAWS if name == "flaws" else (name,) * logs.shape[1]
+        left = torch.tensor([[word not in words for word in names] for words in stated], device=device)
+        count = left.sum(0)
+        # not minus infinity, whose gradient is not a number where no clip is left
+        log_mean = torch.where(left[..., None], logs, -1e4).logsumexp(0) - count.clamp_min(1).log()[:, None]
+        share = (wanted * left[..., None]).sum(0) / count.clamp_min(1)[:, None]
+        total = total - (count[:, None] * share * log_mean).sum()
     return total
 
 

@@ -234,6 +234,21 @@ def test_the_spread_is_told_to_all_clips_together():
     torch.testing.assert_close(spread_loss(favourite, scenes, told), spread_loss(right, scenes, told))
 
 
+def test_what_no_clip_shows_is_still_asked_for():
+    """Every clip is sure to be big, by far: the spread still wants some of them small, and the nearest most."""
+    scenes = sample_scenes(64, torch.Generator().manual_seed(0))
+    logits = {n: 20 * value for n, value in truth_logits(scenes).items()}
+    distance = torch.linspace(20, 60, 64)
+    logits["size"] = torch.stack((-distance, torch.zeros(64)), 1).requires_grad_(True)
+    spread_loss(logits, scenes, [frozenset()] * 64).backward()
+    towards_small = -logits["size"].grad[:, 0]
+    assert towards_small[0] > 5
+    assert towards_small.argmax() == 0
+    logits["size"].grad = None
+    spread_loss(logits, scenes, [frozenset({"size"})] * 64).backward()
+    assert logits["size"].grad.abs().max() == 0
+
+
 def truth_logits(scenes) -> dict[str, torch.Tensor]:
     """What a detector that is always right would say, +1 and -1."""
     answers = {}
