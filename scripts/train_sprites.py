@@ -1,7 +1,8 @@
 """Trains the shipped model from nothing: autoencoder, clips, base, few-step student, detector, model card.
 
     python scripts/train_sprites.py                        two CPU cores, hours
-    python scripts/train_sprites.py --preset sprites-gpu --device cuda
+    python scripts/train_sprites.py --preset sprites-gpu --device cuda          a quarter of an hour
+    python scripts/train_sprites.py --keep autoencoder,detector,base --tune     the student alone, on from the package's
 
 Every stage resumes where it stopped. Curves and contact sheets appear under the run's folder while it trains, and the
 weights are placed in the package after every stage and every now and then inside it.
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from nasa_video.training.plan import TrainingPlan
 
 ROOT = Path(__file__).resolve().parent.parent
+KEPT = ("autoencoder", "base", "student", "detector")
 STAGES = ("autoencoder", "dataset", "base", "latent_detector", "student", "detector", "card")
 # Read by the C library and by OpenMP when a process starts: large blocks are kept, threads sleep while they wait.
 CPU_ENVIRONMENT = {
@@ -220,6 +222,25 @@ class Run:
 
         return show
 
+    def keep(self, stage: str) -> None:
+        """Takes the package's weights of a stage for finished, where the run has none of its own."""
+        import shutil
+
+        from diffusers import AutoencoderKLWan
+
+        place = {"autoencoder": "vae", "detector": "detector.safetensors"}.get(stage, stage)
+        if (self.folder / place).exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if stage == "detector":
+            shutil.copy(self.weights / place, self.folder / place)
+        elif stage == "autoencoder":
+            vae = AutoencoderKLWan.from_pretrained(self.weights / "vae", low_cpu_mem_usage=False)
+            vae.float().save_pretrained(self.folder / place)
+        else:
+            source = self.weights / ("teacher/transformer" if stage == "base" else "transformer")
+            self._read_transformer(source).transformer.save_pretrained(self.folder / place)
+
     def _note_hardware(self) -> None:
         """Writes down for the card what trained the model: it may be measured elsewhere."""
         import platform
@@ -249,7 +270,8 @@ class Run:
 
         # built by hand: from_pretrained wants accelerate for a model with modules that stay in float32
         transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder))
-        transformer.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+        weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+        transformer.load_state_dict({name: value.float() for name, value in weights.items()})
         return trainable(transformer.to(self.device)).eval()
 
 
@@ -270,11 +292,17 @@ def train(
     tuned: Annotated[
         bool, typer.Option("--tune", help="Distil on from the package's student, not from the base.")
     ] = False,
+    keep: Annotated[
+        str, typer.Option(help=f"Stages whose weights in the package stay as they are, of {', '.join(KEPT)}.")
+    ] = "",
     until: Annotated[str, typer.Option(help=f"Last stage to run: {', '.join(STAGES)}.")] = STAGES[-1],
 ) -> None:
     """Trains the sprites model from nothing, or goes on where the last run stopped."""
     if until not in STAGES:
         raise typer.BadParameter(f"--until must be one of {', '.join(STAGES)}, got {until}")
+    kept = [stage.strip() for stage in keep.split(",") if stage.strip()]
+    if unknown := [stage for stage in kept if stage not in KEPT]:
+        raise typer.BadParameter(f"--keep takes some of {', '.join(KEPT)}, got {unknown[0]}")
     if RANK not in os.environ:
         sys.exit(_start_team(processes if device == "cpu" else 1))
     sys.path.insert(0, str(ROOT))
@@ -289,6 +317,10 @@ def train(
     if device != "cpu":
         torch.set_float32_matmul_precision("high")
     run = Run(plan, folder, weights, torch.device(device), team, continued, tuned)
+    if team.leads:
+        for stage in kept:
+            run.keep(stage)
+    team.wait()
     columns = (
         TextColumn("{task.description:15}"),
         BarColumn(),
