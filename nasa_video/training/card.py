@@ -67,10 +67,11 @@ def _detector_tables(plan: TrainingPlan, studio: Studio, detector: Detector) -> 
 
 def spread_tables(plan: TrainingPlan, studio: Studio, detector: Detector, student: CausalWan) -> dict[str, Any]:
     """Shares of unstated attributes: prompts that name a shape and nothing else, beside the data's shares."""
-    n = plan.evaluation.spread_videos
+    n, steps = plan.evaluation.spread_videos, plan.student.steps[4]
+    # seeds of its own for every shape: much of what a prompt leaves open is decided by the noise
     frames = {
-        shape: studio.stream(student, [f"a {shape}"] * n, range(7000, 7000 + n), plan.student.steps[4])
-        for shape in SHAPES
+        shape: studio.stream(student, [f"a {shape}"] * n, range(7000 + n * i, 7000 + n * (i + 1)), steps)
+        for i, shape in enumerate(SHAPES)
     }
     everything = torch.cat(list(frames.values()))
     tables: dict[str, Any] = {
