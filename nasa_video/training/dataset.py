@@ -9,11 +9,15 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as nn_f
 from diffusers import AutoencoderKLWan
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from causvid_adapter.vae_stream import normalize
 from nasa_video.sprites.captions import bare_caption, random_caption, switched_captions, things_to_state
@@ -30,10 +34,12 @@ from nasa_video.sprites.world import (
     sample_scenes,
     sample_switches,
 )
+from nasa_video.text import TextEncoder
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import load_state, save_state
 from nasa_video.training.parallel import Team
 
+T = TypeVar("T")
 SHARD_CLIPS = 256
 CHUNK_FRAMES = 9
 """Frames of a clip's first chunk."""
@@ -154,6 +160,38 @@ class LatentClips:
         """A caption for each chunk of one clip."""
         before, after = switched_captions(self.rows[index], self.later_rows[index], rng)
         return [before if chunk < self.chunk[index] else after for chunk in range(CLIP_CHUNKS)]
+
+
+@dataclass(frozen=True, eq=False)
+class Draws(Dataset[T]):
+    """What the iterations of one member of the team are made of, by step; it follows from the seed and the step alone.
+
+    Args:
+        clips: whole clips.
+        short: first chunks of clips.
+        encoder: of the captions.
+        seed: of the run.
+        team: whose member draws.
+    """
+
+    clips: LatentClips
+    short: LatentClips
+    encoder: TextEncoder
+    seed: int
+    team: Team
+
+    def number(self, step: int) -> int:
+        """Of a member's iteration, which no other member has."""
+        return step * self.team.size + self.team.rank
+
+
+def text_a_chunk(embeds: NDArray[np.float32], clips: Tensor, whole: bool) -> Tensor:
+    """Embeddings of captions on the device of clips (B, T, C, h, w): of whole ones a text a chunk, of first chunks one.
+
+    Blocks are compiled for a number of texts: this way it is the same whether the text changes between chunks or not.
+    """
+    context = torch.from_numpy(embeds).to(clips.device)
+    return context.repeat_interleave(CLIP_CHUNKS, 0) if whole and len(context) == len(clips) else context
 
 
 def _coverage(mask: Tensor, latent_frames: int, cells: int) -> Tensor:

@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from causvid_adapter import CausalWan, FlowMatchSchedule
 from nasa_video.sprites.world import CLIP_CHUNKS, Scenes
@@ -28,7 +27,7 @@ from nasa_video.text import TextEncoder
 from nasa_video.training.attention import compile_blocks
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average, load_state, save_state
-from nasa_video.training.dataset import Draw, LatentClips
+from nasa_video.training.dataset import Draw, Draws, LatentClips, text_a_chunk
 from nasa_video.training.flow import shifted
 from nasa_video.training.journal import Journal
 from nasa_video.training.latent_detector import LatentDetector, blurred_by_noise, legible, spread_loss, stated_loss
@@ -164,20 +163,11 @@ class DistillDraw:
     embeds: NDArray[np.float32]
 
 
-class DistillDraws(Dataset[DistillDraw]):
-    """The draws of one member of the team, by step; they follow from the seed and the step alone."""
+@dataclass(frozen=True, eq=False)
+class DistillDraws(Draws[DistillDraw]):
+    """The student's draws."""
 
-    def __init__(
-        self,
-        settings: DistillTraining,
-        clips: LatentClips,
-        short: LatentClips,
-        encoder: TextEncoder,
-        seed: int,
-        team: Team,
-    ) -> None:
-        self.settings, self.clips, self.short, self.encoder = settings, clips, short, encoder
-        self.seed, self.team = seed, team
+    settings: DistillTraining
 
     def __getitem__(self, step: int) -> DistillDraw:
         settings = self.settings
@@ -185,7 +175,7 @@ class DistillDraws(Dataset[DistillDraw]):
         plan = torch.Generator().manual_seed(self.seed * 5_000_011 + step)
         count = settings.step_counts[int(torch.randint(len(settings.step_counts), (1,), generator=plan))]
         exit_step = int(torch.randint(count, (1,), generator=plan))
-        seed = self.seed * 11_000_003 + step * self.team.size + self.team.rank
+        seed = self.seed * 11_000_003 + self.number(step)
         draw, whole = self._draw(seed, torch.rand(3, generator=plan).tolist())
         draw = draw.with_some_empty(settings.empty_share, random.Random(seed))
         return DistillDraw(count, exit_step, draw, whole, self.encoder(draw.captions).embeds.numpy())
@@ -220,7 +210,7 @@ class Distillation:
         self.detector = detector
         self.settings, self.seed, self.team = settings, seed, team
         self.clips, self.short = clips.to(base.device), short.to(base.device)
-        self.draws = DistillDraws(settings, clips, short, encoder, seed, team)
+        self.draws = DistillDraws(clips, short, encoder, seed, team, settings)
         self.real = base.eval().requires_grad_(False)
         self.student = copy.deepcopy(base).requires_grad_(True)
         if start_from is not None:
@@ -246,12 +236,9 @@ class Distillation:
         """A rollout, an update of the student on it, and updates of the fake score on it."""
         settings = self.settings
         generator = torch.Generator(self.device)
-        generator.manual_seed(self.seed * 9_000_011 + step * self.team.size + self.team.rank)
+        generator.manual_seed(self.seed * 9_000_011 + self.draws.number(step))
         batch = (self.clips if drawn.whole else self.short).take(drawn.draw)
-        context = torch.from_numpy(drawn.embeds).to(self.device)
-        if drawn.whole and len(context) == len(batch.latents):
-            # as where the text changes between the chunks: blocks are compiled once less
-            context = context.repeat_interleave(CLIP_CHUNKS, 0)
+        context = text_a_chunk(drawn.embeds, batch.latents, drawn.whole)
         empty = torch.zeros_like(context)
 
         def normal() -> Tensor:

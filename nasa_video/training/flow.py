@@ -19,7 +19,6 @@ from diffusers import WanTransformer3DModel
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from causvid_adapter import CausalWan
 from nasa_video.sprites.world import CLIP_CHUNKS
@@ -27,7 +26,7 @@ from nasa_video.text import TextEncoder
 from nasa_video.training.attention import compile_blocks, trainable
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average, load_state, save_state
-from nasa_video.training.dataset import ClipBatch, Draw, LatentClips
+from nasa_video.training.dataset import ClipBatch, Draw, Draws, LatentClips, text_a_chunk
 from nasa_video.training.journal import Journal
 from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
 from nasa_video.training.parallel import Team, made_ahead
@@ -137,25 +136,15 @@ class FlowDraw:
     embeds: NDArray[np.float32]
 
 
-class FlowDraws(Dataset[FlowDraw]):
-    """The draws of one member of the team, by step; they follow from the seed and the step alone."""
+@dataclass(frozen=True, eq=False)
+class FlowDraws(Draws[FlowDraw]):
+    """The base's draws."""
 
-    def __init__(
-        self,
-        settings: FlowTraining,
-        clips: LatentClips,
-        short: LatentClips,
-        encoder: TextEncoder,
-        seed: int,
-        team: Team,
-    ) -> None:
-        self.settings, self.clips, self.short, self.encoder = settings, clips, short, encoder
-        self.seed, self.team = seed, team
+    settings: FlowTraining
 
     def __getitem__(self, step: int) -> FlowDraw:
         settings = self.settings
-        number = step * self.team.size + self.team.rank
-        seed = self.seed * 7_000_003 + number
+        seed = self.seed * 7_000_003 + self.number(step)
         # the kind of batch is the same in the whole team, so that nobody waits
         kinds = torch.rand(3, generator=torch.Generator().manual_seed(self.seed * 3_000_017 + step)).tolist()
         whole = kinds[2] >= settings.short_share
@@ -215,16 +204,13 @@ def train_flow(
         start = int(state["step"])
     clips, short = clips.to(device), short.to(device)
     steps = range(start + 1, settings.iterations + 1)
-    draws = FlowDraws(settings, clips, short, encoder, seed, team)
+    draws = FlowDraws(clips, short, encoder, seed, team, settings)
     for step, drawn in zip(steps, made_ahead(draws, steps, device), strict=True):
-        number = seed * 1_000_003 + step * team.size + team.rank
+        number = seed * 1_000_003 + draws.number(step)
         generator = torch.Generator().manual_seed(number)
         batch = (clips if drawn.whole else short).take(drawn.draw)
-        context = torch.from_numpy(drawn.embeds).to(device)
+        context = text_a_chunk(drawn.embeds, batch.latents, drawn.whole)
         size, frames = batch.latents.shape[:2]
-        if drawn.whole and len(context) == size:
-            # as where the text changes between the chunks: blocks are compiled once less
-            context = context.repeat_interleave(CLIP_CHUNKS, 0)
         noise = torch.randn(batch.latents.shape, generator=torch.Generator(device).manual_seed(number), device=device)
         levels = draw_noise_levels(settings, size, frames, drawn.bidirectional, generator)
         sprite_weight = settings.sprite_weight * min(1.0, (1 - step / settings.iterations) / 0.4)

@@ -301,7 +301,7 @@ def test_a_share_of_the_iterations_is_told_one_thing(share, alike):
     settings = DistillTraining(
         steps={1: (1000.0,)}, step_counts=(1,), batch_size=4, bare_share=share, hard_share=0.0, empty_share=0.0
     )
-    draws = DistillDraws(settings, whole_clips(), first_chunks(), WordLlamaEncoder(8), 0, Team())
+    draws = DistillDraws(whole_clips(), first_chunks(), WordLlamaEncoder(8), 0, Team(), settings)
     told = [draws[step].draw.stated for step in range(4)]
     assert [len(set(stated)) == 1 and len(stated[0]) == 1 for stated in told] == [alike] * 4
 
@@ -316,7 +316,7 @@ def test_orthogonalised_updates_have_singular_values_near_one():
 
 def test_the_draws_of_a_step_are_the_same_made_ahead_or_not():
     settings = FlowTraining(batch_size=2, iterations=6)
-    draws = FlowDraws(settings, whole_clips(), first_chunks(), WordLlamaEncoder(8), 0, Team())
+    draws = FlowDraws(whole_clips(), first_chunks(), WordLlamaEncoder(8), 0, Team(), settings)
     here = list(made_ahead(draws, range(2, 6), torch.device("cpu")))
     elsewhere = list(made_ahead(draws, range(2, 6), torch.device("cuda")))
     assert [d.draw for d in here] == [d.draw for d in elsewhere]
