@@ -12,10 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from nasa_video.sprites.world import ATTRIBUTES, FLAWS
+import torch
+from torch import Tensor
+
+from nasa_video.sprites.world import ATTRIBUTES, FLAW_SHARE, FLAWS, VALUE_SHARE, colours_of_shapes
 
 HELD_OUT_ONE_IN = 20
 _HELD_OUT_MIN_WORDS = 4
+_FLAW_STATED = 0.45
 
 TERMS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -110,11 +114,15 @@ def is_held_out(text: str) -> bool:
 def full_caption(row: Mapping[str, int], rng: random.Random) -> Caption:
     """A sentence that states everything that is there."""
     names = value_names(row)
+    stated = _stated_in_full(names)
+    return Caption(_sentence(names, stated, rng), stated)
+
+
+def _stated_in_full(names: Mapping[str, str]) -> frozenset[str]:
     stated = {"shape", "colour", "size", "count", "motion", "background"}
     stated |= {"texture"} if names["texture"] != "plain" else set()
     stated |= {"weather"} if names["weather"] != "none" else set()
-    stated |= {flaw for flaw in FLAWS if row[flaw]}
-    return Caption(_sentence(names, frozenset(stated), rng), frozenset(stated))
+    return frozenset(stated | {flaw for flaw in FLAWS if names[flaw] == flaw})
 
 
 def caption_stating(row: Mapping[str, int], stated: frozenset[str], rng: random.Random) -> Caption:
@@ -130,9 +138,9 @@ def random_caption(row: Mapping[str, int], rng: random.Random, full: bool = Fals
             return caption
 
 
-def bare_caption(row: Mapping[str, int], attribute: str, rng: random.Random) -> Caption:
-    """A caption for training that states one attribute and nothing else, never a held-out one."""
-    while is_held_out((caption := caption_stating(row, frozenset({attribute}), rng)).text):
+def caption_for_training(row: Mapping[str, int], stated: frozenset[str], rng: random.Random) -> Caption:
+    """A caption for training that states exactly these attributes, never a held-out one."""
+    while is_held_out((caption := caption_stating(row, stated, rng)).text):
         pass
     return caption
 
@@ -151,6 +159,45 @@ def switched_captions(before: Mapping[str, int], after: Mapping[str, int], rng: 
             texts.append(_sentence(names, stated, rng))
         if not any(map(is_held_out, texts)):
             return texts[0], texts[1]
+
+
+def left_open(row: Mapping[str, int], stated: frozenset[str]) -> frozenset[str]:
+    """The attributes that a caption leaves open: none where it states all that is there, else all that it does not."""
+    return frozenset() if _stated_in_full(value_names(row)) <= stated else frozenset(ATTRIBUTES) - stated
+
+
+def shares_left_open(scenes: Mapping[str, Tensor], stated: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How often captions that leave an attribute open come with each of its values: (B, values) by attribute.
+
+    Args:
+        scenes: the integers (B,) of B scenes by attribute.
+        stated: (B,) by attribute, whether a scene's caption states it.
+
+    The shares of an attribute hold for what is stated and for the scene's values of the attributes before it in
+    `ATTRIBUTES`: drawn one after the other they give the world's distribution under the caption. A flaw that is not
+    stated is rarer than in the world, since captions state those that are there. Second objects are not looked at.
+    """
+    n = scenes["shape"].shape[0]
+    of_shapes = colours_of_shapes()
+    one, two = torch.tensor(VALUE_SHARE["count"])
+    small, big = torch.tensor(VALUE_SHARE["size"])
+    sizes_counts = torch.stack((torch.stack((one * small, two)), torch.stack((one * big, torch.zeros(())))))
+
+    def given(other: str, if_stated: Tensor, if_open: Tensor) -> Tensor:
+        shares = torch.where(stated[other][:, None], if_stated, if_open.expand(n, -1))
+        return shares / shares.sum(1, keepdim=True)
+
+    shares = {
+        "shape": given("colour", of_shapes[:, scenes["colour"]].T, torch.ones(of_shapes.shape[0])),
+        "colour": of_shapes[scenes["shape"]],
+        "size": given("count", sizes_counts[:, scenes["count"]].T, sizes_counts.sum(1)),
+        "count": sizes_counts[scenes["size"]] / sizes_counts[scenes["size"]].sum(1, keepdim=True),
+    }
+    constant = {name: torch.tensor(VALUE_SHARE[name]) for name in ("texture", "motion", "background", "weather")}
+    for name, share in FLAW_SHARE.items():
+        unstated = share * (1 - _FLAW_STATED)
+        constant[name] = torch.tensor((1 - share, unstated)) / (1 - share + unstated)
+    return shares | {name: value.expand(n, -1) for name, value in constant.items()}
 
 
 def held_out_caption(row: Mapping[str, int], rng: random.Random, tries: int = 400) -> Caption | None:
@@ -185,7 +232,7 @@ def _stating_share(attribute: str, names: Mapping[str, str]) -> float:
     if attribute == "shape":
         return 0.8
     if attribute in FLAWS:
-        return 0.45
+        return _FLAW_STATED
     return 0.2 if _is_default(attribute, names) else 0.62
 
 

@@ -71,7 +71,7 @@ FLAW_SHARE: Mapping[str, float] = MappingProxyType(
         "border": 0.11,
     }
 )
-_SHARES: Mapping[str, tuple[float, ...]] = MappingProxyType(
+VALUE_SHARE: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
         "size": (0.45, 0.55),
         "texture": (0.7, 0.15, 0.15),
@@ -164,11 +164,19 @@ def sample_scenes(n: int, generator: torch.Generator) -> Scenes:
     shape2 = (shape + torch.randint(1, len(SHAPES), (n,), generator=generator)) % len(SHAPES)
     colour = _draw_colours(shape, generator)
     colour2 = (colour + torch.randint(1, len(COLOURS), (n,), generator=generator)) % len(COLOURS)
-    drawn = {name: _draw(shares, n, generator) for name, shares in _SHARES.items()}
+    drawn = {name: _draw(shares, n, generator) for name, shares in VALUE_SHARE.items()}
     drawn["size"] = torch.where(drawn["count"] == 1, torch.zeros_like(drawn["size"]), drawn["size"])
     flaws = {name: (torch.rand(n, generator=generator) < share).long() for name, share in FLAW_SHARE.items()}
     jitter = torch.rand(n, NUM_JITTERS, generator=generator)
     return Scenes(shape=shape, colour=colour, shape2=shape2, colour2=colour2, **drawn, **flaws, jitter=jitter)
+
+
+def colours_of_shapes() -> Tensor:
+    """(shapes, colours): how often a shape has a colour."""
+    other = (1 - FAVOURITE_SHARE) / (len(COLOURS) - 1)
+    table = torch.full((len(SHAPES), len(COLOURS)), other)
+    table[torch.arange(len(SHAPES)), torch.tensor(FAVOURITE_COLOUR)] = FAVOURITE_SHARE
+    return table
 
 
 def sample_switches(scenes: Scenes, share: float, generator: torch.Generator) -> tuple[Scenes, Tensor]:

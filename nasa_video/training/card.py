@@ -70,7 +70,7 @@ def spread_tables(plan: TrainingPlan, studio: Studio, detector: Detector, studen
     n, steps = plan.evaluation.spread_videos, plan.student.steps[4]
     # seeds of its own for every shape: much of what a prompt leaves open is decided by the noise
     frames = {
-        shape: studio.stream(student, [f"a {shape}"] * n, range(7000 + n * i, 7000 + n * (i + 1)), steps)
+        shape: studio.stream(student, [f"a {shape}"] * n, range(57000 + n * i, 57000 + n * (i + 1)), steps)
         for i, shape in enumerate(SHAPES)
     }
     everything = torch.cat(list(frames.values()))

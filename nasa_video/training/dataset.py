@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from causvid_adapter.vae_stream import normalize
-from nasa_video.sprites.captions import bare_caption, random_caption, switched_captions, things_to_state
+from nasa_video.sprites.captions import caption_for_training, random_caption, switched_captions, things_to_state
 from nasa_video.sprites.renderer import render_switched
 from nasa_video.sprites.world import (
     ATTRIBUTES,
@@ -121,12 +121,15 @@ class LatentClips:
         index = torch.tensor(draw.index, device=self.latents.device)
         return ClipBatch(self.latents[index].float(), self.coverage[index].float(), self.scenes[index])
 
-    def draw(self, size: int, seed: int, switching: bool = False, easy: float = 0.0, hard: float = 0.0) -> Draw:
+    def draw(
+        self, size: int, seed: int, switching: bool = False, easy: float = 0.0, hard: float = 0.0, bare: float = 0.0
+    ) -> Draw:
         """A draw that follows from the seed alone, of clips that switch or of clips that do not.
 
         Of the latter a share `easy` is drawn from those where `is_easy`, a share `hard` from those where `is_hard`, the
         rest from all. The captions of what was drawn for being hard state everything, so that where a caption leaves
-        something open, what there is to see is still distributed as in the data.
+        something open, what there is to see is still distributed as in the data; of the other captions a share `bare`
+        state one thing alone, every second time the shape, as prompts that leave everything else open mostly do.
         """
         rng = random.Random(seed)
         index = rng.choices(self.switching if switching else self.whole, k=size)
@@ -134,27 +137,26 @@ class LatentClips:
             index = [rng.choice(self.easy) if rng.random() < easy else i for i in index]
         full = [bool(hard and self.hard) and not switching and rng.random() < hard for _ in index]
         index = [rng.choice(self.hard) if told_all else i for told_all, i in zip(full, index, strict=True)]
-        stated: list[frozenset[str]] = [frozenset()] * size
         if switching:
             captions = [text for i in index for text in self._switched(i, rng)]
-        else:
-            drawn = [random_caption(self.rows[i], rng, told_all) for i, told_all in zip(index, full, strict=True)]
-            captions, stated = [c.text for c in drawn], [c.stated for c in drawn]
-        return Draw(index, captions, stated)
+            return Draw(index, captions, [frozenset()] * size)
+        drawn = []
+        for told_all, i in zip(full, index, strict=True):
+            if not told_all and rng.random() < bare:
+                attribute = "shape" if rng.random() < 0.5 else rng.choice(things_to_state(self.rows[i]))
+                drawn.append(caption_for_training(self.rows[i], frozenset({attribute}), rng))
+            else:
+                drawn.append(random_caption(self.rows[i], rng, told_all))
+        return Draw(index, [c.text for c in drawn], [c.stated for c in drawn])
 
-    def draw_bare(self, size: int, seed: int) -> Draw:
-        """Clips that have one thing in common, and captions that state nothing but that; the seed decides.
-
-        What the rest of such clips shows is distributed as the data are under this one condition: every second time a
-        shape, as prompts that leave everything else open mostly are.
-        """
+    def captions_stating_more(self, draw: Draw, more: frozenset[str], seed: int) -> list[str]:
+        """Other captions of a draw's clips, which state `more` besides what its captions state."""
         rng = random.Random(seed)
-        row = self.rows[rng.choice(self.whole)]
-        attribute = "shape" if rng.random() < 0.5 else rng.choice(things_to_state(row))
-        alike = [i for i in self.whole if self.rows[i][attribute] == row[attribute]]
-        index = rng.choices(alike, k=size)
-        captions = [bare_caption(self.rows[i], attribute, rng) for i in index]
-        return Draw(index, [c.text for c in captions], [c.stated for c in captions])
+        told = [
+            stated | (more & frozenset(things_to_state(self.rows[i])))
+            for i, stated in zip(draw.index, draw.stated, strict=True)
+        ]
+        return [caption_for_training(self.rows[i], words, rng).text for i, words in zip(draw.index, told, strict=True)]
 
     def _switched(self, index: int, rng: random.Random) -> list[str]:
         """A caption for each chunk of one clip."""

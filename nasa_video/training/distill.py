@@ -4,6 +4,10 @@ Self-Forcing (arXiv 2506.08009) with DMD (arXiv 2311.18828, 2405.14867): the stu
 with its cache; the gradient of the divergence from the data is the difference of two denoisers, the frozen teacher
 (real) and one that keeps learning the student's clips (fake), both bidirectional.
 
+The student is told a random part of what a clip shows; what its caption leaves open it reads in its start noise, which
+is coupled to the clip (`nasa_video.training.coupling`). The scores of some clips are told what the noise settles as
+well, so that the student is drawn to that clip and not to the most likely one.
+
 Shape legend: B batch, T latent frames, C channels, h w latent height and width.
 """
 
@@ -22,17 +26,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from causvid_adapter import CausalWan, FlowMatchSchedule
-from nasa_video.sprites.world import CLIP_CHUNKS, Scenes
+from nasa_video.sprites.world import CLIP_CHUNKS, FLAWS, Scenes
 from nasa_video.text import TextEncoder
 from nasa_video.training.attention import compile_blocks
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average, load_state, save_state
+from nasa_video.training.coupling import NoiseCoupling, race
 from nasa_video.training.dataset import Draw, Draws, LatentClips, text_a_chunk
 from nasa_video.training.flow import shifted
 from nasa_video.training.journal import Journal
-from nasa_video.training.latent_detector import LatentDetector, blurred_by_noise, legible, spread_loss, stated_loss
+from nasa_video.training.latent_detector import LatentDetector, blurred_by_noise, legible, stated_loss
 from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
 from nasa_video.training.parallel import Team, made_ahead
+
+SETTLED_BY_NOISE = frozenset({"size", "background", "weather", *FLAWS})
+"""What the student is to read in its start noise where the caption leaves it open: what changes the whole picture.
+
+Told to read a sprite's colour and motion there as well, it learnt to show no sprite at all: a mean of all of them.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,11 +54,10 @@ class DistillTraining:
     `teacher_scale` is the teacher's classifier-free guidance, 1 being none. `short_share` of the iterations roll out
     first chunks alone, as many more as take the same work; `switched_share` of the others roll out clips whose prompt
     changes between chunks. `hard_share` of the clips that do not switch show what is hardest to draw, told in full;
-    `bare_share` of the iterations are told one thing alone, the same for all their clips. `told_weight` is the weight
-    of the latent detector's two gradients: towards what captions state, at most `told_limit` times as large as that of
-    the distribution, and towards the data's shares of what they leave open, at most `spread_limit` times. The detector
-    reads clips with a noise level of at most `told_noise`: without any its gradient is not to be trusted, and a lot of
-    it hides whether a clip is blurry.
+    of the others `bare_share` are told one thing alone. The scores of `more_told_share` of the clips are told what the
+    noise settles too. `told_weight` is the weight of the latent detector's gradient towards what the clips are to show,
+    at most `told_limit` times as large as that of the distribution. The detector reads clips with a noise level of at
+    most `told_noise`: without any its gradient is not to be trusted, and a lot of it hides whether a clip is blurry.
     """
 
     steps: dict[int, tuple[float, ...]] = field(default_factory=dict)
@@ -64,13 +74,13 @@ class DistillTraining:
     shift: float = 3.0
     teacher_scale: float = 1.75
     told_weight: float = 30.0
-    told_limit: float = 0.7
+    told_limit: float = 0.8
     told_noise: float = 0.15
-    spread_limit: float = 0.3
     empty_share: float = 0.05
     short_share: float = 0.4
     hard_share: float = 0.25
-    bare_share: float = 0.2
+    bare_share: float = 0.3
+    more_told_share: float = 0.5
     switched_share: float = 0.25
     checkpoint_every: int = 25
     sheet_every: int = 50
@@ -124,7 +134,6 @@ def matching_direction(
     fake: CausalWan,
     clip: Tensor,
     context: Tensor,
-    empty: Tensor,
     scale: float,
     sigma_B: Tensor,
     noise: Tensor,
@@ -135,7 +144,7 @@ def matching_direction(
     x_fake = clean_estimate(fake, noisy, sigma_B, context)
     x_real = clean_estimate(real, noisy, sigma_B, context)
     if scale != 1:
-        x_empty = clean_estimate(real, noisy, sigma_B, empty)
+        x_empty = clean_estimate(real, noisy, sigma_B, torch.zeros_like(context))
         x_real = x_empty + scale * (x_real - x_empty)
     size = (clip - x_real).abs().mean((1, 2, 3, 4), keepdim=True)
     return torch.nan_to_num((x_fake - x_real) / (size + 1e-6))
@@ -154,13 +163,19 @@ def _at_most(x: Tensor, limit: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DistillDraw:
-    """One iteration's rollout: how many steps its sampler has, the one it stops at, clips and captions' embeddings."""
+    """One iteration's rollout: how many steps its sampler has and the one it stops at, and its clips.
+
+    `embeds` are those of the student's captions, `scored_embeds` those of the scores'; `race` are the components of the
+    start noise that are coupled to the clips, and None where these switch.
+    """
 
     steps: int
     exit_step: int
     draw: Draw
     whole: bool
     embeds: NDArray[np.float32]
+    scored_embeds: NDArray[np.float32]
+    race: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,20 +191,36 @@ class DistillDraws(Draws[DistillDraw]):
         count = settings.step_counts[int(torch.randint(len(settings.step_counts), (1,), generator=plan))]
         exit_step = int(torch.randint(count, (1,), generator=plan))
         seed = self.seed * 11_000_003 + self.number(step)
-        draw, whole = self._draw(seed, torch.rand(3, generator=plan).tolist())
+        draw, whole, switching = self._draw(seed, torch.rand(2, generator=plan).tolist())
         draw = draw.with_some_empty(settings.empty_share, random.Random(seed))
-        return DistillDraw(count, exit_step, draw, whole, self.encoder(draw.captions).embeds.numpy())
+        embeds = self.encoder(draw.captions).embeds.numpy()
+        if switching:
+            return DistillDraw(count, exit_step, draw, whole, embeds, embeds, None)
+        pool = self.clips if whole else self.short
+        rng = random.Random(seed + 1)
+        scored = [
+            more if rng.random() < settings.more_told_share else caption
+            for more, caption in zip(
+                pool.captions_stating_more(draw, SETTLED_BY_NOISE, seed), draw.captions, strict=True
+            )
+        ]
+        components = race([pool.rows[i] for i in draw.index], draw.stated, torch.Generator().manual_seed(seed))
+        return DistillDraw(
+            count, exit_step, draw, whole, embeds, self.encoder(scored).embeds.numpy(), components.numpy()
+        )
 
-    def _draw(self, seed: int, kinds: list[float]) -> tuple[Draw, bool]:
-        """An iteration's clips, and whether they are whole; three numbers in [0, 1) decide of which kind they are."""
+    def _draw(self, seed: int, kinds: list[float]) -> tuple[Draw, bool, bool]:
+        """An iteration's clips, whether they are whole, and whether they switch.
+
+        Two numbers in [0, 1) decide of which kind they are.
+        """
         settings = self.settings
-        many = settings.batch_size * CLIP_CHUNKS  # first chunks alone: as many as take the same work
-        if kinds[2] < settings.bare_share:
-            return self.short.draw_bare(many, seed), False
+        shares = {"hard": settings.hard_share, "bare": settings.bare_share}
         if kinds[1] < settings.short_share:
-            return self.short.draw(many, seed, hard=settings.hard_share), False
+            many = settings.batch_size * CLIP_CHUNKS  # first chunks alone: as many as take the same work
+            return self.short.draw(many, seed, **shares), False, False
         switching = kinds[0] < settings.switched_share
-        return self.clips.draw(settings.batch_size, seed, switching, hard=settings.hard_share), True
+        return self.clips.draw(settings.batch_size, seed, switching, **shares), True, switching
 
 
 class Distillation:
@@ -211,6 +242,7 @@ class Distillation:
         self.settings, self.seed, self.team = settings, seed, team
         self.clips, self.short = clips.to(base.device), short.to(base.device)
         self.draws = DistillDraws(clips, short, encoder, seed, team, settings)
+        self.coupling = NoiseCoupling.of(short)
         self.real = base.eval().requires_grad_(False)
         self.student = copy.deepcopy(base).requires_grad_(True)
         if start_from is not None:
@@ -239,29 +271,28 @@ class Distillation:
         generator.manual_seed(self.seed * 9_000_011 + self.draws.number(step))
         batch = (self.clips if drawn.whole else self.short).take(drawn.draw)
         context = text_a_chunk(drawn.embeds, batch.latents, drawn.whole)
-        empty = torch.zeros_like(context)
+        scored = text_a_chunk(drawn.scored_embeds, batch.latents, drawn.whole)
 
         def normal() -> Tensor:
             return torch.randn(batch.latents.shape, generator=generator, device=self.device)
 
+        start = normal()
+        if drawn.race is not None:
+            start = self.coupling.couple(start, torch.from_numpy(drawn.race))
         warming = step <= settings.fake_warmup
         with torch.set_grad_enabled(not warming):
             steps = settings.steps[drawn.steps]
-            clip = rollout(
-                self.student, context, normal(), steps, drawn.exit_step, settings.frames_per_chunk, generator
-            )
+            clip = rollout(self.student, context, start, steps, drawn.exit_step, settings.frames_per_chunk, generator)
         values = {}
         if not warming:
             sigma = self._sigma(len(clip), generator)
             direction = matching_direction(
-                self.real, self.fake, clip.detach(), context, empty, settings.teacher_scale, sigma, normal()
+                self.real, self.fake, clip.detach(), scored, settings.teacher_scale, sigma, normal()
             )
             values["direction"] = float(direction.abs().mean())
-            told, shares = self._told(clip.detach(), drawn.draw.stated, batch.scenes, generator)
-            values |= {"told": float(told.abs().mean()), "shares": float(shares.abs().mean())}
-            size = _size(direction)
-            direction = direction + _at_most(told, settings.told_limit * size)
-            direction = direction + _at_most(shares, settings.spread_limit * size)
+            told = self._told(clip.detach(), batch.scenes, drawn, generator)
+            values["told"] = float(told.abs().mean())
+            direction = direction + _at_most(told, settings.told_limit * _size(direction))
             loss = 0.5 * (clip - (clip - direction).detach()).square().mean()
             loss.backward()  # type: ignore[no-untyped-call]
             self.team.average_gradients(self.student)
@@ -269,28 +300,21 @@ class Distillation:
             values["student gradient"] = self.student_optimiser.step(warm_then_linear(progress, flat=0.7))
             self.average.update(self.student)
         values["fake"] = sum(
-            self._update_fake(clip.detach(), context, normal(), generator) for _ in range(settings.fake_updates)
+            self._update_fake(clip.detach(), scored, normal(), generator) for _ in range(settings.fake_updates)
         )
         return values
 
-    def _told(
-        self, clip: Tensor, stated: list[frozenset[str]], scenes: Scenes, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """What the latent detector would change of the clips.
-
-        The first so that they show what their captions state, the second so that together they differ as the data does
-        in what these leave open.
-        """
+    def _told(self, clip: Tensor, scenes: Scenes, drawn: DistillDraw, generator: torch.Generator) -> Tensor:
+        """What the latent detector would change of the clips so that they show their scenes."""
         settings = self.settings
-        if self.detector is None or settings.told_weight == 0 or not any(stated):
-            return torch.zeros_like(clip), torch.zeros_like(clip)
+        if self.detector is None or settings.told_weight == 0 or drawn.race is None:
+            return torch.zeros_like(clip)
+        told = [words | SETTLED_BY_NOISE for words in drawn.draw.stated]
         clip = clip.requires_grad_(True)
         with torch.enable_grad(), autocast(self.device):
             logits = self.detector(blurred_by_noise(clip, settings.told_noise, generator))
-        found = {n: v.float() for n, v in logits.items()}
-        losses = stated_loss(found, scenes, legible(stated)), spread_loss(found, scenes, stated)
-        told, shares = (settings.told_weight * torch.autograd.grad(loss, clip, retain_graph=True)[0] for loss in losses)
-        return torch.nan_to_num(told), torch.nan_to_num(shares)
+        loss = stated_loss({n: v.float() for n, v in logits.items()}, scenes, legible(told, scenes))
+        return torch.nan_to_num(settings.told_weight * torch.autograd.grad(loss, clip)[0])
 
     def _update_fake(self, clip: Tensor, context: Tensor, noise: Tensor, generator: torch.Generator) -> float:
         sigma = self._sigma(len(clip), generator)

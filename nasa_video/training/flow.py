@@ -1,6 +1,7 @@
 """Stage one: one transformer that learns to denoise whole clips and chunk by chunk.
 
-It is the multi-step model, the teacher of the distillation (bidirectional) and the start of the student (causal).
+It is the multi-step model, the teacher of the distillation (bidirectional) and the start of the student (causal). Its
+noise is coupled to what captions leave open (`nasa_video.training.coupling`).
 
 Shape legend: B batch, T latent frames, C channels, h w latent height and width.
 """
@@ -26,10 +27,17 @@ from nasa_video.text import TextEncoder
 from nasa_video.training.attention import compile_blocks, trainable
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average, load_state, save_state
+from nasa_video.training.coupling import NoiseCoupling, race
 from nasa_video.training.dataset import ClipBatch, Draw, Draws, LatentClips, text_a_chunk
 from nasa_video.training.journal import Journal
 from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
 from nasa_video.training.parallel import Team, made_ahead
+
+COUPLED_FROM = 0.95
+"""Noise level of the first chunk from which on its noise is coupled to the clip.
+
+Further down a sampler of few steps has put fresh noise into it, which says nothing about the clip.
+"""
 
 
 @dataclass(frozen=True)
@@ -128,12 +136,16 @@ def flow_loss(
 
 @dataclass(frozen=True)
 class FlowDraw:
-    """One iteration's clips, whole or first chunks, and the embeddings of their captions (captions, L, E)."""
+    """One iteration's clips, whole or first chunks, and the embeddings of their captions (captions, L, E).
+
+    `race` are the components (B, V) of the noise that are coupled to the clips, and None where these switch.
+    """
 
     draw: Draw
     whole: bool
     bidirectional: bool
     embeds: NDArray[np.float32]
+    race: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +160,8 @@ class FlowDraws(Draws[FlowDraw]):
         # the kind of batch is the same in the whole team, so that nobody waits
         kinds = torch.rand(3, generator=torch.Generator().manual_seed(self.seed * 3_000_017 + step)).tolist()
         whole = kinds[2] >= settings.short_share
+        switching = whole and kinds[0] < settings.switched_share
         if whole:
-            switching = kinds[0] < settings.switched_share
             draw = self.clips.draw(settings.batch_size, seed, switching, hard=settings.hard_share)
         else:
             easy = settings.easy_share * max(0.0, 1 - step / (0.7 * settings.iterations))
@@ -157,7 +169,12 @@ class FlowDraws(Draws[FlowDraw]):
             draw = self.short.draw(size, seed, easy=easy, hard=settings.hard_share)
         draw = draw.with_some_empty(settings.empty_share, random.Random(seed))
         bidirectional = kinds[1] < settings.bidirectional_share or not whole  # one chunk: both are the same
-        return FlowDraw(draw, whole, bidirectional, self.encoder(draw.captions).embeds.numpy())
+        embeds = self.encoder(draw.captions).embeds.numpy()
+        if switching:
+            return FlowDraw(draw, whole, bidirectional, embeds, None)
+        rows = (self.clips if whole else self.short).rows
+        components = race([rows[i] for i in draw.index], draw.stated, torch.Generator().manual_seed(seed))
+        return FlowDraw(draw, whole, bidirectional, embeds, components.numpy())
 
 
 def new_transformer(model: dict[str, Any], device: torch.device) -> CausalWan:
@@ -205,6 +222,7 @@ def train_flow(
     clips, short = clips.to(device), short.to(device)
     steps = range(start + 1, settings.iterations + 1)
     draws = FlowDraws(clips, short, encoder, seed, team, settings)
+    coupling = NoiseCoupling.of(short)
     for step, drawn in zip(steps, made_ahead(draws, steps, device), strict=True):
         number = seed * 1_000_003 + draws.number(step)
         generator = torch.Generator().manual_seed(number)
@@ -213,6 +231,9 @@ def train_flow(
         size, frames = batch.latents.shape[:2]
         noise = torch.randn(batch.latents.shape, generator=torch.Generator(device).manual_seed(number), device=device)
         levels = draw_noise_levels(settings, size, frames, drawn.bidirectional, generator)
+        if drawn.race is not None:
+            starts = (levels.sigma[:, 0] >= COUPLED_FROM).to(noise.device)[:, None, None, None, None]
+            noise = torch.where(starts, coupling.couple(noise, torch.from_numpy(drawn.race)), noise)
         sprite_weight = settings.sprite_weight * min(1.0, (1 - step / settings.iterations) / 0.4)
         loss = flow_loss(model, batch, context, noise, levels, settings, sprite_weight)
         loss.backward()  # type: ignore[no-untyped-call]

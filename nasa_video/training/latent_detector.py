@@ -73,21 +73,20 @@ def blurred_by_noise(latents: Tensor, most: float, generator: torch.Generator) -
     return (1 - level) * latents + level * noise
 
 
-HIDING = frozenset({"blurry", "pixelated"})
 HIDDEN = frozenset({"shape", "texture"})
 
 
-def legible(stated: Sequence[frozenset[str]]) -> list[frozenset[str]]:
-    """What captions state, without the details that a stated flaw hides.
+def legible(told: Sequence[frozenset[str]], scenes: Scenes) -> list[frozenset[str]]:
+    """What clips are told to show, without the details that a flaw of theirs hides.
 
-    A clip that is told to show its shape loses the blur that makes shapes hard to read, although its caption asks for
-    it.
+    A clip that is told to show its shape loses the blur that makes shapes hard to read, although it is told to have it.
     """
-    return [words - HIDDEN if words & HIDING else words for words in stated]
+    hides = ((scenes.blurry == 1) | (scenes.pixelated == 1)).tolist()
+    return [words - HIDDEN if hidden else words for words, hidden in zip(told, hides, strict=True)]
 
 
 def stated_loss(logits: dict[str, Tensor], scenes: Scenes, stated: Sequence[frozenset[str]]) -> Tensor:
-    """Sum over the clips of the cross-entropies of what their captions state; nothing else counts."""
+    """Sum over the clips of the cross-entropies of the attributes in `stated`; nothing else counts."""
     goal = targets(scenes)
     device = logits["flaws"].device
     total = torch.zeros((), device=device)
@@ -103,35 +102,6 @@ def stated_loss(logits: dict[str, Tensor], scenes: Scenes, stated: Sequence[froz
         else:
             errors = nn_f.cross_entropy(logits[name], value.to(device), reduction="none")
         total = total + (errors * told).sum()
-    return total
-
-
-def spread_loss(logits: dict[str, Tensor], scenes: Scenes, stated: Sequence[frozenset[str]]) -> Tensor:
-    """How far the shares of what captions leave open are from the data's, over all attributes.
-
-    For each attribute the clips whose captions do not state it: cross-entropy of the mean of their predictions against
-    the shares in the scenes that the captions came from, times the number of these clips. It tells no single clip what
-    to show, only all of them together not to agree on a favourite. Means are taken of logarithms, so that what no clip
-    shows at all still has a gradient, on those clips that are nearest to it.
-    """
-    goal = targets(scenes)
-    device = logits["flaws"].device
-    total = torch.zeros((), device=device)
-    for name, value in goal.items():
-        wanted = value.to(device)
-        if value.dtype.is_floating_point:
-            logs = torch.stack((nn_f.logsigmoid(logits[name]), nn_f.logsigmoid(-logits[name])), -1)
-            wanted = torch.stack((wanted, 1 - wanted), -1)
-        else:
-            logs = logits[name].log_softmax(1)[:, None]
-            wanted = nn_f.one_hot(wanted, logs.shape[-1])[:, None].float()
-        names = FLAWS if name == "flaws" else (name,) * logs.shape[1]
-        left = torch.tensor([[word not in words for word in names] for words in stated], device=device)
-        count = left.sum(0)
-        # not minus infinity, whose gradient is not a number where no clip is left
-        log_mean = torch.where(left[..., None], logs, -1e4).logsumexp(0) - count.clamp_min(1).log()[:, None]
-        share = (wanted * left[..., None]).sum(0) / count.clamp_min(1)[:, None]
-        total = total - (count[:, None] * share * log_mean).sum()
     return total
 
 

@@ -1,22 +1,32 @@
 import random
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from causvid_adapter import CausalWan
-from nasa_video.sprites.captions import is_held_out
-from nasa_video.sprites.detectors import HEADS, Detector, DetectorNetwork, shows, targets, truth
+from nasa_video.sprites.captions import TERMS, is_held_out
+from nasa_video.sprites.detectors import HEADS, Detector, DetectorNetwork, shows, truth
 from nasa_video.sprites.vocabulary import nearest_known, unknown_words
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS, MOTIONS, sample_scenes, sample_switches
 from nasa_video.text import WordLlamaEncoder
 from nasa_video.training.attention import matrix_attention
 from nasa_video.training.checkpoint import load_state, save_state
 from nasa_video.training.dataset import LatentClips
-from nasa_video.training.distill import Distillation, DistillDraws, DistillTraining, matching_direction, rollout
+from nasa_video.training.distill import (
+    SETTLED_BY_NOISE,
+    Distillation,
+    DistillTraining,
+    matching_direction,
+    rollout,
+)
 from nasa_video.training.flow import FlowDraws, FlowTraining, draw_noise_levels, flow_loss, new_transformer, train_flow
 from nasa_video.training.journal import Journal
-from nasa_video.training.latent_detector import LatentDetector, legible, spread_loss, stated_loss
+from nasa_video.training.latent_detector import LatentDetector, legible, stated_loss
 from nasa_video.training.optimiser import orthogonalise, warm_then_linear
 from nasa_video.training.parallel import Team, made_ahead
 from nasa_video.training.plan import load_plan
@@ -72,7 +82,7 @@ def test_a_rollout_passes_no_gradient_from_a_chunk_to_an_earlier_one(tiny):
 def test_a_fake_score_that_equals_the_teacher_gives_no_direction(tiny):
     clip, context = torch.randn(2, 4, 4, 4, 4), torch.randn(2, 5, 8)
     sigma, noise = torch.tensor([0.3, 0.8]), torch.randn(2, 4, 4, 4, 4)
-    direction = matching_direction(tiny, tiny, clip, context, torch.zeros_like(context), 1.0, sigma, noise)
+    direction = matching_direction(tiny, tiny, clip, context, 1.0, sigma, noise)
     assert direction.abs().max() == 0
 
 
@@ -194,6 +204,42 @@ def test_a_first_chunk_alone_is_the_start_of_a_causal_clip(tiny):
     torch.testing.assert_close(tiny(x[:, :3], torch.full((2,), 700.0), context), whole[:, :3], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("told_share", [0.0, 1.0])
+def test_scores_are_told_what_the_noise_settles(tiny, monkeypatch, told_share):
+    seen = {}
+
+    def record(student, context, noise, *args):
+        seen["told"], seen["noise"] = context, noise
+        return rollout(student, context, noise, *args)
+
+    def scored(real, fake, clip, context, *args):
+        seen["scored"] = context
+        return matching_direction(real, fake, clip, context, *args)
+
+    monkeypatch.setattr("nasa_video.training.distill.rollout", record)
+    monkeypatch.setattr("nasa_video.training.distill.matching_direction", scored)
+    monkeypatch.setattr("nasa_video.training.distill.compile_blocks", lambda model: None)
+    settings = DistillTraining(
+        steps={1: (1000.0,)},
+        step_counts=(1,),
+        batch_size=2,
+        short_share=1.0,
+        bare_share=1.0,
+        more_told_share=told_share,
+        fake_warmup=0,
+    )
+    encoder = WordLlamaEncoder(8)
+    model = new_transformer(TINY | {"text_dim": 256}, torch.device("cpu"))
+    game = Distillation(settings, model, whole_clips(), first_chunks(), encoder, 0, Team())
+    drawn = game.draws[1]
+    game.iterate(1, drawn)
+    assert (seen["told"] == torch.from_numpy(drawn.embeds)).all()
+    more = game.short.captions_stating_more(drawn.draw, SETTLED_BY_NOISE, game.draws.seed * 11_000_003 + 1)
+    assert (seen["scored"] == encoder(more if told_share else drawn.draw.captions).embeds).all()
+    components = seen["noise"].flatten(1) @ game.coupling.directions.flatten(1).T
+    torch.testing.assert_close(components, torch.from_numpy(drawn.race), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("short_share", "clips"), [(0.0, 2), (1.0, 6)])
 def test_the_student_rolls_out_first_chunks_alone_at_times(tiny, monkeypatch, short_share, clips):
     rolled = []
@@ -218,46 +264,6 @@ def test_the_student_rolls_out_first_chunks_alone_at_times(tiny, monkeypatch, sh
     assert (game.student.transformer.proj_out.weight - before).abs().max() > 0
 
 
-def test_the_spread_is_told_to_all_clips_together():
-    """Shares like the data's cost least, whichever clips they fall on; stated attributes do not count."""
-    scenes = sample_scenes(64, torch.Generator().manual_seed(0))
-    never: list[frozenset[str]] = [frozenset()] * 64
-    right = {n: torch.zeros(64, size) for n, size in HEADS.items()}
-    for name, value in truth_logits(scenes).items():
-        right[name] = 20 * value
-    shifted_on = {n: v.roll(1, 0) for n, v in right.items()}
-    favourite = dict(right, size=20 * torch.tensor([0.0, 1.0]).expand(64, 2))
-    least = spread_loss(right, scenes, never)
-    torch.testing.assert_close(spread_loss(shifted_on, scenes, never), least)
-    assert spread_loss(favourite, scenes, never) > least + 5
-    told = [frozenset({"size"})] * 64
-    torch.testing.assert_close(spread_loss(favourite, scenes, told), spread_loss(right, scenes, told))
-
-
-def test_what_no_clip_shows_is_still_asked_for():
-    """Every clip is sure to be big, by far: the spread still wants some of them small, and the nearest most."""
-    scenes = sample_scenes(64, torch.Generator().manual_seed(0))
-    logits = {n: 20 * value for n, value in truth_logits(scenes).items()}
-    distance = torch.linspace(20, 60, 64)
-    logits["size"] = torch.stack((-distance, torch.zeros(64)), 1).requires_grad_(True)
-    spread_loss(logits, scenes, [frozenset()] * 64).backward()
-    towards_small = -logits["size"].grad[:, 0]
-    assert towards_small[0] > 5
-    assert towards_small.argmax() == 0
-    logits["size"].grad = None
-    spread_loss(logits, scenes, [frozenset({"size"})] * 64).backward()
-    assert logits["size"].grad.abs().max() == 0
-
-
-def truth_logits(scenes) -> dict[str, torch.Tensor]:
-    """What a detector that is always right would say, +1 and -1."""
-    answers = {}
-    for name, value in targets(scenes).items():
-        row = value if value.dtype.is_floating_point else torch.nn.functional.one_hot(value, HEADS[name]).float()
-        answers[name] = 2 * row - 1
-    return answers
-
-
 def test_easy_clips_show_one_plain_sprite():
     clips = clips_that_switch()
     for name in ("count", "texture", "weather", *FLAWS):
@@ -280,30 +286,30 @@ def test_hard_clips_are_told_in_full():
     assert clips.draw(8, 3).captions == clips.draw(8, 3, hard=0.0).captions
 
 
-def test_a_bare_batch_states_one_thing_that_all_its_clips_show():
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_bare_captions_state_one_thing_that_the_clip_shows(share):
     clips = clips_that_switch()
-    seen = set()
-    for seed in range(40):
-        draw = clips.draw_bare(16, seed)
-        scenes = clips.take(draw).scenes
-        (stated,) = set(draw.stated)
-        (attribute,) = stated
-        seen.add(attribute)
-        assert len(set(getattr(scenes, attribute).tolist())) == 1
-        assert len(set(scenes.background.tolist())) > 1 or attribute == "background"
-        assert not any(map(is_held_out, draw.captions))
-    assert "shape" in seen
-    assert len(seen) > 4
+    draw = clips.draw(200, 0, bare=share)
+    one = [len(stated) == 1 for stated in draw.stated]
+    assert all(one) if share else sum(one) < 60
+    assert not any(map(is_held_out, draw.captions))
+    if share:
+        named = Counter(attribute for stated in draw.stated for attribute in stated)
+        assert 80 < named["shape"] < 140
+        assert len(named) > 8
 
 
-@pytest.mark.parametrize(("share", "alike"), [(0.0, False), (1.0, True)])
-def test_a_share_of_the_iterations_is_told_one_thing(share, alike):
-    settings = DistillTraining(
-        steps={1: (1000.0,)}, step_counts=(1,), batch_size=4, bare_share=share, hard_share=0.0, empty_share=0.0
-    )
-    draws = DistillDraws(whole_clips(), first_chunks(), WordLlamaEncoder(8), 0, Team(), settings)
-    told = [draws[step].draw.stated for step in range(4)]
-    assert [len(set(stated)) == 1 and len(stated[0]) == 1 for stated in told] == [alike] * 4
+def test_captions_can_state_more_of_the_same_clips():
+    clips = clips_that_switch()
+    draw = clips.draw(40, 0, bare=1.0)
+    more = frozenset({"background", "dim"})
+    texts = clips.captions_stating_more(draw, more, 0)
+    assert texts == clips.captions_stating_more(draw, more, 0)
+    assert not any(map(is_held_out, texts))
+    for index, text in zip(draw.index, texts, strict=True):
+        row = clips.rows[index]
+        assert any(phrase in text for phrase in TERMS["background"][ATTRIBUTES["background"][row["background"]]])
+        assert any(phrase in text for phrase in TERMS["dim"]["dim"]) == bool(row["dim"])
 
 
 def test_orthogonalised_updates_have_singular_values_near_one():
@@ -341,11 +347,25 @@ def test_checkpoints_come_back(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.parametrize("preset", ["sprites", "sprites-gpu"])
+@pytest.mark.parametrize("preset", ["sprites", "sprites-gpu", "sprites-tune"])
 def test_presets_are_complete(preset, repository):
     plan = load_plan(repository / "configs" / "train" / f"{preset}.yaml")
     assert plan.base.model["in_channels"] == plan.latent_size[0]
     assert set(plan.student.step_counts) <= set(plan.student.steps)
+
+
+def test_weights_are_averaged(tmp_path, repository):
+    files = [tmp_path / name for name in ("one.safetensors", "other.safetensors", "longer.safetensors")]
+    for path, value in zip(files, (1.0, 3.0, 3.0), strict=True):
+        save_file({"w": torch.full((2 + ("longer" in path.name),), value).half()}, path)
+    script = [sys.executable, str(repository / "scripts" / "average_weights.py")]
+    mean = tmp_path / "new" / "mean.safetensors"
+    subprocess.run([*script, *map(str, files[:2]), "0.25", str(mean)], check=True)
+    assert load_file(mean)["w"].tolist() == [1.5, 1.5]
+    assert load_file(mean)["w"].dtype == torch.float16
+    done = subprocess.run([*script, str(files[0]), str(files[2]), "0.25", str(mean)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "different tensors" in done.stderr
 
 
 def test_an_unknown_setting_is_refused(tmp_path, repository):
@@ -395,32 +415,29 @@ def test_what_the_latent_detector_tells_makes_the_clip_show_what_is_stated(tiny)
     clips = clips_that_switch()
     clips.latents = torch.randn(200, 9, 4, 2, 2)
     detector = LatentDetector(4, 16).eval().requires_grad_(False)
-    settings = DistillTraining(steps={1: (1000.0,)}, batch_size=4, told_noise=0.0)
+    settings = DistillTraining(steps={1: (1000.0,)}, batch_size=4, told_noise=0.0, short_share=0.0)
     encoder = WordLlamaEncoder(8)
-    game = Distillation(settings, tiny, clips, clips, encoder, 0, Team(), detector)
-    draw = clips.draw(4, 3)
-    batch = clips.take(draw)
+    game = Distillation(settings, tiny, whole_clips(), first_chunks(), encoder, 0, Team(), detector)
+    drawn = next(d for d in map(game.draws.__getitem__, range(20)) if d.race is not None)
+    batch = game.clips.take(drawn.draw)
+    settled = [words | SETTLED_BY_NOISE for words in drawn.draw.stated]
 
     def loss(clip):
         with torch.autocast("cpu", torch.bfloat16, enabled=False):
-            return float(stated_loss(detector(clip), batch.scenes, draw.stated))
+            return float(stated_loss(detector(clip), batch.scenes, legible(settled, batch.scenes)))
 
-    told, shares = game._told(batch.latents.clone(), draw.stated, batch.scenes, torch.Generator().manual_seed(0))
+    told = game._told(batch.latents.clone(), batch.scenes, drawn, torch.Generator().manual_seed(0))
     assert loss(batch.latents - 1e-2 * told / told.abs().max()) < loss(batch.latents)
-    nothing = draw.with_some_empty(1.0, random.Random(0)).stated
-    untold = game._told(batch.latents.clone(), nothing, batch.scenes, torch.Generator())
-    assert max(part.abs().max() for part in untold) == 0
-
-    def apart(clip):
-        with torch.autocast("cpu", torch.bfloat16, enabled=False):
-            return float(spread_loss(detector(clip), batch.scenes, draw.stated))
-
-    assert apart(batch.latents - 1e-2 * shares / shares.abs().max()) < apart(batch.latents)
+    switching = replace(drawn, race=None)
+    untold = game._told(batch.latents.clone(), batch.scenes, switching, torch.Generator())
+    assert untold.abs().max() == 0
 
 
 def test_a_clip_that_is_to_be_blurred_is_not_told_its_details():
-    stated = [frozenset({"shape", "colour", "blurry"}), frozenset({"shape", "noisy"})]
-    assert legible(stated) == [frozenset({"colour", "blurry"}), frozenset({"shape", "noisy"})]
+    scenes = sample_scenes(2, torch.Generator().manual_seed(0)).replace(blurry=0, pixelated=0)
+    told = [frozenset({"shape", "colour", "blurry"})] * 2
+    assert legible(told, scenes) == told
+    assert legible(told, scenes.replace(blurry=1)) == [frozenset({"colour", "blurry"})] * 2
 
 
 def test_only_what_is_stated_counts():
