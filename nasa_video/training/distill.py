@@ -215,12 +215,12 @@ class DistillDraws(Draws[DistillDraw]):
         Two numbers in [0, 1) decide of which kind they are.
         """
         settings = self.settings
-        shares = {"hard": settings.hard_share, "bare": settings.bare_share}
+        hard, bare = settings.hard_share, settings.bare_share
         if kinds[1] < settings.short_share:
             many = settings.batch_size * CLIP_CHUNKS  # first chunks alone: as many as take the same work
-            return self.short.draw(many, seed, **shares), False, False
+            return self.short.draw(many, seed, hard=hard, bare=bare), False, False
         switching = kinds[0] < settings.switched_share
-        return self.clips.draw(settings.batch_size, seed, switching, **shares), True, switching
+        return self.clips.draw(settings.batch_size, seed, switching, hard=hard, bare=bare), True, switching
 
 
 class Distillation:
