@@ -16,6 +16,7 @@ from nasa_video.sprites.world import ATTRIBUTES, FLAWS, MOTIONS, sample_scenes, 
 from nasa_video.text import WordLlamaEncoder
 from nasa_video.training.attention import matrix_attention
 from nasa_video.training.checkpoint import load_state, save_state
+from nasa_video.training.coupling import NoiseCoupling
 from nasa_video.training.dataset import LatentClips
 from nasa_video.training.distill import (
     SETTLED_BY_NOISE,
@@ -24,7 +25,15 @@ from nasa_video.training.distill import (
     matching_direction,
     rollout,
 )
-from nasa_video.training.flow import FlowDraws, FlowTraining, draw_noise_levels, flow_loss, new_transformer, train_flow
+from nasa_video.training.flow import (
+    COUPLED_FROM,
+    FlowDraws,
+    FlowTraining,
+    draw_noise_levels,
+    flow_loss,
+    new_transformer,
+    train_flow,
+)
 from nasa_video.training.journal import Journal
 from nasa_video.training.latent_detector import LatentDetector, legible, stated_loss
 from nasa_video.training.optimiser import orthogonalise, warm_then_linear
@@ -174,6 +183,28 @@ def test_a_share_of_the_batches_holds_first_chunks_alone(tmp_path, monkeypatch, 
     assert shapes == [((6, 3), None)] * 4 if short_share else [((2, 9), 3)] * 4
     assert weights[:2] == [settings.sprite_weight] * 2
     assert weights[2] > weights[3] == 0
+
+
+def test_the_bases_noise_is_coupled_where_a_sampler_starts(tmp_path, monkeypatch):
+    seen = []
+
+    def record(model, batch, context, noise, levels, settings, sprite_weight):
+        seen.append((noise, levels.sigma[:, 0]))
+        return flow_loss(model, batch, context, noise, levels, settings, sprite_weight)
+
+    monkeypatch.setattr("nasa_video.training.flow.flow_loss", record)
+    monkeypatch.setattr("nasa_video.training.flow.compile_blocks", lambda model: None)
+    settings = FlowTraining(model=TINY | {"text_dim": 256}, iterations=4, batch_size=8, short_share=1.0, shift=20.0)
+    short, encoder = first_chunks(), WordLlamaEncoder(8)
+    args = (tmp_path, 0, torch.device("cpu"), Journal(tmp_path, "base", None), Team())
+    train_flow(settings, whole_clips(), short, encoder, *args)
+    directions = NoiseCoupling.of(short).directions.flatten(1)
+    draws = FlowDraws(whole_clips(), short, encoder, 0, Team(), settings)
+    for step, (noise, sigma) in enumerate(seen, 1):
+        components = noise.flatten(1) @ directions.T
+        coupled = (components - torch.from_numpy(draws[step].race)).abs().amax(1) < 1e-3
+        assert coupled.tolist() == (sigma >= COUPLED_FROM).tolist()
+        assert 0 < coupled.sum() < len(coupled)
 
 
 def test_a_small_sprite_counts_as_much_as_a_big_one():
