@@ -3,9 +3,12 @@
 Training pairs clips with noise at random. At the highest noise level the noise then says nothing about the clip, the
 best answer is a mean, and a sampler of few steps that starts from it ends in the few values that are nearest to the
 mean. Here the noise of a clip's first chunk is drawn *given* the clip: along one direction a value, the mean of the
-clips that show it, the noise takes part in a race which the clip's own value wins. Over all the clips of a caption the
-noise is standard normal as before (the Gumbel-max trick), so that nothing changes for who samples; but a seed now
-stands for a background, a size, a weather, at the shares of the data.
+clips that show it, the noise takes part in a race which the clip's own value wins. Over all the clips that a caption
+may come with the noise is standard normal as before (the Gumbel-max trick), so that nothing changes for who samples;
+but a seed is to stand for a background, a size, a weather, at the shares of the data.
+
+How often a value comes with a caption is known only nearly: captions state a pair, a weather or a texture more often
+than that there is none, which is left out. Under the captions of training components are off by up to a tenth.
 
 Coupling noise and data is known from arXiv 2302.00482 (optimal transport within a batch) and 2406.12303; drawing the
 noise from named attributes is ours.
@@ -56,10 +59,13 @@ class NoiseCoupling:
     def couple(self, noise: Tensor, race: Tensor) -> Tensor:
         """Start noise (B, T or more, C, h, w) with the components of its first chunk replaced by `race` (B, V)."""
         frames = self.directions.shape[1]
-        directions = self.directions.flatten(1).to(noise)
-        first = noise[:, :frames].flatten(1)
-        first = first + (race.to(noise) - first @ directions.T) @ directions
-        return torch.cat((first.view_as(noise[:, :frames]), noise[:, frames:]), 1)
+        change = (race.to(noise) - self.components(noise)) @ self.directions.flatten(1).to(noise)
+        first = noise[:, :frames] + change.unflatten(1, noise[0, :frames].shape)
+        return torch.cat((first, noise[:, frames:]), 1)
+
+    def components(self, noise: Tensor) -> Tensor:
+        """Components (B, V) of start noise (B, T or more, C, h, w) along the directions."""
+        return noise[:, : self.directions.shape[1]].flatten(1) @ self.directions.flatten(1).T.to(noise)
 
 
 def race(rows: Sequence[Mapping[str, int]], stated: Sequence[frozenset[str]], generator: torch.Generator) -> Tensor:
@@ -78,6 +84,15 @@ def race(rows: Sequence[Mapping[str, int]], stated: Sequence[frozenset[str]], ge
     return torch.cat(parts, 1).float()
 
 
+def winners(components: Tensor, shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The value (B,) that start noise with these components (B, V) stands for, by attribute, at the given shares."""
+    parts = components.double().split([len(values) for values in ATTRIBUTES.values()], 1)
+    return {
+        name: (shares[name].log() - torch.log(-torch.special.log_ndtr(part))).argmax(1)
+        for name, part in zip(ATTRIBUTES, parts, strict=True)
+    }
+
+
 def _won(shares: Tensor, winner: Tensor, generator: torch.Generator, free: Tensor) -> Tensor:
     """Normals (B, values) whose Gumbel counterparts plus log `shares` are largest at `winner`, where not `free`."""
     gumbels = _gumbels(shares, generator)
@@ -89,7 +104,7 @@ def _won(shares: Tensor, winner: Tensor, generator: torch.Generator, free: Tenso
     # what never happens under the caption stays free, and so does what the caption states
     raced = torch.where((shares > 0) & ~free[:, None], raced, gumbels)
     uniform = torch.exp(-torch.exp(-raced)).clamp(_EDGE, 1 - _EDGE)
-    return 2**0.5 * torch.erfinv(2 * uniform - 1)
+    return torch.special.ndtri(uniform)
 
 
 def _gumbels(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -80,10 +80,12 @@ _STAGES: dict[str, type] = {
 def load_plan(path: Path) -> TrainingPlan:
     """Reads a plan; every setting must be there and known.
 
+    A plan that `extends` another one of its folder, by name without .yaml, holds only the settings that differ from it.
+
     Raises:
         ValueError: a missing or unknown setting, by name.
     """
-    data: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data = _read(path)
     _check_names(path.name, data, {"seed", "text_tokens", *_STAGES})
     stages = {}
     for name, stage in _STAGES.items():
@@ -93,6 +95,18 @@ def load_plan(path: Path) -> TrainingPlan:
             values["steps"] = {int(n): tuple(float(t) for t in ts) for n, ts in values["steps"].items()}
         stages[name] = stage(**values)
     return TrainingPlan(seed=int(data["seed"]), text_tokens=int(data["text_tokens"]), **stages)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if (parent := data.pop("extends", None)) is None:
+        return data
+    if not (source := path.with_name(f"{parent}.yaml")).exists():
+        raise ValueError(f"{path.name} extends {parent}, but there is no {source}")
+    whole = _read(source)
+    for name, value in data.items():
+        whole[name] = {**whole[name], **value} if isinstance(value, dict) and name in whole else value
+    return whole
 
 
 def _check_names(where: str, given: dict[str, Any], known: set[str]) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from nasa_video.sprites.captions import left_open, shares_left_open
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS, Scenes, sample_scenes
-from nasa_video.training.coupling import NoiseCoupling, race
+from nasa_video.training.coupling import NoiseCoupling, race, winners
 from nasa_video.training.dataset import LatentClips
 
 NOTHING: frozenset[str] = frozenset()
@@ -57,6 +57,22 @@ def test_under_a_caption_the_noise_is_standard_normal_and_independent(values, st
     assert (torch.corrcoef(components.T) - torch.eye(components.shape[1])).abs().max() < 5 * error
 
 
+@pytest.mark.parametrize("bare", [0.0, 0.3])
+def test_under_the_captions_of_training_it_is_nearly_so(bare):
+    number = 8000
+    scenes = sample_scenes(number, torch.Generator().manual_seed(6))
+    nothing = torch.zeros(number, 1, 1, 1, 1)
+    clips = LatentClips(nothing, nothing, scenes, scenes, torch.zeros(number, dtype=torch.long))
+    draw = clips.draw(number, 0, hard=0.25, bare=bare)
+    rows = [clips.rows[i] for i in draw.index]
+    components = race(rows, draw.stated, torch.Generator().manual_seed(7))
+    for attribute in ATTRIBUTES:
+        opened = [attribute in left_open(row, words) for row, words in zip(rows, draw.stated, strict=True)]
+        free = components[torch.tensor(opened), columns_of(attribute)]
+        assert free.mean(0).abs().max() < 0.1 + 3 / math.sqrt(len(free))
+        assert (free.std(0) - 1).abs().max() < 0.05 + 3 / math.sqrt(len(free))
+
+
 def test_a_caption_that_states_all_there_is_leaves_nothing_open():
     row = rows_of(scenes_where(400, count="one", texture="striped", weather="none", dim="dim"))[0]
     flaws = {flaw for flaw in FLAWS if row[flaw]}
@@ -71,10 +87,8 @@ def test_the_value_of_the_clip_wins_where_the_caption_leaves_it_open(attribute):
     values = getattr(scenes, attribute)
 
     def winner(stated: frozenset[str]) -> torch.Tensor:
-        components = race(rows_of(scenes), [stated] * len(scenes), torch.Generator().manual_seed(2)).double()
-        normal = torch.special.ndtr(components[:, columns_of(attribute)])
-        shares = shares_left_open(*told(scenes, stated))[attribute].double()
-        return (shares.log() - torch.log(-torch.log(normal))).argmax(1)
+        components = race(rows_of(scenes), [stated] * len(scenes), torch.Generator().manual_seed(2))
+        return winners(components, shares_left_open(*told(scenes, stated)))[attribute]
 
     assert (winner(NOTHING) == values).float().mean() > 0.99
     by_chance = sum(float((values == v).float().mean()) ** 2 for v in range(len(ATTRIBUTES[attribute])))
@@ -142,5 +156,6 @@ def test_coupling_changes_nothing_but_the_components_of_the_first_chunk():
     assert (coupled[:, 3:] == noise[:, 3:]).all()
     flat = coupling.directions.flatten(1)
     torch.testing.assert_close(coupled[:, :3].flatten(1) @ flat.T, components, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(coupling.components(coupled), components, atol=1e-4, rtol=1e-4)
     change = (coupled - noise)[:, :3].flatten(1)
     torch.testing.assert_close(change - change @ flat.T @ flat, torch.zeros_like(change), atol=1e-4, rtol=0)

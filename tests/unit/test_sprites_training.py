@@ -385,6 +385,16 @@ def test_presets_are_complete(preset, repository):
     assert set(plan.student.step_counts) <= set(plan.student.steps)
 
 
+def test_a_plan_holds_what_differs_from_the_one_that_it_extends(tmp_path, repository):
+    folder = repository / "configs" / "train"
+    parent, plan = (load_plan(folder / f"{name}.yaml") for name in ("sprites-gpu", "sprites-tune"))
+    assert plan.student.batch_size == 6
+    assert replace(plan, seed=parent.seed, student=parent.student) == parent
+    (tmp_path / "lost.yaml").write_text("extends: nowhere\nseed: 1")
+    with pytest.raises(ValueError, match="extends nowhere"):
+        load_plan(tmp_path / "lost.yaml")
+
+
 def test_weights_are_averaged(tmp_path, repository):
     files = [tmp_path / name for name in ("one.safetensors", "other.safetensors", "longer.safetensors")]
     for path, value in zip(files, (1.0, 3.0, 3.0), strict=True):

@@ -1,0 +1,131 @@
+"""What a model shows of what prompts leave open, and whether its noise decides it: the tables of docs/variety.md.
+
+    python scripts/measure_variety.py student base --noise          names in nasa_video/sprites/weights, or files
+    python scripts/measure_variety.py old.safetensors --mean new.safetensors --share 0.5 --share 0.62
+    python scripts/measure_variety.py base --teacher 16 --scale 1.75
+
+Prints, in percent, the shares among "a circle" to "a ring", how many of 96 captions that state everything are right,
+and in how many videos an attribute has the value that the start noise stands for, beside what chance would give.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from causvid_adapter import CausalWan
+from causvid_adapter.noise import SeededNoise
+from nasa_video.sprites.captions import shares_left_open
+from nasa_video.sprites.detectors import Detector
+from nasa_video.sprites.world import ATTRIBUTES, FLAWS, SHAPES
+from nasa_video.text import WordLlamaEncoder
+from nasa_video.training.assessment import Studio, accuracy, held_out_prompts, spread
+from nasa_video.training.attention import trainable
+from nasa_video.training.coupling import NoiseCoupling, winners
+from nasa_video.training.dataset import CHUNK_FRAMES, encode_clips
+from nasa_video.training.parallel import Team
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "nasa_video" / "sprites" / "weights"
+PLACES = {"student": "transformer", "base": "teacher/transformer"}
+TIMESTEPS = {4: (1000.0, 900.0, 750.0, 500.0), 2: (1000.0, 750.0), 1: (1000.0,)}
+FIRST_SEED = 7000
+ACCURACY_PROMPTS, ACCURACY_SEED = 96, 77
+DIRECTION_CLIPS = 4096
+Make = Callable[[Sequence[str], Sequence[int]], Tensor]
+
+
+def read(name: str) -> dict[str, Tensor]:
+    """Weights of a name in the package, or of a file."""
+    folder = WEIGHTS / PLACES[name] if name in PLACES else None
+    path = folder / "diffusion_pytorch_model.safetensors" if folder else Path(name)
+    if not path.exists():
+        raise typer.BadParameter(f"{name} is neither one of {', '.join(PLACES)} nor a file")
+    return {key: value.float() for key, value in load_file(path).items()}
+
+
+def model_of(weights: dict[str, Tensor]) -> CausalWan:
+    """The shipped architecture with these weights."""
+    config = WanTransformer3DModel.load_config(WEIGHTS / PLACES["student"])
+    transformer = WanTransformer3DModel.from_config(config)
+    transformer.load_state_dict(weights)
+    return trainable(transformer).eval().requires_grad_(False)
+
+
+def directions(vae: AutoencoderKLWan) -> NoiseCoupling:
+    """The directions of the training, from clips of its distribution."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = (DIRECTION_CLIPS, 0.0, Path(folder), 1, torch.device("cpu"), Team())
+        return NoiseCoupling.of(encode_clips(vae, *args, num_frames=CHUNK_FRAMES))
+
+
+def agreement(found: dict[str, list[str]], noise: Tensor, coupling: NoiseCoupling, videos: int) -> dict[str, str]:
+    """By attribute: percent of videos whose value is the one that wins in their noise, and percent by chance.
+
+    By chance is what the same videos would give with the noise of one another.
+    """
+    shown = torch.arange(len(SHAPES)).repeat_interleave(videos)
+    scenes = {name: torch.zeros(len(shown), dtype=torch.long) for name in ATTRIBUTES} | {"shape": shown}
+    stated = {name: torch.full((len(shown),), name == "shape") for name in ATTRIBUTES}
+    won = winners(coupling.components(noise), shares_left_open(scenes, stated))
+    table = {}
+    for name in ("size", "background", "weather", *FLAWS):
+        values = torch.tensor([[label == value for value in ATTRIBUTES[name]] for label in found[name]]).float()
+        wanted = torch.nn.functional.one_hot(won[name], len(ATTRIBUTES[name])).float()
+        hit, chance = (values * wanted).sum(1).mean(), (values.mean(0) * wanted.mean(0)).sum()
+        table[name] = f"{100 * float(hit):.0f} ({100 * float(chance):.0f})"
+    return table
+
+
+def measure(
+    first: Annotated[list[str], typer.Argument(help="student, base, or .safetensors files.")],
+    mean: Annotated[str, typer.Option(help="A second model, to average the first ones with.")] = "",
+    share: Annotated[list[float] | None, typer.Option(help="What the second one counts.")] = None,
+    steps: Annotated[int, typer.Option(help="1, 2 or 4.")] = 4,
+    teacher: Annotated[int, typer.Option(help="Euler steps of the bidirectional teacher in place of the loop.")] = 0,
+    scale: Annotated[float, typer.Option(help="The teacher's classifier-free guidance, 1 is none.")] = 1.0,
+    videos: Annotated[int, typer.Option(help="For each shape.")] = 24,
+    noise_too: Annotated[bool, typer.Option("--noise", help="Also whether the noise decides; a minute more.")] = False,
+) -> None:
+    """Prints the shares, the accuracy and the agreement with the noise, model by model."""
+    if steps not in TIMESTEPS:
+        raise typer.BadParameter(f"--steps must be 1, 2 or 4, got {steps}")
+    vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "vae", low_cpu_mem_usage=False).float().eval()
+    studio, detector = Studio(vae, WordLlamaEncoder(24)), Detector.load(WEIGHTS / "detector.safetensors")
+    coupling = directions(vae) if noise_too else None
+    texts = [f"a {shape}" for shape in SHAPES for _ in range(videos)]
+    seeds = range(FIRST_SEED, FIRST_SEED + len(texts))
+    prompts = held_out_prompts(ACCURACY_PROMPTS, ACCURACY_SEED)
+    for name in first:
+        for part in (share or [0.5]) if mean else [0.0]:
+            weights, other = read(name), read(mean) if mean else None
+            model = model_of({k: v.lerp(other[k], part) for k, v in weights.items()} if other else weights)
+
+            def make(texts: Sequence[str], seeds: Sequence[int], model: CausalWan = model) -> Tensor:
+                if teacher:
+                    return studio.whole(model, texts, seeds, teacher, scale)
+                return studio.stream(model, texts, seeds, TIMESTEPS[steps])
+
+            sampler = f"{teacher} Euler steps, guidance {scale:g}" if teacher else f"{steps} steps"
+            print(f"\n{name}{f', {part:.0%} of {mean}' if mean else ''}, {sampler}, {len(texts)} videos")
+            frames = make(texts, seeds)
+            for attribute in ATTRIBUTES:
+                values = spread(detector, frames, attribute).items()
+                print(f"  {attribute}: " + ", ".join(f"{value} {100 * shown:.0f}" for value, shown in values))
+            right = accuracy(detector, make([p.text for p in prompts], range(ACCURACY_PROMPTS)), prompts)
+            print("  right: " + ", ".join(f"{a} {100 * hit:.0f} of {n}" for a, (hit, n) in right.items()))
+            if coupling is not None:
+                start = SeededNoise(seeds, studio.latent_size)(range(3), 0)
+                table = agreement(detector.detect(frames), start, coupling, videos)
+                print("  as the noise says (by chance): " + ", ".join(f"{a} {value}" for a, value in table.items()))
+
+
+if __name__ == "__main__":
+    typer.run(measure)
