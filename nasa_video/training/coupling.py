@@ -104,7 +104,8 @@ def _won(shares: Tensor, winner: Tensor, generator: torch.Generator, free: Tenso
     # what never happens under the caption stays free, and so does what the caption states
     raced = torch.where((shares > 0) & ~free[:, None], raced, gumbels)
     uniform = torch.exp(-torch.exp(-raced)).clamp(_EDGE, 1 - _EDGE)
-    return torch.special.ndtri(uniform)
+    normals: Tensor = torch.special.ndtri(uniform)
+    return normals
 
 
 def _gumbels(like: Tensor, generator: torch.Generator) -> Tensor:
