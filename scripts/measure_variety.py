@@ -3,6 +3,7 @@
     python scripts/measure_variety.py student base --noise          names in nasa_video/sprites/weights, or files
     python scripts/measure_variety.py old.safetensors --mean new.safetensors --share 0.5 --share 0.62
     python scripts/measure_variety.py base --teacher 16 --scale 1.75
+    python scripts/measure_variety.py student --told --noise
 
 Prints, in percent, the shares among "a circle" to "a ring", how many of 96 captions that state everything are right,
 and in how many videos an attribute has the value that the start noise stands for, beside what chance would give.
@@ -10,8 +11,9 @@ and in how many videos an attribute has the value that the start noise stands fo
 
 from __future__ import annotations
 
-import tempfile
+import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,22 +25,20 @@ from torch import Tensor
 
 from causvid_adapter import CausalWan
 from causvid_adapter.noise import SeededNoise
-from nasa_video.sprites.captions import shares_left_open
+from nasa_video.sprites.captions import Caption, full_caption
 from nasa_video.sprites.detectors import Detector
-from nasa_video.sprites.world import ATTRIBUTES, FLAWS, SHAPES
+from nasa_video.sprites.world import ATTRIBUTES, SHAPES, Scenes, sample_scenes
 from nasa_video.text import WordLlamaEncoder
 from nasa_video.training.assessment import Studio, accuracy, held_out_prompts, spread
 from nasa_video.training.attention import trainable
-from nasa_video.training.coupling import NoiseCoupling, winners
-from nasa_video.training.dataset import CHUNK_FRAMES, encode_clips
-from nasa_video.training.parallel import Team
+from nasa_video.training.choices import NoiseChoices
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "nasa_video" / "sprites" / "weights"
 PLACES = {"student": "transformer", "base": "teacher/transformer"}
 TIMESTEPS = {4: (1000.0, 900.0, 750.0, 500.0), 2: (1000.0, 750.0), 1: (1000.0,)}
 FIRST_SEED = 7000
 ACCURACY_PROMPTS, ACCURACY_SEED = 96, 77
-DIRECTION_CLIPS = 4096
+CHUNK = 3
 Make = Callable[[Sequence[str], Sequence[int]], Tensor]
 
 
@@ -59,29 +59,35 @@ def model_of(weights: dict[str, Tensor]) -> CausalWan:
     return trainable(transformer).eval().requires_grad_(False)
 
 
-def directions(vae: AutoencoderKLWan) -> NoiseCoupling:
-    """The directions of the training, from clips of its distribution."""
-    with tempfile.TemporaryDirectory() as folder:
-        args = (DIRECTION_CLIPS, 0.0, Path(folder), 1, torch.device("cpu"), Team())
-        return NoiseCoupling.of(encode_clips(vae, *args, num_frames=CHUNK_FRAMES))
+def stood_for(seeds: Sequence[int], latent_size: tuple[int, int, int], videos: int) -> Scenes:
+    """What the start noise of these seeds stands for, with `videos` of each shape."""
+    scenes = sample_scenes(len(seeds), torch.Generator().manual_seed(0))
+    scenes = replace(scenes, shape=torch.arange(len(SHAPES)).repeat_interleave(videos))
+    captions = [Caption("", frozenset({"shape"}))] * len(seeds)
+    return NoiseChoices(latent_size).settle(SeededNoise(seeds, latent_size)(range(CHUNK), 0), scenes, captions)
 
 
-def agreement(found: dict[str, list[str]], noise: Tensor, coupling: NoiseCoupling, videos: int) -> dict[str, str]:
-    """By attribute: percent of videos whose value is the one that wins in their noise, and percent by chance.
+def agreement(found: dict[str, list[str]], shown: Scenes) -> dict[str, str]:
+    """By attribute: percent of videos that show what their noise stands for, and percent by chance.
 
     By chance is what the same videos would give with the noise of one another.
     """
-    shown = torch.arange(len(SHAPES)).repeat_interleave(videos)
-    scenes = {name: torch.zeros(len(shown), dtype=torch.long) for name in ATTRIBUTES} | {"shape": shown}
-    stated = {name: torch.full((len(shown),), name == "shape") for name in ATTRIBUTES}
-    won = winners(coupling.components(noise), shares_left_open(scenes, stated))
     table = {}
-    for name in ("size", "background", "weather", *FLAWS):
-        values = torch.tensor([[label == value for value in ATTRIBUTES[name]] for label in found[name]]).float()
-        wanted = torch.nn.functional.one_hot(won[name], len(ATTRIBUTES[name])).float()
+    for name in set(ATTRIBUTES) - {"shape"}:
+        labels = list(ATTRIBUTES[name])
+        # two objects' colours are read as "red and blue": not one of the values, left out
+        pairs = [
+            (labels.index(label), int(v))
+            for label, v in zip(found[name], getattr(shown, name), strict=True)
+            if label in labels
+        ]
+        values, wanted = (
+            torch.nn.functional.one_hot(torch.tensor(column), len(labels)).float()
+            for column in zip(*pairs, strict=True)
+        )
         hit, chance = (values * wanted).sum(1).mean(), (values.mean(0) * wanted.mean(0)).sum()
         table[name] = f"{100 * float(hit):.0f} ({100 * float(chance):.0f})"
-    return table
+    return {name: table[name] for name in ATTRIBUTES if name in table}
 
 
 def measure(
@@ -92,16 +98,21 @@ def measure(
     teacher: Annotated[int, typer.Option(help="Euler steps of the bidirectional teacher in place of the loop.")] = 0,
     scale: Annotated[float, typer.Option(help="The teacher's classifier-free guidance, 1 is none.")] = 1.0,
     videos: Annotated[int, typer.Option(help="For each shape.")] = 24,
-    noise_too: Annotated[bool, typer.Option("--noise", help="Also whether the noise decides; a minute more.")] = False,
+    noise_too: Annotated[bool, typer.Option("--noise", help="Also whether the noise decides.")] = False,
+    told: Annotated[
+        bool, typer.Option("--told", help="Prompts state what the noise stands for: what reading it would give.")
+    ] = False,
 ) -> None:
     """Prints the shares, the accuracy and the agreement with the noise, model by model."""
     if steps not in TIMESTEPS:
         raise typer.BadParameter(f"--steps must be 1, 2 or 4, got {steps}")
     vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "vae", low_cpu_mem_usage=False).float().eval()
     studio, detector = Studio(vae, WordLlamaEncoder(24)), Detector.load(WEIGHTS / "detector.safetensors")
-    coupling = directions(vae) if noise_too else None
     texts = [f"a {shape}" for shape in SHAPES for _ in range(videos)]
     seeds = range(FIRST_SEED, FIRST_SEED + len(texts))
+    decided = stood_for(seeds, studio.latent_size, videos)
+    if told:
+        texts = [full_caption(decided.row(i), random.Random(i)).text for i in range(len(texts))]
     prompts = held_out_prompts(ACCURACY_PROMPTS, ACCURACY_SEED)
     for name in first:
         for part in (share or [0.5]) if mean else [0.0]:
@@ -120,10 +131,9 @@ def measure(
                 values = spread(detector, frames, attribute).items()
                 print(f"  {attribute}: " + ", ".join(f"{value} {100 * shown:.0f}" for value, shown in values))
             right = accuracy(detector, make([p.text for p in prompts], range(ACCURACY_PROMPTS)), prompts)
-            print("  right: " + ", ".join(f"{a} {100 * hit:.0f} of {n}" for a, (hit, n) in right.items()))
-            if coupling is not None:
-                start = SeededNoise(seeds, studio.latent_size)(range(3), 0)
-                table = agreement(detector.detect(frames), start, coupling, videos)
+            print("  right (of): " + ", ".join(f"{a} {100 * hit:.0f} ({n})" for a, (hit, n) in right.items()))
+            if noise_too:
+                table = agreement(detector.detect(frames), decided)
                 print("  as the noise says (by chance): " + ", ".join(f"{a} {value}" for a, value in table.items()))
 
 

@@ -25,7 +25,7 @@ bring_home() {
 while sleep 5; do bring_home; done 2>/dev/null &
 watcher=$!
 PYTHONUNBUFFERED=1 timeout "$seconds" "$python" scripts/train_sprites.py --preset sprites-gpu --device cuda \
-    --folder "$run/run" --weights "$weights" --keep autoencoder,detector --until student "$@" >"$out/train.txt" 2>&1
+    --folder "$run/run" --weights "$weights" --keep autoencoder,detector --until reading "$@" >"$out/train.txt" 2>&1
 status=$?
 kill "$watcher"
 bring_home

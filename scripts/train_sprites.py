@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("autoencoder", "base", "student", "detector")
-STAGES = ("autoencoder", "dataset", "base", "latent_detector", "student", "detector", "card")
+STAGES = ("autoencoder", "dataset", "base", "latent_detector", "student", "reading", "detector", "card")
 # Read by the C library and by OpenMP when a process starts: large blocks are kept, threads sleep while they wait.
 CPU_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
@@ -183,9 +183,29 @@ class Run:
             journal = Journal(self.folder, "student", self.report)
             show = self._show("student", self.plan.student.steps[4])
             args = (self.folder, self.plan.seed, journal, self.team, show)
-            base, clips, short, told = self.base(), self.clips, self.short_clips, self.latent_detector()
+            base, told = self.base(), self.latent_detector()
             placed = self._placed("transformer") if self.tuned else None
-            model = train_student(self.plan.student, base, clips, short, encoder, *args, told, placed)
+            model = train_student(self.plan.student, base, self.plan.latent_size, encoder, *args, told, placed)
+            if self.team.leads:
+                model.transformer.save_pretrained(folder)
+                self._place(model, "transformer")
+            self.team.wait()
+        return self._read_transformer(folder)
+
+    def reading(self) -> CausalWan:
+        """Teaches the student to read in its noise what prompts leave open, or reads the finished one."""
+        from nasa_video.text import WordLlamaEncoder
+        from nasa_video.training.journal import Journal
+        from nasa_video.training.reading import train_reading
+
+        folder = self.folder / "reading"
+        if not (folder / "config.json").exists():
+            samplers = list(self.plan.student.steps.values())
+            encoder = WordLlamaEncoder(self.plan.text_tokens)
+            journal = Journal(self.folder, "reading", self.report)
+            show = self._show("reading", self.plan.student.steps[4])
+            args = (encoder, self.folder, self.plan.seed, journal, self.team, show)
+            model = train_reading(self.plan.reading, samplers, self.student(), self.plan.latent_size, *args)
             if self.team.leads:
                 model.transformer.save_pretrained(folder)
                 self._place(model, "transformer")
@@ -198,7 +218,7 @@ class Run:
         from nasa_video.training.assessment import Studio
         from nasa_video.training.card import measure, write_card
 
-        vae, detector, base, student = self.autoencoder(), self.detector(), self.base(), self.student()
+        vae, detector, base, student = self.autoencoder(), self.detector(), self.base(), self.reading()
         if self.team.leads:
             studio = Studio(vae, WordLlamaEncoder(self.plan.text_tokens), self.plan.latent_size)
             results = measure(self.plan, studio, detector, base, student)
@@ -331,7 +351,7 @@ def train(
     with Progress(*columns, disable=not team.leads) as progress:
         for stage in STAGES[: STAGES.index(until) + 1]:
             if stage in ("dataset", "latent_detector") and (folder / "student" / "config.json").exists():
-                continue  # only the base and the student are made of them
+                continue  # only the base and what tells the student are made of them
             task = progress.add_task(stage, total=None, values="")
 
             def report(step: int, steps: int, values: dict[str, float], task=task) -> None:  # type: ignore[no-untyped-def]

@@ -12,14 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import torch
-from torch import Tensor
-
-from nasa_video.sprites.world import ATTRIBUTES, FLAW_SHARE, FLAWS, VALUE_SHARE, colours_of_shapes
+from nasa_video.sprites.world import ATTRIBUTES, FLAWS
 
 HELD_OUT_ONE_IN = 20
 _HELD_OUT_MIN_WORDS = 4
-_FLAW_STATED = 0.45
+_ALWAYS_THERE = frozenset({"shape", "colour", "size", "count", "motion", "background"})
 
 TERMS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -114,15 +111,9 @@ def is_held_out(text: str) -> bool:
 def full_caption(row: Mapping[str, int], rng: random.Random) -> Caption:
     """A sentence that states everything that is there."""
     names = value_names(row)
-    stated = _stated_in_full(names)
+    stated = _ALWAYS_THERE | {flaw for flaw in FLAWS if row[flaw]}
+    stated |= {name for name in ("texture", "weather") if row[name]}
     return Caption(_sentence(names, stated, rng), stated)
-
-
-def _stated_in_full(names: Mapping[str, str]) -> frozenset[str]:
-    stated = {"shape", "colour", "size", "count", "motion", "background"}
-    stated |= {"texture"} if names["texture"] != "plain" else set()
-    stated |= {"weather"} if names["weather"] != "none" else set()
-    return frozenset(stated | {flaw for flaw in FLAWS if names[flaw] == flaw})
 
 
 def caption_stating(row: Mapping[str, int], stated: frozenset[str], rng: random.Random) -> Caption:
@@ -145,6 +136,28 @@ def caption_for_training(row: Mapping[str, int], stated: frozenset[str], rng: ra
     return caption
 
 
+def caption_for_reading(row: Mapping[str, int], rng: random.Random) -> Caption:
+    """A caption for training as users write them: of one thing, often the shape, of nothing, of a part, of all."""
+    kind = rng.random()
+    if kind < 0.05:
+        return Caption("", frozenset())
+    if kind < 0.45:
+        attribute = "shape" if kind < 0.35 else rng.choice(things_to_state(row))
+        return caption_for_training(row, frozenset({attribute}), rng)
+    return random_caption(row, rng, full=kind > 0.8)
+
+
+def leaves_open(stated: frozenset[str]) -> frozenset[str]:
+    """What a caption leaves open, of all attributes and those of the second object, "shape2" and "colour2".
+
+    Nothing where it states all that there always is: what such a caption does not mention is not there.
+    """
+    if stated >= _ALWAYS_THERE:
+        return frozenset()
+    of_both = {name + "2" for name in ("shape", "colour") if {name, "count"} <= stated}
+    return frozenset({*ATTRIBUTES, "shape2", "colour2"}) - stated - of_both
+
+
 def switched_captions(before: Mapping[str, int], after: Mapping[str, int], rng: random.Random) -> tuple[str, str]:
     """Two captions for training, of a clip that turns into another: both state what changes, and the same besides."""
     first, second = value_names(before), value_names(after)
@@ -159,45 +172,6 @@ def switched_captions(before: Mapping[str, int], after: Mapping[str, int], rng: 
             texts.append(_sentence(names, stated, rng))
         if not any(map(is_held_out, texts)):
             return texts[0], texts[1]
-
-
-def left_open(row: Mapping[str, int], stated: frozenset[str]) -> frozenset[str]:
-    """The attributes that a caption leaves open: none where it states all that is there, else all that it does not."""
-    return frozenset() if _stated_in_full(value_names(row)) <= stated else frozenset(ATTRIBUTES) - stated
-
-
-def shares_left_open(scenes: Mapping[str, Tensor], stated: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How often captions that leave an attribute open come with each of its values: (B, values) by attribute.
-
-    Args:
-        scenes: the integers (B,) of B scenes by attribute.
-        stated: (B,) by attribute, whether a scene's caption states it.
-
-    The shares of an attribute hold for what is stated and for the scene's values of the attributes before it in
-    `ATTRIBUTES`: drawn one after the other they give the world's distribution under the caption. A flaw that is not
-    stated is rarer than in the world, since captions state those that are there. Second objects are not looked at.
-    """
-    n = scenes["shape"].shape[0]
-    of_shapes = colours_of_shapes()
-    one, two = torch.tensor(VALUE_SHARE["count"])
-    small, big = torch.tensor(VALUE_SHARE["size"])
-    sizes_counts = torch.stack((torch.stack((one * small, two)), torch.stack((one * big, torch.zeros(())))))
-
-    def given(other: str, if_stated: Tensor, if_open: Tensor) -> Tensor:
-        shares = torch.where(stated[other][:, None], if_stated, if_open.expand(n, -1))
-        return shares / shares.sum(1, keepdim=True)
-
-    shares = {
-        "shape": given("colour", of_shapes[:, scenes["colour"]].T, torch.ones(of_shapes.shape[0])),
-        "colour": of_shapes[scenes["shape"]],
-        "size": given("count", sizes_counts[:, scenes["count"]].T, sizes_counts.sum(1)),
-        "count": sizes_counts[scenes["size"]] / sizes_counts[scenes["size"]].sum(1, keepdim=True),
-    }
-    constant = {name: torch.tensor(VALUE_SHARE[name]) for name in ("texture", "motion", "background", "weather")}
-    for name, share in FLAW_SHARE.items():
-        unstated = share * (1 - _FLAW_STATED)
-        constant[name] = torch.tensor((1 - share, unstated)) / (1 - share + unstated)
-    return shares | {name: value.expand(n, -1) for name, value in constant.items()}
 
 
 def held_out_caption(row: Mapping[str, int], rng: random.Random, tries: int = 400) -> Caption | None:
@@ -232,7 +206,7 @@ def _stating_share(attribute: str, names: Mapping[str, str]) -> float:
     if attribute == "shape":
         return 0.8
     if attribute in FLAWS:
-        return _FLAW_STATED
+        return 0.45
     return 0.2 if _is_default(attribute, names) else 0.62
 
 

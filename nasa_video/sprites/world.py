@@ -8,8 +8,8 @@ Shape legend: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -177,6 +177,42 @@ def colours_of_shapes() -> Tensor:
     table = torch.full((len(SHAPES), len(COLOURS)), other)
     table[torch.arange(len(SHAPES)), torch.tensor(FAVOURITE_COLOUR)] = FAVOURITE_SHARE
     return table
+
+
+def decide(scenes: Scenes, left_open: Mapping[str, Tensor], pick: Callable[[str, Tensor], Tensor]) -> Scenes:
+    """Scenes with what is left open picked anew, one attribute after the other, as the world has it.
+
+    Args:
+        scenes: B scenes.
+        left_open: whether an attribute is open, (B,) by name, of every attribute and of the second object's.
+        pick: from a name and shares (B, values) to values (B,). Where it draws by these shares, the scenes are
+            distributed as `sample_scenes` draws them, given what is not open.
+    """
+    values = {name: getattr(scenes, name) for name in left_open}
+    of_shapes = colours_of_shapes()
+    one, two = VALUE_SHARE["count"]
+    small, big = VALUE_SHARE["size"]
+    sizes_counts = torch.tensor([[one * small, two], [one * big, 0.0]])
+    others = 1 - torch.eye(len(SHAPES))
+
+    def given(name: str, if_known: Tensor, if_open: Tensor) -> Tensor:
+        return torch.where(left_open[name][:, None], if_open.expand(len(scenes), -1), if_known)
+
+    def settle(name: str, shares: Tensor) -> None:
+        shares = (shares / shares.sum(1, keepdim=True)).expand(len(scenes), -1)
+        values[name] = torch.where(left_open[name], pick(name, shares), values[name])
+
+    settle("shape", given("colour", of_shapes[:, values["colour"]].T, torch.ones(len(SHAPES))))
+    settle("colour", of_shapes[values["shape"]])
+    settle("count", given("size", sizes_counts[values["size"]], sizes_counts.sum(0)))
+    settle("size", sizes_counts[:, values["count"]].T)
+    settle("shape2", others[values["shape"]])
+    settle("colour2", others[values["colour"]])
+    for name in ("texture", "motion", "background", "weather"):
+        settle(name, torch.tensor([VALUE_SHARE[name]]))
+    for name, share in FLAW_SHARE.items():
+        settle(name, torch.tensor([[1 - share, share]]))
+    return replace(scenes, **values)
 
 
 def sample_switches(scenes: Scenes, share: float, generator: torch.Generator) -> tuple[Scenes, Tensor]:

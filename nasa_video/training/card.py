@@ -121,7 +121,7 @@ def _table(columns: dict[str, dict[str, float]]) -> str:
 
 def _minutes(folder: Path) -> str:
     parts = []
-    for name in ("autoencoder", "detector", "base", "student"):
+    for name in ("autoencoder", "detector", "base", "student", "reading"):
         path = folder / f"{name}.jsonl"
         if not path.exists():
             continue

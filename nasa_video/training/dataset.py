@@ -9,7 +9,6 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +16,9 @@ import torch.nn.functional as nn_f
 from diffusers import AutoencoderKLWan
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from causvid_adapter.vae_stream import normalize
-from nasa_video.sprites.captions import caption_for_training, random_caption, switched_captions, things_to_state
+from nasa_video.sprites.captions import random_caption, switched_captions
 from nasa_video.sprites.renderer import render_switched
 from nasa_video.sprites.world import (
     ATTRIBUTES,
@@ -34,12 +32,10 @@ from nasa_video.sprites.world import (
     sample_scenes,
     sample_switches,
 )
-from nasa_video.text import TextEncoder
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import load_state, save_state
 from nasa_video.training.parallel import Team
 
-T = TypeVar("T")
 SHARD_CLIPS = 256
 CHUNK_FRAMES = 9
 """Frames of a clip's first chunk."""
@@ -121,15 +117,12 @@ class LatentClips:
         index = torch.tensor(draw.index, device=self.latents.device)
         return ClipBatch(self.latents[index].float(), self.coverage[index].float(), self.scenes[index])
 
-    def draw(
-        self, size: int, seed: int, switching: bool = False, easy: float = 0.0, hard: float = 0.0, bare: float = 0.0
-    ) -> Draw:
+    def draw(self, size: int, seed: int, switching: bool = False, easy: float = 0.0, hard: float = 0.0) -> Draw:
         """A draw that follows from the seed alone, of clips that switch or of clips that do not.
 
         Of the latter a share `easy` is drawn from those where `is_easy`, a share `hard` from those where `is_hard`, the
         rest from all. The captions of what was drawn for being hard state everything, so that where a caption leaves
-        something open, what there is to see is still distributed as in the data; of the other captions a share `bare`
-        state one thing alone, every second time the shape, as prompts that leave everything else open mostly do.
+        something open, what there is to see is still distributed as in the data.
         """
         rng = random.Random(seed)
         index = rng.choices(self.switching if switching else self.whole, k=size)
@@ -140,51 +133,13 @@ class LatentClips:
         if switching:
             captions = [text for i in index for text in self._switched(i, rng)]
             return Draw(index, captions, [frozenset()] * size)
-        drawn = []
-        for told_all, i in zip(full, index, strict=True):
-            if not told_all and rng.random() < bare:
-                attribute = "shape" if rng.random() < 0.5 else rng.choice(things_to_state(self.rows[i]))
-                drawn.append(caption_for_training(self.rows[i], frozenset({attribute}), rng))
-            else:
-                drawn.append(random_caption(self.rows[i], rng, told_all))
+        drawn = [random_caption(self.rows[i], rng, told_all) for told_all, i in zip(full, index, strict=True)]
         return Draw(index, [c.text for c in drawn], [c.stated for c in drawn])
-
-    def captions_stating_more(self, draw: Draw, more: frozenset[str], seed: int) -> list[str]:
-        """Other captions of a draw's clips, which state `more` besides what its captions state."""
-        rng = random.Random(seed)
-        told = [
-            stated | (more & frozenset(things_to_state(self.rows[i])))
-            for i, stated in zip(draw.index, draw.stated, strict=True)
-        ]
-        return [caption_for_training(self.rows[i], words, rng).text for i, words in zip(draw.index, told, strict=True)]
 
     def _switched(self, index: int, rng: random.Random) -> list[str]:
         """A caption for each chunk of one clip."""
         before, after = switched_captions(self.rows[index], self.later_rows[index], rng)
         return [before if chunk < self.chunk[index] else after for chunk in range(CLIP_CHUNKS)]
-
-
-@dataclass(frozen=True, eq=False)
-class Draws(Dataset[T]):
-    """What the iterations of one member of the team are made of, by step; it follows from the seed and the step alone.
-
-    Args:
-        clips: whole clips.
-        short: first chunks of clips.
-        encoder: of the captions.
-        seed: of the run.
-        team: whose member draws.
-    """
-
-    clips: LatentClips
-    short: LatentClips
-    encoder: TextEncoder
-    seed: int
-    team: Team
-
-    def number(self, step: int) -> int:
-        """Of a member's iteration, which no other member has."""
-        return step * self.team.size + self.team.rank
 
 
 def text_a_chunk(embeds: NDArray[np.float32], clips: Tensor, whole: bool) -> Tensor:

@@ -2,11 +2,8 @@
 
 Self-Forcing (arXiv 2506.08009) with DMD (arXiv 2311.18828, 2405.14867): the student rolls out a clip chunk by chunk
 with its cache; the gradient of the divergence from the data is the difference of two denoisers, the frozen teacher
-(real) and one that keeps learning the student's clips (fake), both bidirectional.
-
-The student is told a random part of what a clip shows; what its caption leaves open it reads in its start noise, which
-is coupled to the clip (`nasa_video.training.coupling`). The scores of some clips are told what the noise settles as
-well, so that the student is drawn to that clip and not to the most likely one.
+(real) and one that keeps learning the student's clips (fake), both bidirectional. No clip is needed for it, captions
+are; they state everything. What happens where they do not is learnt in `nasa_video.training.reading`.
 
 Shape legend: B batch, T latent frames, C channels, h w latent height and width.
 """
@@ -16,34 +13,31 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from causvid_adapter import CausalWan, FlowMatchSchedule
-from nasa_video.sprites.world import CLIP_CHUNKS, FLAWS, Scenes
+from nasa_video.sprites.captions import caption_for_reading, random_caption, switched_captions
+from nasa_video.sprites.world import ATTRIBUTES, CLIP_CHUNKS, MOTIONS, Scenes, sample_scenes, sample_switches
 from nasa_video.text import TextEncoder
 from nasa_video.training.attention import compile_blocks
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average, load_state, save_state
-from nasa_video.training.coupling import NoiseCoupling, race
-from nasa_video.training.dataset import Draw, Draws, LatentClips, text_a_chunk
+from nasa_video.training.choices import NoiseChoices
+from nasa_video.training.dataset import text_a_chunk
 from nasa_video.training.flow import shifted
 from nasa_video.training.journal import Journal
 from nasa_video.training.latent_detector import LatentDetector, blurred_by_noise, legible, stated_loss
 from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
 from nasa_video.training.parallel import Team, made_ahead
-
-SETTLED_BY_NOISE = frozenset({"size", "background", "weather", *FLAWS})
-"""What the student is to read in its start noise where the caption leaves it open: what changes the whole picture.
-
-Told to read a sprite's colour and motion there as well, it learnt to show no sprite at all: a mean of all of them.
-"""
 
 
 @dataclass(frozen=True)
@@ -53,11 +47,12 @@ class DistillTraining:
     `steps` maps a number of steps to the sampler's timesteps; `step_counts` is what a rollout's number is drawn from.
     `teacher_scale` is the teacher's classifier-free guidance, 1 being none. `short_share` of the iterations roll out
     first chunks alone, as many more as take the same work; `switched_share` of the others roll out clips whose prompt
-    changes between chunks. `hard_share` of the clips that do not switch show what is hardest to draw, told in full;
-    of the others `bare_share` are told one thing alone. The scores of `more_told_share` of the clips are told what the
-    noise settles too. `told_weight` is the weight of the latent detector's gradient towards what the clips are to show,
-    at most `told_limit` times as large as that of the distribution. The detector reads clips with a noise level of at
-    most `told_noise`: without any its gradient is not to be trusted, and a lot of it hides whether a clip is blurry.
+    changes between chunks. `hard_share` of the clips that do not switch show what is hardest to draw. Captions are
+    empty for `empty_share` of the clips, and leave something open for `open_share`: there the start noise decides, of
+    which the scores and the detector are told (for a student that has learnt to read it). `told_weight` is the weight
+    of the latent detector's gradient towards what the clips are to show, at most `told_limit` times as large as that of
+    the distribution. The detector reads clips with a noise level of at most `told_noise`: without any its gradient is
+    not to be trusted, and a lot of it hides whether a clip is blurry.
     """
 
     steps: dict[int, tuple[float, ...]] = field(default_factory=dict)
@@ -79,8 +74,7 @@ class DistillTraining:
     empty_share: float = 0.05
     short_share: float = 0.4
     hard_share: float = 0.25
-    bare_share: float = 0.3
-    more_told_share: float = 0.5
+    open_share: float = 0.0
     switched_share: float = 0.25
     checkpoint_every: int = 25
     sheet_every: int = 50
@@ -163,26 +157,31 @@ def _at_most(x: Tensor, limit: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DistillDraw:
-    """One iteration's rollout: how many steps its sampler has and the one it stops at, and its clips.
+    """One iteration's rollout: how many steps its sampler has and the one it stops at, its start noise and its clips.
 
-    `embeds` are those of the student's captions, `scored_embeds` those of the scores'; `race` are the components of the
-    start noise that are coupled to the clips, and None where these switch.
+    `embeds` are those of the student's captions, `scored_embeds` those of the scores': one a clip, or one a chunk where
+    `switching`. `values` are the scenes' (B,) by name, `told` what the detector says of them.
     """
 
     steps: int
     exit_step: int
-    draw: Draw
     whole: bool
+    noise: NDArray[np.float32]
     embeds: NDArray[np.float32]
     scored_embeds: NDArray[np.float32]
-    race: NDArray[np.float32] | None
+    values: dict[str, NDArray[Any]]
+    told: list[frozenset[str]]
 
 
 @dataclass(frozen=True, eq=False)
-class DistillDraws(Draws[DistillDraw]):
-    """The student's draws."""
+class DistillDraws(Dataset[DistillDraw]):
+    """What the iterations of one member of the team are made of; it follows from the seed and the step alone."""
 
     settings: DistillTraining
+    latent_size: tuple[int, int, int]
+    encoder: TextEncoder
+    seed: int
+    team: Team
 
     def __getitem__(self, step: int) -> DistillDraw:
         settings = self.settings
@@ -190,37 +189,70 @@ class DistillDraws(Draws[DistillDraw]):
         plan = torch.Generator().manual_seed(self.seed * 5_000_011 + step)
         count = settings.step_counts[int(torch.randint(len(settings.step_counts), (1,), generator=plan))]
         exit_step = int(torch.randint(count, (1,), generator=plan))
-        seed = self.seed * 11_000_003 + self.number(step)
-        draw, whole, switching = self._draw(seed, torch.rand(2, generator=plan).tolist())
-        draw = draw.with_some_empty(settings.empty_share, random.Random(seed))
-        embeds = self.encoder(draw.captions).embeds.numpy()
+        kinds = torch.rand(2, generator=plan).tolist()
+        whole = kinds[0] >= settings.short_share
+        switching = whole and kinds[1] < settings.switched_share
+        size = settings.batch_size if whole else settings.batch_size * CLIP_CHUNKS  # as many as take the same work
+        number = self.seed * 11_000_003 + step * self.team.size + self.team.rank
+        generator, rng = torch.Generator().manual_seed(number), random.Random(number)
+        frames = settings.frames_per_chunk * (CLIP_CHUNKS if whole else 1)
+        noise = torch.randn(size, frames, *self.latent_size, generator=generator)
+        scenes = sample_scenes(size, generator)
         if switching:
-            return DistillDraw(count, exit_step, draw, whole, embeds, embeds, None)
-        pool = self.clips if whole else self.short
-        rng = random.Random(seed + 1)
-        scored = [
-            more if rng.random() < settings.more_told_share else caption
-            for more, caption in zip(
-                pool.captions_stating_more(draw, SETTLED_BY_NOISE, seed), draw.captions, strict=True
-            )
-        ]
-        components = race([pool.rows[i] for i in draw.index], draw.stated, torch.Generator().manual_seed(seed))
-        return DistillDraw(
-            count, exit_step, draw, whole, embeds, self.encoder(scored).embeds.numpy(), components.numpy()
-        )
+            captions, scored = _switching(scenes, generator, rng, settings.empty_share)
+            told = [frozenset[str]()] * size
+        else:
+            scenes, captions, scored, told = self._told(_with_hard_ones(scenes, settings.hard_share, rng), noise, rng)
+        values = {f.name: getattr(scenes, f.name).numpy() for f in fields(Scenes)}
+        embeds, scored_embeds = (self.encoder(texts).embeds.numpy() for texts in (captions, scored))
+        return DistillDraw(count, exit_step, whole, noise.numpy(), embeds, scored_embeds, values, told)
 
-    def _draw(self, seed: int, kinds: list[float]) -> tuple[Draw, bool, bool]:
-        """An iteration's clips, whether they are whole, and whether they switch.
-
-        Two numbers in [0, 1) decide of which kind they are.
-        """
+    def _told(
+        self, scenes: Scenes, noise: Tensor, rng: random.Random
+    ) -> tuple[Scenes, list[str], list[str], list[frozenset[str]]]:
+        """The scenes as noise and captions settle them, captions, what the scores read, what the detector is told."""
         settings = self.settings
-        hard, bare = settings.hard_share, settings.bare_share
-        if kinds[1] < settings.short_share:
-            many = settings.batch_size * CLIP_CHUNKS  # first chunks alone: as many as take the same work
-            return self.short.draw(many, seed, hard=hard, bare=bare), False, False
-        switching = kinds[0] < settings.switched_share
-        return self.clips.draw(settings.batch_size, seed, switching, hard=hard, bare=bare), True, switching
+        captions = [
+            caption_for_reading(scenes.row(i), rng)
+            if rng.random() < settings.open_share
+            else random_caption(scenes.row(i), rng, full=True)
+            for i in range(len(scenes))
+        ]
+        scenes = NoiseChoices(self.latent_size, settings.frames_per_chunk).settle(noise, scenes, captions)
+        texts, scored, told = [], [], []
+        for index, caption in enumerate(captions):
+            empty = rng.random() < settings.empty_share
+            texts.append("" if empty else caption.text)
+            scored.append("" if empty else random_caption(scenes.row(index), rng, full=True).text)
+            told.append(frozenset() if empty else frozenset(ATTRIBUTES))
+        return scenes, texts, scored, told
+
+
+def _with_hard_ones(scenes: Scenes, share: float, rng: random.Random) -> Scenes:
+    """The scenes, a share of them with two sprites or with one that spins: what small models draw worst."""
+    values = {f.name: getattr(scenes, f.name).clone() for f in fields(Scenes)}
+    for index in range(len(scenes)):
+        if rng.random() >= share:
+            continue
+        if rng.random() < 0.5:
+            values["count"][index], values["size"][index] = 1, 0
+        else:
+            values["motion"][index] = MOTIONS.index("spinning")
+    return Scenes(**values)
+
+
+def _switching(
+    scenes: Scenes, generator: torch.Generator, rng: random.Random, empty_share: float
+) -> tuple[list[str], list[str]]:
+    """A caption for each chunk of each clip, of scenes that turn into others: the student's, and alike the scores'."""
+    later, chunks = sample_switches(scenes, 1.0, generator)
+    captions = []
+    for index, first in enumerate(chunks.tolist()):
+        before, after = switched_captions(scenes.row(index), later.row(index), rng)
+        if rng.random() < empty_share:
+            before = after = ""
+        captions += [before if chunk < first else after for chunk in range(CLIP_CHUNKS)]
+    return captions, captions
 
 
 class Distillation:
@@ -230,8 +262,7 @@ class Distillation:
         self,
         settings: DistillTraining,
         base: CausalWan,
-        clips: LatentClips,
-        short: LatentClips,
+        latent_size: tuple[int, int, int],
         encoder: TextEncoder,
         seed: int,
         team: Team,
@@ -240,9 +271,7 @@ class Distillation:
     ) -> None:
         self.detector = detector
         self.settings, self.seed, self.team = settings, seed, team
-        self.clips, self.short = clips.to(base.device), short.to(base.device)
-        self.draws = DistillDraws(clips, short, encoder, seed, team, settings)
-        self.coupling = NoiseCoupling.of(short)
+        self.draws = DistillDraws(settings, latent_size, encoder, seed, team)
         self.real = base.eval().requires_grad_(False)
         self.student = copy.deepcopy(base).requires_grad_(True)
         if start_from is not None:
@@ -268,17 +297,14 @@ class Distillation:
         """A rollout, an update of the student on it, and updates of the fake score on it."""
         settings = self.settings
         generator = torch.Generator(self.device)
-        generator.manual_seed(self.seed * 9_000_011 + self.draws.number(step))
-        batch = (self.clips if drawn.whole else self.short).take(drawn.draw)
-        context = text_a_chunk(drawn.embeds, batch.latents, drawn.whole)
-        scored = text_a_chunk(drawn.scored_embeds, batch.latents, drawn.whole)
+        generator.manual_seed(self.seed * 9_000_011 + step * self.team.size + self.team.rank)
+        start = torch.from_numpy(drawn.noise).to(self.device)
+        context = text_a_chunk(drawn.embeds, start, drawn.whole)
+        scored = text_a_chunk(drawn.scored_embeds, start, drawn.whole)
 
         def normal() -> Tensor:
-            return torch.randn(batch.latents.shape, generator=generator, device=self.device)
+            return torch.randn(start.shape, generator=generator, device=self.device)
 
-        start = normal()
-        if drawn.race is not None:
-            start = self.coupling.couple(start, torch.from_numpy(drawn.race))
         warming = step <= settings.fake_warmup
         with torch.set_grad_enabled(not warming):
             steps = settings.steps[drawn.steps]
@@ -290,7 +316,7 @@ class Distillation:
                 self.real, self.fake, clip.detach(), scored, settings.teacher_scale, sigma, normal()
             )
             values["direction"] = float(direction.abs().mean())
-            told = self._told(clip.detach(), batch.scenes, drawn, generator)
+            told = self._told(clip.detach(), drawn, generator)
             values["told"] = float(told.abs().mean())
             direction = direction + _at_most(told, settings.told_limit * _size(direction))
             loss = 0.5 * (clip - (clip - direction).detach()).square().mean()
@@ -304,16 +330,16 @@ class Distillation:
         )
         return values
 
-    def _told(self, clip: Tensor, scenes: Scenes, drawn: DistillDraw, generator: torch.Generator) -> Tensor:
+    def _told(self, clip: Tensor, drawn: DistillDraw, generator: torch.Generator) -> Tensor:
         """What the latent detector would change of the clips so that they show their scenes."""
         settings = self.settings
-        if self.detector is None or settings.told_weight == 0 or drawn.race is None:
+        if self.detector is None or settings.told_weight == 0 or not any(drawn.told):
             return torch.zeros_like(clip)
-        told = [words | SETTLED_BY_NOISE for words in drawn.draw.stated]
+        scenes = Scenes(**{name: torch.from_numpy(value) for name, value in drawn.values.items()})
         clip = clip.requires_grad_(True)
         with torch.enable_grad(), autocast(self.device):
             logits = self.detector(blurred_by_noise(clip, settings.told_noise, generator))
-        loss = stated_loss({n: v.float() for n, v in logits.items()}, scenes, legible(told, scenes))
+        loss = stated_loss({n: v.float() for n, v in logits.items()}, scenes, legible(drawn.told, scenes))
         return torch.nan_to_num(settings.told_weight * torch.autograd.grad(loss, clip)[0])
 
     def _update_fake(self, clip: Tensor, context: Tensor, noise: Tensor, generator: torch.Generator) -> float:
@@ -349,8 +375,7 @@ class Distillation:
 def train_student(
     settings: DistillTraining,
     base: CausalWan,
-    clips: LatentClips,
-    short: LatentClips,
+    latent_size: tuple[int, int, int],
     encoder: TextEncoder,
     folder: Path,
     seed: int,
@@ -366,7 +391,7 @@ def train_student(
     """
     torch.manual_seed(seed)
     averaged = copy.deepcopy(base).eval().requires_grad_(False)
-    game = Distillation(settings, base, clips, short, encoder, seed, team, detector, start_from)
+    game = Distillation(settings, base, latent_size, encoder, seed, team, detector, start_from)
     steps = range(game.load(folder / "student.pt") + 1, settings.iterations + 1)
     for step, drawn in zip(steps, made_ahead(game.draws, steps, base.device), strict=True):
         values = game.iterate(step, drawn)

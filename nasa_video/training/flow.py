@@ -1,7 +1,6 @@
 """Stage one: one transformer that learns to denoise whole clips and chunk by chunk.
 
-It is the multi-step model, the teacher of the distillation (bidirectional) and the start of the student (causal). Its
-noise is coupled to what captions leave open (`nasa_video.training.coupling`).
+It is the multi-step model, the teacher of the distillation (bidirectional) and the start of the student (causal).
 
 Shape legend: B batch, T latent frames, C channels, h w latent height and width.
 """
@@ -20,6 +19,7 @@ from diffusers import WanTransformer3DModel
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from causvid_adapter import CausalWan
 from nasa_video.sprites.world import CLIP_CHUNKS
@@ -27,17 +27,10 @@ from nasa_video.text import TextEncoder
 from nasa_video.training.attention import compile_blocks, trainable
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average, load_state, save_state
-from nasa_video.training.coupling import NoiseCoupling, race
-from nasa_video.training.dataset import ClipBatch, Draw, Draws, LatentClips, text_a_chunk
+from nasa_video.training.dataset import ClipBatch, Draw, LatentClips, text_a_chunk
 from nasa_video.training.journal import Journal
 from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
 from nasa_video.training.parallel import Team, made_ahead
-
-COUPLED_FROM = 0.95
-"""Noise level of the first chunk from which on its noise is coupled to the clip.
-
-Further down a sampler of few steps has put fresh noise into it, which says nothing about the clip.
-"""
 
 
 @dataclass(frozen=True)
@@ -136,23 +129,37 @@ def flow_loss(
 
 @dataclass(frozen=True)
 class FlowDraw:
-    """One iteration's clips, whole or first chunks, and the embeddings of their captions (captions, L, E).
-
-    `race` are the components (B, V) of the noise that are coupled to the clips, and None where these switch.
-    """
+    """One iteration's clips, whole or first chunks, and the embeddings of their captions (captions, L, E)."""
 
     draw: Draw
     whole: bool
     bidirectional: bool
     embeds: NDArray[np.float32]
-    race: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True, eq=False)
-class FlowDraws(Draws[FlowDraw]):
-    """The base's draws."""
+class FlowDraws(Dataset[FlowDraw]):
+    """What the iterations of one member of the team are made of, by step; it follows from the seed and the step alone.
+
+    Args:
+        settings: of the training.
+        clips: whole clips.
+        short: first chunks of clips.
+        encoder: of the captions.
+        seed: of the run.
+        team: whose member draws.
+    """
 
     settings: FlowTraining
+    clips: LatentClips
+    short: LatentClips
+    encoder: TextEncoder
+    seed: int
+    team: Team
+
+    def number(self, step: int) -> int:
+        """Of a member's iteration, which no other member has."""
+        return step * self.team.size + self.team.rank
 
     def __getitem__(self, step: int) -> FlowDraw:
         settings = self.settings
@@ -160,8 +167,8 @@ class FlowDraws(Draws[FlowDraw]):
         # the kind of batch is the same in the whole team, so that nobody waits
         kinds = torch.rand(3, generator=torch.Generator().manual_seed(self.seed * 3_000_017 + step)).tolist()
         whole = kinds[2] >= settings.short_share
-        switching = whole and kinds[0] < settings.switched_share
         if whole:
+            switching = kinds[0] < settings.switched_share
             draw = self.clips.draw(settings.batch_size, seed, switching, hard=settings.hard_share)
         else:
             easy = settings.easy_share * max(0.0, 1 - step / (0.7 * settings.iterations))
@@ -169,12 +176,7 @@ class FlowDraws(Draws[FlowDraw]):
             draw = self.short.draw(size, seed, easy=easy, hard=settings.hard_share)
         draw = draw.with_some_empty(settings.empty_share, random.Random(seed))
         bidirectional = kinds[1] < settings.bidirectional_share or not whole  # one chunk: both are the same
-        embeds = self.encoder(draw.captions).embeds.numpy()
-        if switching:
-            return FlowDraw(draw, whole, bidirectional, embeds, None)
-        rows = (self.clips if whole else self.short).rows
-        components = race([rows[i] for i in draw.index], draw.stated, torch.Generator().manual_seed(seed))
-        return FlowDraw(draw, whole, bidirectional, embeds, components.numpy())
+        return FlowDraw(draw, whole, bidirectional, self.encoder(draw.captions).embeds.numpy())
 
 
 def new_transformer(model: dict[str, Any], device: torch.device) -> CausalWan:
@@ -221,8 +223,7 @@ def train_flow(
         start = int(state["step"])
     clips, short = clips.to(device), short.to(device)
     steps = range(start + 1, settings.iterations + 1)
-    draws = FlowDraws(clips, short, encoder, seed, team, settings)
-    coupling = NoiseCoupling.of(short)
+    draws = FlowDraws(settings, clips, short, encoder, seed, team)
     for step, drawn in zip(steps, made_ahead(draws, steps, device), strict=True):
         number = seed * 1_000_003 + draws.number(step)
         generator = torch.Generator().manual_seed(number)
@@ -231,9 +232,6 @@ def train_flow(
         size, frames = batch.latents.shape[:2]
         noise = torch.randn(batch.latents.shape, generator=torch.Generator(device).manual_seed(number), device=device)
         levels = draw_noise_levels(settings, size, frames, drawn.bidirectional, generator)
-        if drawn.race is not None:
-            starts = (levels.sigma[:, 0] >= COUPLED_FROM).to(noise.device)[:, None, None, None, None]
-            noise = torch.where(starts, coupling.couple(noise, torch.from_numpy(drawn.race)), noise)
         sprite_weight = settings.sprite_weight * min(1.0, (1 - step / settings.iterations) / 0.4)
         loss = flow_loss(model, batch, context, noise, levels, settings, sprite_weight)
         loss.backward()  # type: ignore[no-untyped-call]

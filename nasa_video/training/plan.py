@@ -13,6 +13,7 @@ from nasa_video.training.detector import DetectorTraining
 from nasa_video.training.distill import DistillTraining
 from nasa_video.training.flow import FlowTraining
 from nasa_video.training.latent_detector import LatentDetectorTraining
+from nasa_video.training.reading import ReadingTraining
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class TrainingPlan:
     base: FlowTraining
     latent_detector: LatentDetectorTraining
     student: DistillTraining
+    reading: ReadingTraining
     evaluation: EvaluationSettings
 
     @property
@@ -73,6 +75,7 @@ _STAGES: dict[str, type] = {
     "base": FlowTraining,
     "latent_detector": LatentDetectorTraining,
     "student": DistillTraining,
+    "reading": ReadingTraining,
     "evaluation": EvaluationSettings,
 }
 
