@@ -17,7 +17,9 @@ weights=$run/weights
 cp -r nasa_video/sprites/weights "$weights"
 
 bring_home() {
-    cp "$weights/transformer/diffusion_pytorch_model.safetensors" "$out/student.safetensors"
+    local name=student
+    if [ -e "$run/run/reading.jsonl" ]; then name=reading; fi # the student of before stays beside it
+    cp "$weights/transformer/diffusion_pytorch_model.safetensors" "$out/$name.safetensors"
     cp "$weights/teacher/transformer/diffusion_pytorch_model.safetensors" "$out/teacher.safetensors"
     tar czf "$out/run.tgz" -C "$run" --exclude='*.pt' --exclude='*.safetensors' --exclude=clips --exclude=short-clips .
 }

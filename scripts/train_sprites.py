@@ -1,4 +1,4 @@
-"""Trains the shipped model from nothing: autoencoder, clips, base, few-step student, detector, model card.
+"""Trains the shipped model from nothing: autoencoder, clips, base, few-step student and its reading, detector, card.
 
     python scripts/train_sprites.py                        two CPU cores, hours
     python scripts/train_sprites.py --preset sprites-gpu --device cuda          a quarter of an hour
@@ -193,7 +193,12 @@ class Run:
         return self._read_transformer(folder)
 
     def reading(self) -> CausalWan:
-        """Teaches the student to read in its noise what prompts leave open, or reads the finished one."""
+        """Teaches the student to read in its noise what prompts leave open, or reads the finished one.
+
+        A plan may go without, by no iterations: then it is the student as it was distilled.
+        """
+        if self.plan.reading.iterations == 0:
+            return self.student()
         from nasa_video.text import WordLlamaEncoder
         from nasa_video.training.journal import Journal
         from nasa_video.training.reading import train_reading

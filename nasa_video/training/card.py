@@ -150,6 +150,8 @@ def write_card(path: Path, plan: TrainingPlan, results: dict[str, Any], folder: 
     notes_file = folder / "notes.md"
     notes = f"\n## Notes on this run\n{notes_file.read_text(encoding='utf-8')}" if notes_file.exists() else ""
     steps = "; ".join(f"{n}: {[round(t) for t in ts]}" for n, ts in plan.student.steps.items())
+    read = (folder / "reading.jsonl").exists()
+    reading = ", and a stage in which the student learns to read in its noise what prompts leave open" if read else ""
     path.write_text(
         f"""# Model card: sprites
 
@@ -167,7 +169,7 @@ chosen on.
 - **Recipe**: {_minutes(folder)}. Flow matching: {100 * plan.base.short_share:.0f} % of
   the batches are first chunks alone, the others whole clips, bidirectional or block-causal, and in
   {100 * plan.base.switched_share:.0f} % of these the scene and its caption change between two chunks. Then self-forcing
-  distribution matching with the teacher's guidance at {plan.student.teacher_scale:g}.
+  distribution matching with the teacher's guidance at {plan.student.teacher_scale:g}{reading}.
 - **Hardware**: {hardware}. **Speed** ({platform.machine()}, {torch.get_num_threads()} threads): {speed}.
 - **Licence**: Apache-2.0, weights and data.
 
@@ -175,6 +177,7 @@ chosen on.
 {_table(accuracies)}
 
 Prompts that state each attribute: {", ".join(f"{a} {n}" for a, n in counts.items())}.
+Of two objects shapes and colours are compared as sets: which object has which colour is not measured.
 
 Three chunks after the text changed one value in the middle of a video (n = {plan.evaluation.spread_videos} each), the
 new value is shown: {switched}.
