@@ -5,8 +5,8 @@
     python scripts/measure_variety.py base --teacher 16 --scale 1.75
     python scripts/measure_variety.py student --told --noise
 
-Prints, in percent, the shares among "a circle" to "a ring", how many of 96 captions that state everything are right,
-and in how many videos an attribute has the value that the start noise stands for, beside what chance would give.
+Prints, in percent, the shares among "a circle" to "a ring", how many captions that state everything are right, and in
+how many videos an attribute has the value that the start noise stands for, beside what chance would give.
 """
 
 from __future__ import annotations
@@ -31,14 +31,12 @@ from nasa_video.sprites.world import ATTRIBUTES, SHAPES, Scenes, sample_scenes
 from nasa_video.text import WordLlamaEncoder
 from nasa_video.training.assessment import Studio, accuracy, held_out_prompts, spread
 from nasa_video.training.attention import trainable
-from nasa_video.training.choices import NoiseChoices
+from nasa_video.training.choices import CHUNK_LATENTS, NoiseChoices
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "nasa_video" / "sprites" / "weights"
 PLACES = {"student": "transformer", "base": "teacher/transformer"}
-TIMESTEPS = {4: (1000.0, 900.0, 750.0, 500.0), 2: (1000.0, 750.0), 1: (1000.0,)}
 FIRST_SEED = 7000
-ACCURACY_PROMPTS, ACCURACY_SEED = 96, 77
-CHUNK = 3
+ACCURACY_SEED = 77
 Make = Callable[[Sequence[str], Sequence[int]], Tensor]
 
 
@@ -64,7 +62,7 @@ def stood_for(seeds: Sequence[int], latent_size: tuple[int, int, int], videos: i
     scenes = sample_scenes(len(seeds), torch.Generator().manual_seed(0))
     scenes = replace(scenes, shape=torch.arange(len(SHAPES)).repeat_interleave(videos))
     captions = [Caption("", frozenset({"shape"}))] * len(seeds)
-    return NoiseChoices(latent_size).settle(SeededNoise(seeds, latent_size)(range(CHUNK), 0), scenes, captions)
+    return NoiseChoices(latent_size).settle(SeededNoise(seeds, latent_size)(range(CHUNK_LATENTS), 0), scenes, captions)
 
 
 def agreement(found: dict[str, list[str]], shown: Scenes) -> dict[str, str]:
@@ -94,18 +92,21 @@ def measure(
     first: Annotated[list[str], typer.Argument(help="student, base, or .safetensors files.")],
     mean: Annotated[str, typer.Option(help="A second model, to average the first ones with.")] = "",
     share: Annotated[list[float] | None, typer.Option(help="What the second one counts.")] = None,
-    steps: Annotated[int, typer.Option(help="1, 2 or 4.")] = 4,
+    timesteps: Annotated[str, typer.Option(help="Of the loop.")] = "1000,900,750,500",
     teacher: Annotated[int, typer.Option(help="Euler steps of the bidirectional teacher in place of the loop.")] = 0,
     scale: Annotated[float, typer.Option(help="The teacher's classifier-free guidance, 1 is none.")] = 1.0,
     videos: Annotated[int, typer.Option(help="For each shape.")] = 24,
+    captions: Annotated[int, typer.Option(help="That state everything.")] = 96,
     noise_too: Annotated[bool, typer.Option("--noise", help="Also whether the noise decides.")] = False,
     told: Annotated[
         bool, typer.Option("--told", help="Prompts state what the noise stands for: what reading it would give.")
     ] = False,
 ) -> None:
     """Prints the shares, the accuracy and the agreement with the noise, model by model."""
-    if steps not in TIMESTEPS:
-        raise typer.BadParameter(f"--steps must be 1, 2 or 4, got {steps}")
+    try:
+        steps = tuple(float(t) for t in timesteps.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--timesteps takes numbers with commas between, got {timesteps}") from None
     vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "vae", low_cpu_mem_usage=False).float().eval()
     studio, detector = Studio(vae, WordLlamaEncoder(24)), Detector.load(WEIGHTS / "detector.safetensors")
     texts = [f"a {shape}" for shape in SHAPES for _ in range(videos)]
@@ -113,7 +114,7 @@ def measure(
     decided = stood_for(seeds, studio.latent_size, videos)
     if told:
         texts = [full_caption(decided.row(i), random.Random(i)).text for i in range(len(texts))]
-    prompts = held_out_prompts(ACCURACY_PROMPTS, ACCURACY_SEED)
+    prompts = held_out_prompts(captions, ACCURACY_SEED)
     for name in first:
         for part in (share or [0.5]) if mean else [0.0]:
             weights, other = read(name), read(mean) if mean else None
@@ -122,16 +123,20 @@ def measure(
             def make(texts: Sequence[str], seeds: Sequence[int], model: CausalWan = model) -> Tensor:
                 if teacher:
                     return studio.whole(model, texts, seeds, teacher, scale)
-                return studio.stream(model, texts, seeds, TIMESTEPS[steps])
+                return studio.stream(model, texts, seeds, steps)
 
-            sampler = f"{teacher} Euler steps, guidance {scale:g}" if teacher else f"{steps} steps"
+            sampler = f"{teacher} Euler steps, guidance {scale:g}" if teacher else f"timesteps {timesteps}"
             print(f"\n{name}{f', {part:.0%} of {mean}' if mean else ''}, {sampler}, {len(texts)} videos")
             frames = make(texts, seeds)
             for attribute in ATTRIBUTES:
                 values = spread(detector, frames, attribute).items()
                 print(f"  {attribute}: " + ", ".join(f"{value} {100 * shown:.0f}" for value, shown in values))
-            right = accuracy(detector, make([p.text for p in prompts], range(ACCURACY_PROMPTS)), prompts)
+            shown = make([p.text for p in prompts], range(captions))
+            right = accuracy(detector, shown, prompts)
             print("  right (of): " + ", ".join(f"{a} {100 * hit:.0f} ({n})" for a, (hit, n) in right.items()))
+            found = detector.detect(shown)
+            whole = sum(all(found[a][i] == v for a, v in p.stated.items()) for i, p in enumerate(prompts))
+            print(f"  everything right: {100 * whole / captions:.0f} ({captions})")
             if noise_too:
                 table = agreement(detector.detect(frames), decided)
                 print("  as the noise says (by chance): " + ", ".join(f"{a} {value}" for a, value in table.items()))

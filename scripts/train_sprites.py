@@ -157,9 +157,7 @@ class Run:
             model = train_flow(self.plan.base, self.clips, self.short_clips, encoder, *args, placed)
             if self.team.leads:
                 self._note_hardware()
-                model.transformer.save_pretrained(folder)
-                self._place(model, "teacher/transformer")
-            self.team.wait()
+            self._finish(model, folder, "teacher/transformer")
         return self._read_transformer(folder)
 
     def latent_detector(self) -> LatentDetector:
@@ -186,10 +184,7 @@ class Run:
             base, told = self.base(), self.latent_detector()
             placed = self._placed("transformer") if self.tuned else None
             model = train_student(self.plan.student, base, self.plan.latent_size, encoder, *args, told, placed)
-            if self.team.leads:
-                model.transformer.save_pretrained(folder)
-                self._place(model, "transformer")
-            self.team.wait()
+            self._finish(model, folder, "transformer")
         return self._read_transformer(folder)
 
     def reading(self) -> CausalWan:
@@ -211,10 +206,7 @@ class Run:
             show = self._show("reading", self.plan.student.steps[4])
             args = (encoder, self.folder, self.plan.seed, journal, self.team, show)
             model = train_reading(self.plan.reading, samplers, self.student(), self.plan.latent_size, *args)
-            if self.team.leads:
-                model.transformer.save_pretrained(folder)
-                self._place(model, "transformer")
-            self.team.wait()
+            self._finish(model, folder, "transformer")
         return self._read_transformer(folder)
 
     def card(self) -> None:
@@ -279,6 +271,13 @@ class Run:
         """The package's weights of a model to begin with, where `--continue` asks for it."""
         path = self.weights / what / "diffusion_pytorch_model.safetensors"
         return path if (self.continued or self.tuned) and path.exists() else None
+
+    def _finish(self, model: CausalWan, folder: Path, where: str) -> None:
+        """Keeps a finished transformer in the run's folder and places it in the package's weights."""
+        if self.team.leads:
+            model.transformer.save_pretrained(folder)
+            self._place(model, where)
+        self.team.wait()
 
     def _place(self, model: CausalWan, where: str) -> None:
         """Writes a transformer's float16 copy into the package's weights."""

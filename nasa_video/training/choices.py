@@ -32,6 +32,8 @@ CHOICES: Mapping[str, int] = {
 """Number of values by name, in the order of the directions; plain means, learnt first, go to the first ones."""
 _COMPONENTS = {name: values if values > 2 else 1 for name, values in CHOICES.items()}
 _EDGE = 1e-12
+CHUNK_LATENTS = 3
+"""Latent frames of a chunk."""
 
 
 class NoiseChoices:
@@ -45,7 +47,7 @@ class NoiseChoices:
         ValueError: there are too few channels and frames for all values.
     """
 
-    def __init__(self, latent_size: tuple[int, int, int], frames: int = 3) -> None:
+    def __init__(self, latent_size: tuple[int, int, int], frames: int = CHUNK_LATENTS) -> None:
         channels, height, width = latent_size
         total = sum(_COMPONENTS.values())
         if total > 2 * frames * channels:

@@ -45,30 +45,26 @@ CHUNK_FRAMES = 9
 class Draw:
     """Which B clips a batch holds and what is said of them: all of it that is made without their latents.
 
-    The captions are one a clip (B), or one a chunk (B * chunks, a clip's side by side) where the clips switch. `stated`
-    are the attributes that a clip's captions state; nothing is stated where they switch.
+    The captions are one a clip (B), or one a chunk (B * chunks, a clip's side by side) where the clips switch.
     """
 
     index: list[int]
     captions: list[str]
-    stated: list[frozenset[str]]
 
     def with_some_empty(self, share: float, rng: random.Random) -> Draw:
         """The same clips, the captions of some emptied."""
         per_clip = len(self.captions) // len(self.index)
         dropped = [rng.random() < share for _ in self.index]
         captions = ["" if dropped[i // per_clip] else text for i, text in enumerate(self.captions)]
-        stated = [frozenset() if drop else words for drop, words in zip(dropped, self.stated, strict=True)]
-        return replace(self, captions=captions, stated=stated)
+        return replace(self, captions=captions)
 
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Clean latents (B, T, C, h, w), the sprites' coverage of each latent cell (B, T, 1, h, w), and the B scenes."""
+    """Clean latents (B, T, C, h, w) and the sprites' coverage of each latent cell (B, T, 1, h, w)."""
 
     latents: Tensor
     coverage: Tensor
-    scenes: Scenes
 
 
 def is_easy(row: Mapping[str, int]) -> bool:
@@ -115,7 +111,7 @@ class LatentClips:
     def take(self, draw: Draw) -> ClipBatch:
         """The clips that were drawn, in float32."""
         index = torch.tensor(draw.index, device=self.latents.device)
-        return ClipBatch(self.latents[index].float(), self.coverage[index].float(), self.scenes[index])
+        return ClipBatch(self.latents[index].float(), self.coverage[index].float())
 
     def draw(self, size: int, seed: int, switching: bool = False, easy: float = 0.0, hard: float = 0.0) -> Draw:
         """A draw that follows from the seed alone, of clips that switch or of clips that do not.
@@ -131,10 +127,10 @@ class LatentClips:
         full = [bool(hard and self.hard) and not switching and rng.random() < hard for _ in index]
         index = [rng.choice(self.hard) if told_all else i for told_all, i in zip(full, index, strict=True)]
         if switching:
-            captions = [text for i in index for text in self._switched(i, rng)]
-            return Draw(index, captions, [frozenset()] * size)
-        drawn = [random_caption(self.rows[i], rng, told_all) for told_all, i in zip(full, index, strict=True)]
-        return Draw(index, [c.text for c in drawn], [c.stated for c in drawn])
+            return Draw(index, [text for i in index for text in self._switched(i, rng)])
+        return Draw(
+            index, [random_caption(self.rows[i], rng, all_of_it).text for all_of_it, i in zip(full, index, strict=True)]
+        )
 
     def _switched(self, index: int, rng: random.Random) -> list[str]:
         """A caption for each chunk of one clip."""

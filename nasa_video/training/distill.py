@@ -3,7 +3,7 @@
 Self-Forcing (arXiv 2506.08009) with DMD (arXiv 2311.18828, 2405.14867): the student rolls out a clip chunk by chunk
 with its cache; the gradient of the divergence from the data is the difference of two denoisers, the frozen teacher
 (real) and one that keeps learning the student's clips (fake), both bidirectional. No clip is needed for it, captions
-are; they state everything. What happens where they do not is learnt in `nasa_video.training.reading`.
+are. Most state everything; what happens where they do not is learnt in `nasa_video.training.reading`.
 
 Shape legend: B batch, T latent frames, C channels, h w latent height and width.
 """
@@ -25,19 +25,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from causvid_adapter import CausalWan, FlowMatchSchedule
-from nasa_video.sprites.captions import caption_for_reading, random_caption, switched_captions
+from nasa_video.sprites.captions import leaves_open, random_caption, switched_captions
 from nasa_video.sprites.world import ATTRIBUTES, CLIP_CHUNKS, MOTIONS, Scenes, sample_scenes, sample_switches
 from nasa_video.text import TextEncoder
 from nasa_video.training.attention import compile_blocks
 from nasa_video.training.autoencoder import autocast
-from nasa_video.training.checkpoint import Average, load_state, save_state
-from nasa_video.training.choices import NoiseChoices
+from nasa_video.training.checkpoint import Average
 from nasa_video.training.dataset import text_a_chunk
 from nasa_video.training.flow import shifted
 from nasa_video.training.journal import Journal
 from nasa_video.training.latent_detector import LatentDetector, blurred_by_noise, legible, stated_loss
 from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
-from nasa_video.training.parallel import Team, made_ahead
+from nasa_video.training.parallel import Team
+from nasa_video.training.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class DistillTraining:
     `teacher_scale` is the teacher's classifier-free guidance, 1 being none. `short_share` of the iterations roll out
     first chunks alone, as many more as take the same work; `switched_share` of the others roll out clips whose prompt
     changes between chunks. `hard_share` of the clips that do not switch show what is hardest to draw. Captions are
-    empty for `empty_share` of the clips, and leave something open for `open_share`: there the start noise decides, of
-    which the scores and the detector are told (for a student that has learnt to read it). `told_weight` is the weight
+    empty for `empty_share` of the clips, and state all there is for `full_share` of them. `told_weight` is the weight
     of the latent detector's gradient towards what the clips are to show, at most `told_limit` times as large as that of
     the distribution. The detector reads clips with a noise level of at most `told_noise`: without any its gradient is
     not to be trusted, and a lot of it hides whether a clip is blurry.
@@ -74,7 +73,7 @@ class DistillTraining:
     empty_share: float = 0.05
     short_share: float = 0.4
     hard_share: float = 0.25
-    open_share: float = 0.0
+    full_share: float = 0.7
     switched_share: float = 0.25
     checkpoint_every: int = 25
     sheet_every: int = 50
@@ -159,8 +158,8 @@ def _at_most(x: Tensor, limit: Tensor) -> Tensor:
 class DistillDraw:
     """One iteration's rollout: how many steps its sampler has and the one it stops at, its start noise and its clips.
 
-    `embeds` are those of the student's captions, `scored_embeds` those of the scores': one a clip, or one a chunk where
-    `switching`. `values` are the scenes' (B,) by name, `told` what the detector says of them.
+    `embeds` are those of the captions: one a clip, or one a chunk where they switch. `values` are the scenes' (B,) by
+    name, `told` what the detector says of them.
     """
 
     steps: int
@@ -168,7 +167,6 @@ class DistillDraw:
     whole: bool
     noise: NDArray[np.float32]
     embeds: NDArray[np.float32]
-    scored_embeds: NDArray[np.float32]
     values: dict[str, NDArray[Any]]
     told: list[frozenset[str]]
 
@@ -199,33 +197,24 @@ class DistillDraws(Dataset[DistillDraw]):
         noise = torch.randn(size, frames, *self.latent_size, generator=generator)
         scenes = sample_scenes(size, generator)
         if switching:
-            captions, scored = _switching(scenes, generator, rng, settings.empty_share)
-            told = [frozenset[str]()] * size
+            captions, told = _switching(scenes, generator, rng, settings.empty_share), [frozenset[str]()] * size
         else:
-            scenes, captions, scored, told = self._told(_with_hard_ones(scenes, settings.hard_share, rng), noise, rng)
+            scenes = _with_hard_ones(scenes, settings.hard_share, rng)
+            captions, told = self._captions(scenes, rng)
         values = {f.name: getattr(scenes, f.name).numpy() for f in fields(Scenes)}
-        embeds, scored_embeds = (self.encoder(texts).embeds.numpy() for texts in (captions, scored))
-        return DistillDraw(count, exit_step, whole, noise.numpy(), embeds, scored_embeds, values, told)
+        embeds = self.encoder(captions).embeds.numpy()
+        return DistillDraw(count, exit_step, whole, noise.numpy(), embeds, values, told)
 
-    def _told(
-        self, scenes: Scenes, noise: Tensor, rng: random.Random
-    ) -> tuple[Scenes, list[str], list[str], list[frozenset[str]]]:
-        """The scenes as noise and captions settle them, captions, what the scores read, what the detector is told."""
-        settings = self.settings
-        captions = [
-            caption_for_reading(scenes.row(i), rng)
-            if rng.random() < settings.open_share
-            else random_caption(scenes.row(i), rng, full=True)
-            for i in range(len(scenes))
-        ]
-        scenes = NoiseChoices(self.latent_size, settings.frames_per_chunk).settle(noise, scenes, captions)
-        texts, scored, told = [], [], []
-        for index, caption in enumerate(captions):
-            empty = rng.random() < settings.empty_share
+    def _captions(self, scenes: Scenes, rng: random.Random) -> tuple[list[str], list[frozenset[str]]]:
+        """A caption for each scene, and what the detector says of it: all where nothing is left open."""
+        texts, told = [], []
+        for index in range(len(scenes)):
+            caption = random_caption(scenes.row(index), rng, full=rng.random() < self.settings.full_share)
+            empty = rng.random() < self.settings.empty_share
             texts.append("" if empty else caption.text)
-            scored.append("" if empty else random_caption(scenes.row(index), rng, full=True).text)
-            told.append(frozenset() if empty else frozenset(ATTRIBUTES))
-        return scenes, texts, scored, told
+            everything = caption.stated if leaves_open(caption.stated) else frozenset(ATTRIBUTES)
+            told.append(frozenset() if empty else everything)
+        return texts, told
 
 
 def _with_hard_ones(scenes: Scenes, share: float, rng: random.Random) -> Scenes:
@@ -241,10 +230,8 @@ def _with_hard_ones(scenes: Scenes, share: float, rng: random.Random) -> Scenes:
     return Scenes(**values)
 
 
-def _switching(
-    scenes: Scenes, generator: torch.Generator, rng: random.Random, empty_share: float
-) -> tuple[list[str], list[str]]:
-    """A caption for each chunk of each clip, of scenes that turn into others: the student's, and alike the scores'."""
+def _switching(scenes: Scenes, generator: torch.Generator, rng: random.Random, empty_share: float) -> list[str]:
+    """A caption for each chunk of each clip, of scenes that turn into others."""
     later, chunks = sample_switches(scenes, 1.0, generator)
     captions = []
     for index, first in enumerate(chunks.tolist()):
@@ -252,11 +239,13 @@ def _switching(
         if rng.random() < empty_share:
             before = after = ""
         captions += [before if chunk < first else after for chunk in range(CLIP_CHUNKS)]
-    return captions, captions
+    return captions
 
 
-class Distillation:
+class Distillation(Stage[DistillDraw]):
     """Student, teacher and fake score, and one iteration of their game."""
+
+    PARTS = ("student", "fake", "student_optimiser", "fake_optimiser", "average")
 
     def __init__(
         self,
@@ -300,7 +289,6 @@ class Distillation:
         generator.manual_seed(self.seed * 9_000_011 + step * self.team.size + self.team.rank)
         start = torch.from_numpy(drawn.noise).to(self.device)
         context = text_a_chunk(drawn.embeds, start, drawn.whole)
-        scored = text_a_chunk(drawn.scored_embeds, start, drawn.whole)
 
         def normal() -> Tensor:
             return torch.randn(start.shape, generator=generator, device=self.device)
@@ -313,7 +301,7 @@ class Distillation:
         if not warming:
             sigma = self._sigma(len(clip), generator)
             direction = matching_direction(
-                self.real, self.fake, clip.detach(), scored, settings.teacher_scale, sigma, normal()
+                self.real, self.fake, clip.detach(), context, settings.teacher_scale, sigma, normal()
             )
             values["direction"] = float(direction.abs().mean())
             told = self._told(clip.detach(), drawn, generator)
@@ -326,7 +314,7 @@ class Distillation:
             values["student gradient"] = self.student_optimiser.step(warm_then_linear(progress, flat=0.7))
             self.average.update(self.student)
         values["fake"] = sum(
-            self._update_fake(clip.detach(), scored, normal(), generator) for _ in range(settings.fake_updates)
+            self._update_fake(clip.detach(), context, normal(), generator) for _ in range(settings.fake_updates)
         )
         return values
 
@@ -353,24 +341,6 @@ class Distillation:
         self.fake_optimiser.step(1.0)
         return float(loss.detach()) / self.settings.fake_updates
 
-    def save(self, path: Path, step: int) -> None:
-        """Writes everything that goes on changing."""
-        state = {"step": step, "student": self.student.state_dict(), "fake": self.fake.state_dict()}
-        optimisers = {
-            "student_optimiser": self.student_optimiser.state_dict(),
-            "fake_optimiser": self.fake_optimiser.state_dict(),
-        }
-        save_state(path, {**state, **optimisers, "average": self.average.state_dict()})
-
-    def load(self, path: Path) -> int:
-        """Continues from a file where there is one; returns the steps done."""
-        state = load_state(path)
-        if state is None:
-            return 0
-        for name in ("student", "fake", "student_optimiser", "fake_optimiser", "average"):
-            getattr(self, name).load_state_dict(state[name])
-        return int(state["step"])
-
 
 def train_student(
     settings: DistillTraining,
@@ -392,17 +362,4 @@ def train_student(
     torch.manual_seed(seed)
     averaged = copy.deepcopy(base).eval().requires_grad_(False)
     game = Distillation(settings, base, latent_size, encoder, seed, team, detector, start_from)
-    steps = range(game.load(folder / "student.pt") + 1, settings.iterations + 1)
-    for step, drawn in zip(steps, made_ahead(game.draws, steps, base.device), strict=True):
-        values = game.iterate(step, drawn)
-        if not team.leads:
-            continue
-        journal.record(step, settings.iterations, values)
-        if step % settings.checkpoint_every == 0 or step == settings.iterations:
-            game.save(folder / "student.pt", step)
-        if show is not None and (step % settings.sheet_every == 0 or step == settings.iterations):
-            game.average.copy_to(averaged)
-            show(averaged, step)
-    team.wait()
-    game.average.copy_to(averaged)
-    return averaged
+    return game.run(settings, averaged, folder / "student.pt", journal, show)

@@ -3,8 +3,8 @@
 The noise stands for a value of everything (`nasa_video.training.choices`). A frozen copy of the student gets a caption
 that says it all, the student what a user may say; at the same noise both are to do the same. So a prompt of one word
 shows as many backgrounds, motions and flaws as the data has, each as well as if it had been asked for, and no clip and
-no teacher is needed. Two more losses make that quick (docs/variety.md): every token of an early block names the
-values, since an error in latents hardly tells what was not read; and later blocks are to compute what the copy's do.
+no teacher is needed. There are two more losses: every token of an early block names the values, since an error in
+latents hardly tells what was not read (docs/variety.md), and later blocks are to compute what the copy's do.
 
 Shape legend: B batch, T latent frames of a chunk, C channels, h w latent height and width, D width of the transformer.
 """
@@ -23,21 +23,20 @@ import torch
 import torch.nn.functional as nn_f
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from causvid_adapter import CausalWan, FlowMatchSchedule
 from nasa_video.sprites.captions import caption_for_reading, leaves_open, random_caption
 from nasa_video.sprites.world import CLIP_CHUNKS, sample_scenes
 from nasa_video.text import TextEncoder
 from nasa_video.training.autoencoder import autocast
-from nasa_video.training.checkpoint import Average, load_state, save_state
-from nasa_video.training.choices import CHOICES, NoiseChoices
+from nasa_video.training.checkpoint import Average
+from nasa_video.training.choices import CHOICES, CHUNK_LATENTS, NoiseChoices
 from nasa_video.training.distill import rollout
 from nasa_video.training.journal import Journal
 from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
-from nasa_video.training.parallel import Team, made_ahead
-
-FRAMES = 3
-"""Latent frames of a chunk."""
+from nasa_video.training.parallel import Team
+from nasa_video.training.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class ReadingDraw:
 
 
 @dataclass(frozen=True, eq=False)
-class ReadingDraws(torch.utils.data.Dataset[ReadingDraw]):
+class ReadingDraws(Dataset[ReadingDraw]):
     """Draws by iteration: they follow from the seed and the iteration alone."""
 
     settings: ReadingTraining
@@ -102,7 +101,7 @@ class ReadingDraws(torch.utils.data.Dataset[ReadingDraw]):
         timesteps = plan.choice([steps for steps in self.samplers if len(steps) > 1])
         last = plan.randrange(1, len(timesteps)) if not early and plan.random() < self.settings.later_share else 0
         whole = not early and plan.random() < self.settings.whole_share
-        frames = FRAMES * (plan.randint(2, CLIP_CHUNKS) if whole else 1)
+        frames = CHUNK_LATENTS * (plan.randint(2, CLIP_CHUNKS) if whole else 1)
         number = (self.seed * 11_000_003 + step) * self.team.size + self.team.rank
         generator, rng = torch.Generator().manual_seed(number), random.Random(number)
         size = max(1, self.settings.batch_size // CLIP_CHUNKS) if whole else self.settings.batch_size
@@ -123,8 +122,10 @@ class ReadingDraws(torch.utils.data.Dataset[ReadingDraw]):
         )
 
 
-class Reading:
+class Reading(Stage[ReadingDraw]):
     """The student, its frozen copy, and one iteration."""
+
+    PARTS = ("student", "head", "optimiser", "head_optimiser", "average")
 
     def __init__(
         self,
@@ -137,7 +138,7 @@ class Reading:
         team: Team,
     ) -> None:
         self.settings, self.team, self.device = settings, team, student.device
-        self.draws = ReadingDraws(settings, samplers, NoiseChoices(latent_size, FRAMES), encoder, seed, team)
+        self.draws = ReadingDraws(settings, samplers, NoiseChoices(latent_size), encoder, seed, team)
         self.told = student.eval().requires_grad_(False)
         self.student = copy.deepcopy(student).requires_grad_(True)
         width = student.transformer.config.num_attention_heads * student.transformer.config.attention_head_dim
@@ -192,18 +193,18 @@ class Reading:
         generator = torch.Generator(self.device).manual_seed(drawn.seed)
         schedule = FlowMatchSchedule(1.0, drawn.timesteps)
         noise, t = torch.from_numpy(drawn.noise).to(self.device), drawn.timesteps[0]
-        before, x = noise[:, :-FRAMES], noise[:, -FRAMES:]
+        before, x = noise[:, :-CHUNK_LATENTS], noise[:, -CHUNK_LATENTS:]
         if before.shape[1]:
             last = len(drawn.timesteps) - 1
             with torch.no_grad():
-                before = rollout(self.told, told_context, before, drawn.timesteps, last, FRAMES, generator)
+                before = rollout(self.told, told_context, before, drawn.timesteps, last, CHUNK_LATENTS, generator)
 
         def flow_of(model: CausalWan, text: Tensor) -> Tensor:
             """Of the last chunk, after a clean beginning."""
             levels = torch.cat((torch.zeros_like(before[:, :, 0, 0, 0]), torch.full_like(x[:, :, 0, 0, 0], t)), 1)
             with autocast(self.device):
-                flow: Tensor = model(torch.cat((before, x), 1), levels, text, frames_per_chunk=FRAMES)
-            return flow[:, -FRAMES:].float()
+                flow: Tensor = model(torch.cat((before, x), 1), levels, text, frames_per_chunk=CHUNK_LATENTS)
+            return flow[:, -CHUNK_LATENTS:].float()
 
         with torch.no_grad():
             wanted = flow_of(self.told, told_context)
@@ -233,22 +234,6 @@ class Reading:
             right = right + ((answer.argmax(2) == wanted).float().mean(1) * decided).sum()
             count += int(decided.sum())
         return {"read": total, "right": right / max(count, 1)}
-
-    def save(self, path: Path, step: int) -> None:
-        """Writes everything that goes on changing."""
-        save_state(path, {"step": step, **{name: getattr(self, name).state_dict() for name in _STATE}})
-
-    def load(self, path: Path) -> int:
-        """Continues from a file where there is one; returns the iterations done."""
-        state = load_state(path)
-        if state is None:
-            return 0
-        for name in _STATE:
-            getattr(self, name).load_state_dict(state[name])
-        return int(state["step"])
-
-
-_STATE = ("student", "head", "optimiser", "head_optimiser", "average")
 
 
 def _first_blocks(model: CausalWan, number: int) -> CausalWan:
@@ -291,17 +276,4 @@ def train_reading(
     torch.manual_seed(seed)
     averaged = copy.deepcopy(student).eval().requires_grad_(False)
     stage = Reading(settings, samplers, student, latent_size, encoder, seed, team)
-    steps = range(stage.load(folder / "reading.pt") + 1, settings.iterations + 1)
-    for step, drawn in zip(steps, made_ahead(stage.draws, steps, student.device), strict=True):
-        values = stage.iterate(step, drawn)
-        if not team.leads:
-            continue
-        journal.record(step, settings.iterations, values)
-        if step % settings.checkpoint_every == 0 or step == settings.iterations:
-            stage.save(folder / "reading.pt", step)
-        if show is not None and (step % settings.sheet_every == 0 or step == settings.iterations):
-            stage.average.copy_to(averaged)
-            show(averaged, step)
-    team.wait()
-    stage.average.copy_to(averaged)
-    return averaged
+    return stage.run(settings, averaged, folder / "reading.pt", journal, show)
