@@ -104,6 +104,10 @@ def generate(
             show_default="the model's",
         ),
     ] = None,
+    extend_prompt: Annotated[
+        bool,
+        typer.Option("--extend-prompt", help="Write into PROMPT what it leaves open, as the seed has it (sprites)."),
+    ] = False,
     split: Annotated[
         bool, typer.Option("--split", help="One video on all processes of a torchrun, each with its GPU.")
     ] = False,
@@ -126,6 +130,7 @@ def generate(
         decode_ahead=decode_ahead,
         rollout=rollout,
         split=split,
+        extend_prompt=extend_prompt,
         **video.asked,
         **load.asked,
         **guide.asked,

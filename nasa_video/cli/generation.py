@@ -83,6 +83,7 @@ class Request:
     rollout: int | None = None
     window: StoredWindow = field(default_factory=StoredWindow)
     split: bool = False
+    extend_prompt: bool = False
     rank: int = 0
     """Of a split run, whose processes all make the video; the first writes it."""
 
@@ -113,6 +114,11 @@ def run(
     if request.fps is not None and not (math.isfinite(request.fps) and 0 < request.fps <= 240):
         raise InputError(f"fps must be above 0 and at most 240, got {request.fps}")
     name = str(_first(request.model, given and given.model, stored and stored.model, DEFAULT_MODEL))
+    if request.extend_prompt and find_preset(name).vocabulary != "sprites":
+        raise InputError(
+            f"--extend-prompt knows the words of the sprites model, not those of {name}; have a language model write "
+            "the details into the prompt, as Wan's own tools do"
+        )
     loras = tuple(parse_lora(text) for text in request.loras) or (stored.loras if stored else ())
     placement = _placement(request, stored, timeline, name, say)
     window = request.window.over(stored.window if stored else StoredWindow())
@@ -120,6 +126,9 @@ def run(
     pipeline = pipeline.with_sampler(window.of(pipeline.preset.sampler))
     recipe = _resolve(request, stored, timeline, name, pipeline)
     recipe = recipe.model_copy(update={"loras": loras, "placement": placement, "window": window})
+    if request.extend_prompt:
+        recipe = _with_extended_prompts(recipe, pipeline)
+        say(f"prompt: {recipe.prompt}")
     start = None
     if recipe.start is not None:
         start = read_start(recipe.start, pipeline, recipe.width, recipe.height)
@@ -267,6 +276,20 @@ def _resolve(
         version=__version__,
     )
     return recipe.model_copy(update={"guidance": store_guidance(_guidance(request, stored, recipe, pipeline))})
+
+
+def _with_extended_prompts(recipe: Recipe, pipeline: VideoPipeline) -> Recipe:
+    """The recipe with what its prompts leave open written into them; all of them by the video's seed."""
+    from nasa_video.sprites.prompt_extension import extend_prompt
+
+    def extended(prompt: str | None) -> str | None:
+        return None if prompt is None else extend_prompt(prompt, recipe.seed, pipeline.text_encoder)
+
+    timeline = recipe.timeline
+    if timeline is not None:
+        entries = tuple(e.model_copy(update={"prompt": extended(e.prompt)}) for e in timeline.timeline)
+        timeline = timeline.model_copy(update={"timeline": entries})
+    return recipe.model_copy(update={"prompt": extended(recipe.prompt), "timeline": timeline})
 
 
 def _guidance(request: Request, stored: Recipe | None, recipe: Recipe, pipeline: VideoPipeline) -> Guidance | None:

@@ -225,7 +225,8 @@ def _phrase(attribute: str, value: str, rng: random.Random) -> str:
     return choices[0] if rng.random() < 0.6 else rng.choice(choices)
 
 
-def _article(phrase: str) -> str:
+def article(phrase: str) -> str:
+    """The phrase with "a" or "an" before it."""
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
@@ -240,14 +241,14 @@ def _object(names: Mapping[str, str], stated: frozenset[str], suffix: str, rng: 
 def _subject(names: Mapping[str, str], stated: frozenset[str], rng: random.Random) -> str:
     first = _object(names, stated, "", rng)
     if "count" not in stated:
-        return _article(first)
+        return article(first)
     if names["count"] == "one":
-        return _article(first) if rng.random() < 0.7 else "one " + first
+        return article(first) if rng.random() < 0.7 else "one " + first
     if not stated & {"shape", "colour"}:
         words = [_phrase(a, names[a], rng) for a in ("size", "texture") if a in stated]
         return " ".join(["two", *words, rng.choice(("objects", "shapes"))])
     second = _object(names, stated - {"size", "texture"}, "2", rng)
-    return f"{_article(first)} and {_article(second)}"
+    return f"{article(first)} and {article(second)}"
 
 
 def _background(value: str, rng: random.Random) -> str:

@@ -72,7 +72,7 @@ _GRAMMAR = frozenset(
         "around",
     ]
 )
-_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
+WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 
 
 @lru_cache(maxsize=1)
@@ -96,7 +96,7 @@ def unknown_words(prompt: str, encoder: TextEncoder | None = None) -> list[str]:
         encoder: with a text encoder a word also counts as known when it is near to a known word, such as a plural.
     """
     known = known_words()
-    words = list(dict.fromkeys(word for word in _WORD.findall(prompt.lower()) if not _is_form_of(word, known)))
+    words = list(dict.fromkeys(word for word in WORD.findall(prompt.lower()) if not _is_form_of(word, known)))
     if encoder is None or not words:
         return words
     nearest = (_embed(words, encoder) @ _embed(list(content_words()), encoder).T).amax(1)
@@ -109,12 +109,15 @@ def nearest_known(word: str, encoder: TextEncoder, count: int = 3) -> list[str]:
     return [content_words()[i] for i in cosine.topk(count).indices.tolist()]
 
 
+def stems(word: str) -> list[str]:
+    """What may stand behind a form: the singular, or the verb and its "ing" behind "jumps" and "bounced"."""
+    endings = ("s", "es", "ed", "d", "y", "ly", "ish")
+    bare = [stem for ending in endings if word.endswith(ending) and len(stem := word.removesuffix(ending)) > 2]
+    return [form for stem in bare for form in (stem, stem + "ing", stem[:-1] + "ing")]
+
+
 def _is_form_of(word: str, known: frozenset[str]) -> bool:
-    """The word itself, its singular, or the verb behind "jumps" and "bounced"."""
-    if word in known:
-        return True
-    stems = {word.removesuffix(ending) for ending in ("s", "es", "ed", "d", "y", "ly", "ish") if word.endswith(ending)}
-    return any(stem in known or stem + "ing" in known or stem[:-1] + "ing" in known for stem in stems if len(stem) > 2)
+    return word in known or any(stem in known for stem in stems(word))
 
 
 def _embed(words: list[str], encoder: TextEncoder) -> Tensor:

@@ -35,8 +35,11 @@ class HeldOutPrompt:
     stated: dict[str, str]
 
 
-def held_out_prompts(n: int, seed: int) -> list[HeldOutPrompt]:
-    """n full captions from the held-out twentieth, of scenes drawn with this seed."""
+def held_out_prompts(n: int, seed: int, showing: str | None = None) -> list[HeldOutPrompt]:
+    """n full captions from the held-out twentieth, of scenes drawn with this seed.
+
+    With `showing` only those of scenes that have a texture, weather or flaw, and nothing else counts as stated.
+    """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     prompts: list[HeldOutPrompt] = []
@@ -44,11 +47,23 @@ def held_out_prompts(n: int, seed: int) -> list[HeldOutPrompt]:
         scenes = sample_scenes(64, generator)
         for index in range(64):
             row = scenes.row(index)
+            if showing and not row[showing]:
+                continue
             caption = held_out_caption(row, rng)
             if caption is not None and len(prompts) < n:
                 names = _expected(value_names(row))
-                prompts.append(HeldOutPrompt(caption.text, {a: names[a] for a in sorted(caption.stated)}))
+                counted = [showing] if showing else sorted(caption.stated)
+                prompts.append(HeldOutPrompt(caption.text, {a: names[a] for a in counted}))
     return prompts
+
+
+def rare_prompts(prompts: Sequence[HeldOutPrompt], at_least: int, seed: int) -> list[HeldOutPrompt]:
+    """As many more as it takes until each texture, weather and flaw is stated by `at_least` prompts."""
+    more = []
+    for number, name in enumerate(("texture", "weather", *FLAWS)):
+        missing = at_least - sum(name in prompt.stated for prompt in prompts)
+        more += held_out_prompts(max(missing, 0), seed + number, showing=name)
+    return more
 
 
 def _expected(names: dict[str, str]) -> dict[str, str]:

@@ -11,14 +11,16 @@ import torch
 
 from causvid_adapter import CausalWan
 from nasa_video.sprites.detectors import Detector
+from nasa_video.sprites.prompt_extension import extend_prompt
 from nasa_video.sprites.renderer import render
-from nasa_video.sprites.world import ATTRIBUTES, SHAPES
+from nasa_video.sprites.world import ATTRIBUTES, FLAWS, SHAPES
 from nasa_video.training.assessment import (
     HeldOutPrompt,
     Studio,
     accuracy,
     data_spread,
     held_out_prompts,
+    rare_prompts,
     seconds_for,
     spread,
     switch_accuracy,
@@ -36,10 +38,15 @@ def measure(
     settings = plan.evaluation
     prompts = held_out_prompts(settings.prompts, settings.prompt_seed)
     texts, seeds = [p.text for p in prompts], [settings.prompt_seed + i for i in range(len(prompts))]
+    rare = rare_prompts(prompts, settings.stated_at_least, settings.prompt_seed + 100)
     results: dict[str, Any] = {"detector": _detector_tables(plan, studio, detector), "accuracy": {}, "spread": {}}
     for count, timesteps in sorted(plan.student.steps.items(), reverse=True):
         name = f"student, {count} step{'s' if count > 1 else ''}"
-        results["accuracy"][name] = accuracy(detector, studio.stream(student, texts, seeds, timesteps), prompts)
+        more = [settings.prompt_seed + len(seeds) + i for i in range(len(rare))]
+        frames = studio.stream(student, [*texts, *(p.text for p in rare)], [*seeds, *more], timesteps)
+        results["accuracy"][name] = accuracy(detector, frames, [*prompts, *rare])
+    first = slice(settings.teacher_prompts)
+    prompts, texts, seeds = prompts[first], texts[first], seeds[first]
     results["accuracy"]["base, 4 steps, causal"] = accuracy(
         detector, studio.stream(base, texts, seeds, plan.student.steps[4]), prompts
     )
@@ -66,25 +73,26 @@ def _detector_tables(plan: TrainingPlan, studio: Studio, detector: Detector) -> 
 
 
 def spread_tables(plan: TrainingPlan, studio: Studio, detector: Detector, student: CausalWan) -> dict[str, Any]:
-    """Shares of unstated attributes: prompts that name a shape and nothing else, beside the data's shares."""
+    """Shares of unstated attributes, by name and column.
+
+    Prompts that name a shape and nothing else, the same prompts extended, and the data.
+    """
     n, steps = plan.evaluation.spread_videos, plan.student.steps[4]
-    # seeds of its own for every shape: much of what a prompt leaves open is decided by the noise
-    frames = {
-        shape: studio.stream(student, [f"a {shape}"] * n, range(57000 + n * i, 57000 + n * (i + 1)), steps)
-        for i, shape in enumerate(SHAPES)
+    texts = [f"a {shape}" for shape in SHAPES for _ in range(n)]
+    # seeds of its own for every video: much of what a prompt leaves open is decided by the noise
+    seeds = range(57000, 57000 + len(texts))
+    columns = {
+        "model": texts,
+        "model, prompt extended": [extend_prompt(text, seed) for text, seed in zip(texts, seeds, strict=True)],
     }
-    everything = torch.cat(list(frames.values()))
-    tables: dict[str, Any] = {
-        name: {"model": spread(detector, everything, name), "data": data_spread(name, {})}
-        for name in _SPREAD_ATTRIBUTES
-    }
-    for flaw in ("blurry", "noisy", "dim", "flickering", "pixelated", "watermark", "border"):
-        tables[flaw] = {"model": spread(detector, everything, flaw), "data": data_spread(flaw, {})}
-    star = frames["star"]
-    tables["colour of a star"] = {
-        "model": spread(detector, star, "colour"),
-        "data": data_spread("colour", {"shape": "star"}),
-    }
+    frames = {column: studio.stream(student, prompts, seeds, steps) for column, prompts in columns.items()}
+    tables: dict[str, Any] = {}
+    for name in (*_SPREAD_ATTRIBUTES, *FLAWS):
+        tables[name] = {column: spread(detector, shown, name) for column, shown in frames.items()}
+        tables[name]["data"] = data_spread(name, {})
+    stars = slice(n * SHAPES.index("star"), n * (SHAPES.index("star") + 1))
+    tables["colour of a star"] = {column: spread(detector, shown[stars], "colour") for column, shown in frames.items()}
+    tables["colour of a star"]["data"] = data_spread("colour", {"shape": "star"})
     return tables
 
 
@@ -137,12 +145,16 @@ def _minutes(folder: Path) -> str:
 def write_card(path: Path, plan: TrainingPlan, results: dict[str, Any], folder: Path) -> None:
     """Writes the model card as Markdown."""
     accuracies = {name: {a: share for a, (share, _) in column.items()} for name, column in results["accuracy"].items()}
-    counts = {a: n for column in results["accuracy"].values() for a, (_, n) in column.items()}
+    counts, fewer = (
+        ", ".join(f"{a} {n}" for a, (_, n) in results["accuracy"][name].items())
+        for name in (next(iter(results["accuracy"])), "base, 4 steps, causal")
+    )
     spreads = [
-        f"| {name} | " + ", ".join(f"{v} {_percent(s)}" for v, s in table["model"].items()) + " | "
-        + ", ".join(f"{v} {_percent(s)}" for v, s in table["data"].items()) + " |"
+        f"| {name} | "
+        + " | ".join(", ".join(f"{v} {_percent(s)}" for v, s in column.items()) for column in table.values())
+        + " |"
         for name, table in results["spread"].items()
-    ]  # fmt: skip
+    ]
     switched = ", ".join(f"{name} {_percent(value)}" for name, value in results["switches"].items())
     hardware = (folder / "hardware.txt").read_text(encoding="utf-8")
     speed = "; ".join(f"{name} {value:.2f}" for name, value in results["speed"].items())
@@ -176,7 +188,7 @@ chosen on.
 ## Accuracy on held-out captions that state everything, %
 {_table(accuracies)}
 
-Prompts that state each attribute: {", ".join(f"{a} {n}" for a, n in counts.items())}.
+Prompts that state each attribute: {counts}; of base and teacher {fewer}.
 Of two objects shapes and colours are compared as sets: which object has which colour is not measured.
 
 Three chunks after the text changed one value in the middle of a video (n = {plan.evaluation.spread_videos} each), the
@@ -185,10 +197,11 @@ new value is shown: {switched}.
 In the last 33 of 285 frames (window 9, sink 3 latent frames, n = {plan.evaluation.long_prompts}): {long}.
 
 ## Spread: attributes that the prompt does not state, %
-Prompts "a circle" to "a ring", {plan.evaluation.spread_videos} each, 4 steps.
+Prompts "a circle" to "a ring", {plan.evaluation.spread_videos} each, 4 steps; extended as by
+`--extend-prompt`, which writes what a prompt leaves open, drawn by the video's seed.
 
-| | model | data |
-|---|---|---|
+| | model | model, prompt extended | data |
+|---|---|---|---|
 {chr(10).join(spreads)}
 
 ## The detectors' own accuracy on unseen clips, %

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -217,16 +217,22 @@ class DistillDraws(Dataset[DistillDraw]):
         return texts, told
 
 
+HARDEST: tuple[Mapping[str, int], ...] = (
+    {"count": 1, "size": 0},
+    {"motion": MOTIONS.index("spinning")},
+    {"blurry": 1},
+    {"pixelated": 1},
+)
+"""What small models draw worst: two sprites, which are small, one that spins, and flaws that weather or stars hide."""
+
+
 def _with_hard_ones(scenes: Scenes, share: float, rng: random.Random) -> Scenes:
-    """The scenes, a share of them with two sprites or with one that spins: what small models draw worst."""
+    """The scenes, a share of them changed to something out of `HARDEST`."""
     values = {f.name: getattr(scenes, f.name).clone() for f in fields(Scenes)}
     for index in range(len(scenes)):
-        if rng.random() >= share:
-            continue
-        if rng.random() < 0.5:
-            values["count"][index], values["size"][index] = 1, 0
-        else:
-            values["motion"][index] = MOTIONS.index("spinning")
+        if rng.random() < share:
+            for name, value in rng.choice(HARDEST).items():
+                values[name][index] = value
     return Scenes(**values)
 
 

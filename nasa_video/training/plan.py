@@ -33,10 +33,14 @@ class DatasetSettings:
 class EvaluationSettings:
     """What the model card measures: prompts that nothing was chosen on, and the teacher's sampler.
 
-    `spread_videos` are made for each shape; `long_prompts` are rolled out to eight times the training length.
+    The student gets `prompts` of them, and more until each texture, weather and flaw is stated by `stated_at_least`;
+    base and teacher the first `teacher_prompts`. `spread_videos` are made for each shape; `long_prompts` are rolled
+    out to eight times the training length.
     """
 
-    prompts: int = 240
+    prompts: int = 320
+    stated_at_least: int = 60
+    teacher_prompts: int = 120
     prompt_seed: int = 20260101
     teacher_steps: int = 20
     teacher_scale: float = 2.0

@@ -63,6 +63,27 @@ def test_no_guidance_scale_zero_and_no_negative_are_one_video(nasa_video: Run) -
     assert not np.array_equal(plain, guided)
 
 
+def test_a_prompt_is_extended_as_its_seed_has_it_and_stored_so(nasa_video: Run) -> None:
+    Path("t.yaml").write_text("timeline:\n- {at: 0, prompt: a star}\n- {at: 0.8, prompt: a heart}\n")
+    options = ["--timeline", "t.yaml", "--extend-prompt", "--steps", "1", "--frames", "21"]
+    done = nasa_video("generate", *options, "--seed", "3", "-o", "a/")
+    nasa_video("generate", *options, "--seed", "4", "-o", "b/")
+    recipes = [read_metadata(name)["nasa_video"] for name in ("a/", "b/")]
+    prompts = [[entry["prompt"] for entry in recipe["timeline"]["timeline"]] for recipe in recipes]
+    assert prompts[0] != prompts[1]
+    assert [text.split(",")[0] for text in prompts[0]] == ["a star", "a heart"]
+    assert all(recipe["prompt"] == texts[0] != "a star" for recipe, texts in zip(recipes, prompts, strict=True))
+    assert f"prompt: {recipes[0]['prompt']}" in " ".join(done.stderr.split())
+    assert nasa_video("generate", "--from", "a/", "-o", "c/").status == 0
+    assert Path("a/000020.png").read_bytes() == Path("c/000020.png").read_bytes()
+
+
+def test_only_the_sprites_have_words_to_extend_a_prompt_with(nasa_video: Run) -> None:
+    done = nasa_video("generate", "a cat", "--extend-prompt", "--model", "causvid", "-o", "a.mp4")
+    assert done.status == 1
+    assert "language model" in done.stderr
+
+
 @pytest.mark.parametrize("method", ["nasa", "nasa-centred", "nag", "vsf", "cfg"])
 def test_every_method_runs_and_reports_its_effect(nasa_video: Run, method: str) -> None:
     done = nasa_video(
