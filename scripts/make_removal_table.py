@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import subprocess
 from collections import defaultdict
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,12 +30,21 @@ CANDIDATES = {
     "cfg": ("cfg:1.5", "cfg:2", "cfg:3", "cfg:4", "cfg:6"),
     "nasa": ("nasa:0.5", "nasa:0.75", "nasa:1", "nasa:1.25", "nasa+nopad:0.05", "nasa+nopad:0.1", "nasa+nopad:0.2"),
     "nasa-centred+even": tuple(f"nasa-centred+even:{scale}" for scale in (0.5, 0.75, 1, 1.25, 1.5)),
-    "nasa-centred": tuple(f"nasa-centred:{scale}" for scale in (0.4, 0.5, 0.6, 0.75, 0.9)),
+    "nasa-centred": tuple(f"nasa-centred:{scale}" for scale in (0.2, 0.25, 0.3, 0.35, 0.4, 0.5)),
     "nag": ("nag:2", "nag:3", "nag:5", "nag:9", "nag+nopad:1.5", "nag+nopad:2", "nag+nopad:3"),
     "vsf": ("vsf:0.7", "vsf:1", "vsf:1.4", "vsf:2", "vsf+pad:1", "vsf+pad:1.4"),
 }
 KINDS = ("unmentioned", "stated", "conflict")
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _How:
+    """What the cells are made on; journals of one device and number of processes are not read by another."""
+
+    processes: int
+    device: str
+    batch: int
 
 
 def main(
@@ -49,14 +59,17 @@ def main(
         ",".join(CANDIDATES["cfg"])
     ),
     processes: Annotated[int, typer.Option(help="Processes side by side.")] = os.cpu_count() or 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda; all processes share one GPU.")] = "cpu",
+    batch: Annotated[int, typer.Option(help="Videos made at once.")] = 24,
     folder: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = ROOT / "runs" / "removal",
     docs: Annotated[Path, typer.Option(help="Where the report is written.")] = ROOT / "docs",
 ) -> None:
     """Chooses, reports, writes."""
     weights = _weights_hash()
-    folder = folder / _everything_hash()[:12]
+    folder = folder / f"{_everything_hash()[:12]}-{device}-{processes}"
     every = [label for labels in CANDIDATES.values() for label in labels]
-    chosen_on = _table(folder / "choose", every, [4], choose_attributes.split(","), "choose", choose_n, processes)
+    how = _How(processes, device, batch)
+    chosen_on = _table(folder / "choose", every, [4], choose_attributes.split(","), "choose", choose_n, how)
     best = {family: _best(chosen_on, labels) for family, labels in CANDIDATES.items()}
     # every scale of classifier-free guidance: the table must show that no other would have done better
     reported = list(dict.fromkeys([*best.values(), *(label for label in also.split(",") if label)]))
@@ -67,7 +80,7 @@ def main(
         attributes.split(",") if attributes else None,
         "report",
         n,
-        processes,
+        how,
     )
     plot(chosen_on, docs / "images" / "removal-choosing.png")
     plot(rows, docs / "images" / "removal.png")
@@ -83,14 +96,14 @@ def _table(
     attributes: list[str] | None,
     split: str,
     n: int,
-    processes: int,
+    how: _How,
 ) -> list[Row]:
     """All cells, made by several processes with a journal each."""
     folder.mkdir(parents=True, exist_ok=True)
-    shares = [(labels, steps, attributes, split, n, folder / f"{i}.jsonl", i, processes) for i in range(processes)]
-    if processes == 1:
+    shares = [(labels, steps, attributes, split, n, folder / f"{i}.jsonl", i, how) for i in range(how.processes)]
+    if how.processes == 1:
         return _share(*shares[0])
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+    with multiprocessing.get_context("spawn").Pool(how.processes) as pool:
         return [row for part in pool.starmap(_share, shares, chunksize=1) for row in part]
 
 
@@ -102,24 +115,24 @@ def _share(
     n: int,
     journal: Path,
     index: int,
-    processes: int,
+    how: _How,
 ) -> list[Row]:
-    """Every process's share of the cells: one in `processes`."""
+    """Every process's share of the cells: one in as many as there are processes."""
     import torch
 
     from nasa_video.evaluation.removal import SpritesJudge, cells, parse_methods, removal_table
     from nasa_video.pipeline import VideoPipeline
 
-    if processes > 1:
+    if how.processes > 1:
         torch.set_num_threads(1)
-    pipeline = VideoPipeline.from_pretrained("sprites")
+    pipeline = VideoPipeline.from_pretrained("sprites", how.device)
     plan = []
     for kind in KINDS:
         from nasa_video.evaluation.cases import attributes_of
 
         here = [a for a in attributes_of(kind) if attributes is None or a in attributes]  # type: ignore[arg-type]
         plan += list(cells(parse_methods(",".join(labels), pipeline), steps, [kind], here))  # type: ignore[list-item]
-    mine = plan[index::processes]
+    mine = plan[index :: how.processes]
     done = 0
 
     def tell(cell: object, row: Row) -> None:
@@ -135,7 +148,7 @@ def _share(
         n=n,
         split=split,
         frames=33,
-        batch=24,
+        batch=how.batch,
         journal=journal,
         tell=tell,  # type: ignore[arg-type]
     )

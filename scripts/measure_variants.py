@@ -38,6 +38,7 @@ from nasa_video.guidance import (
     ScaleSchedule,
     Vsf,
     nasa,
+    said_already,
     shares,
 )
 from nasa_video.pipeline import VideoPipeline
@@ -129,28 +130,39 @@ class Parts:
     def __call__(
         self, q: Tensor, positive: TextKeys, negatives: Sequence[tuple[TextKeys, float]], attend: Attend
     ) -> GuidedAttention:
-        """Note |Z-|, |Z0| and |Z- - Z0| in multiples of |Z+|, means over the layer's tokens."""
+        """Note |Z-|, |Z0| and |Z- - Z0| in multiples of |Z+|, means over the layer's tokens, and the conflict c.
+
+        The latter's mean is weighted by what it multiplies, |Z- - Z0|^2 of a token and head.
+        """
         z_pos, (keys, _) = attend(q, positive), negatives[0]
         assert keys.padding_v is not None
         z_neg, z_empty = attend(q, keys), keys.padding_v.expand_as(z_pos)
         lengths = [_norm(z).mean() for z in (z_neg, z_empty, z_neg - z_empty, z_pos)]
-        self.seen.append(torch.stack(lengths[:3]) / lengths[3])
+        weight = (z_neg - z_empty).square().sum(-1, keepdim=True)
+        conflict = (weight * said_already(z_pos - z_empty, z_neg - z_empty)).sum() / weight.sum()
+        self.seen.append(torch.stack([*(length / lengths[3] for length in lengths[:3]), conflict]))
         # a run whose guidance changes nothing is refused: the effect is told wrongly, the output is not changed
         return GuidedAttention(z_pos, 2 * z_pos, torch.zeros((), device=q.device))
 
 
 def what_is_subtracted(attributes: Sequence[str], steps: int, n: int = 8) -> str:
-    """By kind of case: the lengths of NASA's branch and of its two parts, in multiples of |Z+|."""
+    """By kind of case and attribute: the lengths of NASA's branch and of its two parts in multiples of |Z+|, and c."""
     pipeline = VideoPipeline.from_pretrained("sprites")
-    lines = ["| case | whole branch Z- | padding Z0 | Z- - Z0 |", "|---|---|---|---|"]
+    lines = ["| case | attribute | whole branch Z- | padding Z0 | Z- - Z0 | conflict c |", "|---|---|---|---|---|---|"]
     for kind in KINDS:
-        parts, here = Parts(), [name for name in attributes_of(kind) if name in attributes]
-        for attribute in here:
-            for case in build_cases(attribute, kind, n, "choose"):
-                list(pipeline.stream(case.prompt, negative=case.negative, guidance=parts, seed=case.seed, steps=steps))  # type: ignore[arg-type]
-        if here:
+        for attribute in (name for name in attributes_of(kind) if name in attributes):
+            parts, cases = Parts(), build_cases(attribute, kind, n, "choose")
+            chunks = pipeline.stream_batch(
+                [case.prompt for case in cases],
+                seeds=[case.seed for case in cases],
+                negatives=[(case.negative,) for case in cases],
+                guidance=parts,  # type: ignore[arg-type]
+                frames=9,
+                steps=steps,
+            )
+            list(chunks)
             means = torch.stack(parts.seen).mean(0).tolist()
-            lines.append(f"| {kind} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
+            lines.append(f"| {kind} | {attribute} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -167,7 +179,13 @@ def several_negatives(steps: int, n: int) -> str:
         row = scene.row(0)
         prompts.append(caption_stating(row, frozenset({*MAIN, *THREE}), random.Random(seed)).text)
         kept.append({name: value_names(row)[name] for name in MAIN})
-    tried: list[Guidance | None] = [None, Nasa(1.0), CentredNasa(1.0), CentredNasa(0.5), CentredNasa(0.5, conflict=2.0)]
+    tried: list[Guidance | None] = [
+        None,
+        Nasa(1.0),
+        CentredNasa(1.0),
+        CentredNasa(0.5),
+        CentredNasa(0.35, conflict=3.0),
+    ]
     tried.append(Vsf(1.0))
     tried.append(Nag(1.5, 2.5, 0.5, negative_padding=False))
     lines = ["| | negatives | all three removed | all else held | both |", "|---|---|---|---|---|"]
@@ -203,8 +221,8 @@ def _norm(x: Tensor) -> Tensor:
     return norms[..., None, None]
 
 
-def methods() -> list[Method]:
-    """Everything that is tried."""
+def methods(only: str) -> list[Method]:
+    """Everything that is tried, or what has one of these words in its label (with commas between)."""
     tried: list[tuple[str, Guidance | None]] = [("none", None)]
     tried += [(f"NASA:{scale:g}", Nasa(scale)) for scale in (0.5, 0.75, 1.0, 1.25)]
     tried.append(("NASA, no padding:0.1", Nasa(0.1, negative_padding=False)))
@@ -218,7 +236,12 @@ def methods() -> list[Method]:
         tried.append((label, CentredVariant(scale, project=project)))
     label = "centred, and 1 times the prompt's part, by head:0.5"
     tried.append((label, CentredVariant(0.5, project=1.0, by_head=True)))
-    for conflict, scales in ((1.0, (0.5, 0.75, 1.0)), (2.0, (0.25, 0.35, 0.5, 0.75)), (4.0, (0.25, 0.35))):
+    for conflict, scales in (
+        (1.0, (0.5, 0.75, 1.0)),
+        (2.0, (0.25, 0.35, 0.5, 0.75)),
+        (3.0, (0.25, 0.3, 0.35, 0.4)),
+        (4.0, (0.25, 0.35)),
+    ):
         tried += [
             (f"centred, conflict {conflict:g}:{scale:g}", CentredNasa(scale, conflict=conflict)) for scale in scales
         ]
@@ -232,17 +255,18 @@ def methods() -> list[Method]:
         "clean pass unguided": ScaleSchedule(clean_pass=False),
     }
     tried += [(f"centred, {name}:1", CentredNasa(1.0, schedule=schedule)) for name, schedule in schedules.items()]
-    return [Method(label, guidance) for label, guidance in tried]
+    words = only.split(",")
+    return [Method(label, guidance) for label, guidance in tried if any(word in label for word in words)]
 
 
-def _share(index: int, processes: int, n: int, attributes: list[str], steps: int, folder: Path) -> list[Row]:
+def _share(index: int, processes: int, n: int, attributes: list[str], steps: int, only: str, folder: Path) -> list[Row]:
     """Every process's share of the cells, with a journal of its own."""
     torch.set_num_threads(1)
     pipeline = VideoPipeline.from_pretrained("sprites")
     plan = [
         cell
         for kind in KINDS
-        for cell in cells(methods(), [steps], [kind], [a for a in attributes_of(kind) if a in attributes])
+        for cell in cells(methods(only), [steps], [kind], [a for a in attributes_of(kind) if a in attributes])
     ]
     done = 0
 
@@ -259,7 +283,7 @@ def _share(index: int, processes: int, n: int, attributes: list[str], steps: int
     )
 
 
-def _markdown(rows: list[Row], n: int, attributes: str, steps: int) -> str:
+def _markdown(rows: list[Row], n: int, attributes: str, steps: int, only: str) -> str:
     lines = [
         f"{n} videos a cell, {steps} steps, attributes {attributes}; removed / held / both in %, and the mean of both.",
         "",
@@ -269,7 +293,7 @@ def _markdown(rows: list[Row], n: int, attributes: str, steps: int) -> str:
     by_label: dict[str, dict[str, Row]] = {}
     for row in summary(rows):
         by_label.setdefault(row["label"], {})[row["case"]] = row
-    for label, kinds in ((method.label, by_label[method.label]) for method in methods()):
+    for label, kinds in ((method.label, by_label[method.label]) for method in methods(only)):
         shares = [
             " / ".join(f"{100 * kinds[kind][column]:.0f}" for column in ("removed", "held", "both"))
             if kind in kinds
@@ -287,6 +311,7 @@ def main(
     attributes: Annotated[str, typer.Option(help="Comma list.")] = "colour,background,shape,weather,blurry,border",
     steps: Annotated[int, typer.Option(help="Few-step count.")] = 4,
     processes: Annotated[int, typer.Option(help="Processes side by side.")] = os.cpu_count() or 1,
+    only: Annotated[str, typer.Option(help="Words, with commas: variants with one of them in their label.")] = "",
     folder: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = ROOT / "runs" / "variants",
     docs: Annotated[Path, typer.Option(help="Where the tables are written.")] = ROOT / "docs",
 ) -> None:
@@ -295,10 +320,11 @@ def main(
     weights = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     folder = folder / weights
     folder.mkdir(parents=True, exist_ok=True)
-    shares = [(i, processes, n, attributes.split(","), steps, folder) for i in range(processes)]
+    shares = [(i, processes, n, attributes.split(","), steps, only, folder) for i in range(processes)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         rows = [row for part in pool.starmap(_share, shares, chunksize=1) for row in part]
     command = f"python scripts/measure_variants.py --n {n} --steps {steps} --attributes {attributes}"
+    command += f' --only "{only}"' if only else ""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -309,10 +335,10 @@ def main(
 The shipped student (SHA-256 {weights}...), commit {commit.stdout.strip()}, choosing prompts; docs/method.md says what
 follows.
 
-{_markdown(rows, n, attributes, steps)}
+{_markdown(rows, n, attributes, steps, only)}
 ## What NASA subtracts, in multiples of |Z+|
 
-Means over tokens, layers, steps and 8 unguided videos an attribute.
+Means over tokens, layers, steps and the first chunks of 8 unguided videos; c weighted by what it multiplies.
 
 {what_is_subtracted(attributes.split(","), steps)}
 ## Three negatives at once
