@@ -30,7 +30,7 @@ CANDIDATES = {
     "cfg": ("cfg:1.5", "cfg:2", "cfg:3", "cfg:4", "cfg:6"),
     "nasa": ("nasa:0.5", "nasa:0.75", "nasa:1", "nasa:1.25", "nasa+nopad:0.05", "nasa+nopad:0.1", "nasa+nopad:0.2"),
     "nasa-centred+even": tuple(f"nasa-centred+even:{scale}" for scale in (0.5, 0.75, 1, 1.25, 1.5)),
-    "nasa-centred": tuple(f"nasa-centred:{scale}" for scale in (0.2, 0.25, 0.3, 0.35, 0.4, 0.5)),
+    "nasa-centred": tuple(f"nasa-centred:{scale}" for scale in (0.4, 0.5, 0.6, 0.75, 0.9)),
     "nag": ("nag:2", "nag:3", "nag:5", "nag:9", "nag+nopad:1.5", "nag+nopad:2", "nag+nopad:3"),
     "vsf": ("vsf:0.7", "vsf:1", "vsf:1.4", "vsf:2", "vsf+pad:1", "vsf+pad:1.4"),
 }

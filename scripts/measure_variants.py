@@ -238,7 +238,7 @@ def methods(only: str) -> list[Method]:
     tried.append((label, CentredVariant(0.5, project=1.0, by_head=True)))
     for conflict, scales in (
         (1.0, (0.5, 0.75, 1.0)),
-        (2.0, (0.25, 0.35, 0.5, 0.75)),
+        (2.0, (0.25, 0.35, 0.5, 0.55, 0.75)),
         (3.0, (0.25, 0.3, 0.35, 0.4)),
         (4.0, (0.25, 0.35)),
     ):
