@@ -92,7 +92,7 @@ def measure(
     first: Annotated[list[str], typer.Argument(help="student, base, or .safetensors files.")],
     mean: Annotated[str, typer.Option(help="A second model, to average the first ones with.")] = "",
     share: Annotated[list[float] | None, typer.Option(help="What the second one counts.")] = None,
-    timesteps: Annotated[str, typer.Option(help="Of the loop.")] = "1000,900,750,500",
+    timesteps: Annotated[str, typer.Option(help="Of the loop.")] = "1000,750,500,250",
     teacher: Annotated[int, typer.Option(help="Euler steps of the bidirectional teacher in place of the loop.")] = 0,
     scale: Annotated[float, typer.Option(help="The teacher's classifier-free guidance, 1 is none.")] = 1.0,
     videos: Annotated[int, typer.Option(help="For each shape.")] = 24,

@@ -14,6 +14,7 @@ from nasa_video.sprites.detectors import HEADS, Detector, DetectorNetwork, shows
 from nasa_video.sprites.vocabulary import nearest_known, unknown_words
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS, MOTIONS, Scenes, sample_scenes, sample_switches
 from nasa_video.text import WordLlamaEncoder
+from nasa_video.training.assessment import held_out_prompts, rare_prompts
 from nasa_video.training.attention import matrix_attention
 from nasa_video.training.checkpoint import load_state, save_state
 from nasa_video.training.choices import CHOICES
@@ -547,3 +548,13 @@ def test_only_what_is_stated_counts():
     assert touched == {"colour", "flaws"}
     assert logits["colour"].grad[1:].abs().max() == 0
     assert (logits["flaws"].grad != 0).sum() == 1
+
+
+def test_the_card_asks_for_what_is_rare_as_often_as_it_must():
+    prompts = held_out_prompts(40, 5)
+    rare = rare_prompts(prompts, 6, 6)
+    for name in ("texture", "weather", *FLAWS):
+        assert sum(name in prompt.stated for prompt in [*prompts, *rare]) >= 6
+    assert all(len(prompt.stated) == 1 for prompt in rare)
+    assert all(is_held_out(prompt.text) for prompt in rare)
+    assert not {prompt.text for prompt in rare} & {prompt.text for prompt in prompts}
