@@ -77,6 +77,7 @@ for window, sink, rope in ((None, 0, "absolute"), (4, 1, "absolute"), (4, 0, "wi
     sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000, 757]), 2, window, sink, rope)
     parts.append(torch.cat(list(sampler.stream(context, SeededNoise([7], (4, 4, 6)), num_frames=6)), dim=1))
 torch.save({"latents": torch.cat(parts), "bytes": caches[0].num_bytes}, f"{sys.argv[3]}.{dist.get_rank()}")
+dist.barrier()
 dist.destroy_process_group()
 """
 
