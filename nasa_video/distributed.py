@@ -65,6 +65,6 @@ def process_group(device: str | None) -> Iterator[Processes]:
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         yield own
-        dist.barrier()  # gloo may abort a process whose peer is gone while it takes its own connections down
+        dist.barrier()  # nobody takes connections down that a peer still uses: gloo has aborted a process here, once
     finally:
         dist.destroy_process_group()

@@ -178,8 +178,10 @@ def _everything_hash() -> str:
 
 
 def _commit() -> str:
+    """The commit, or what to say where there is no repository: a copy on a rented machine has none."""
     command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown (no repository)"
 
 
 def _document(facts: dict[str, Any], chosen_on: list[Row], rows: list[Row]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Mapping, Set
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,6 +115,7 @@ def _mentions(text: str, encoder: TextEncoder | None) -> Iterator[tuple[str, str
     yield from ((attribute, value) for _, attribute, value in sorted(found))
 
 
+@lru_cache(maxsize=1)
 def _meanings_of_words() -> dict[str, tuple[str, str]]:
     """Single words that mean one value wherever they stand: those of the phrases of one value and of no other."""
     by_word: dict[str, set[tuple[str, str]]] = {}

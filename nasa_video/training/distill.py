@@ -218,7 +218,7 @@ class DistillDraws(Dataset[DistillDraw]):
 
 
 HARDEST: tuple[Mapping[str, int], ...] = (
-    {"count": 1, "size": 0},
+    {"count": ATTRIBUTES["count"].index("two"), "size": ATTRIBUTES["size"].index("small")},
     {"motion": MOTIONS.index("spinning")},
     {"blurry": 1},
     {"pixelated": 1},
