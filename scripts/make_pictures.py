@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nasa_video import VideoPipeline
+from nasa_video.sprites.prompt_extension import extend_prompt
 from nasa_video.video.compare import contact_sheet, side_by_side
 from nasa_video.video.frames import Frames
 from nasa_video.video.sinks import open_sink
@@ -30,8 +31,14 @@ def video(pipeline: VideoPipeline, prompt: str, negative: str | None, method: st
     return np.concatenate([chunk.frames for chunk in chunks])
 
 
+def extended(pipeline: VideoPipeline, prompt: str) -> list[tuple[str, Frames]]:
+    """What one short prompt becomes with --extend-prompt, by seed."""
+    texts = {seed: extend_prompt(prompt, seed, pipeline.text_encoder) for seed in range(6)}
+    return [(f'"{text}", seed {seed}', video(pipeline, text, None, "none", seed)) for seed, text in texts.items()]
+
+
 def main() -> None:
-    """One contact sheet and one side-by-side video an example."""
+    """One contact sheet and one side-by-side video an example, and a sheet of extended prompts."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images")
     folder.mkdir(parents=True, exist_ok=True)
     pipeline = VideoPipeline.from_pretrained("sprites")
@@ -50,6 +57,8 @@ def main() -> None:
         with open_sink(folder / f"{name}.mp4", pipeline.preset.video.fps) as sink:
             sink.write(np.concatenate(wide))
         print(folder / f"{name}.png", folder / f"{name}.mp4")
+    contact_sheet(extended(pipeline, "a star"), columns=5).save(folder / "extended.png")
+    print(folder / "extended.png")
 
 
 if __name__ == "__main__":
