@@ -11,18 +11,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import subprocess
+import time
 from collections import defaultdict
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.progress import MofNCompleteColumn, Progress
 
+from nasa_video.evaluation.cases import CaseKind, Split, attributes_of
+from nasa_video.evaluation.removal import SpritesJudge, cells, parse_methods, removal_table
 from nasa_video.evaluation.report import markdown, plot, summary
+
+if TYPE_CHECKING:
+    from nasa_video.pipeline import VideoPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 CANDIDATES = {
@@ -34,17 +43,46 @@ CANDIDATES = {
     "nag": ("nag:2", "nag:3", "nag:5", "nag:9", "nag+nopad:1.5", "nag+nopad:2", "nag+nopad:3"),
     "vsf": ("vsf:0.7", "vsf:1", "vsf:1.4", "vsf:2", "vsf+pad:1", "vsf+pad:1.4"),
 }
-KINDS = ("unmentioned", "stated", "conflict")
+KINDS: tuple[CaseKind, ...] = ("unmentioned", "stated", "conflict")
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _How:
-    """What the cells are made on; journals of one device and number of processes are not read by another."""
+class _OutOfTimeError(Exception):
+    """Cells are missing, and no more may be begun."""
 
-    processes: int
+
+@dataclass(frozen=True)
+class _Run:
+    """Where and how cells are made; `until` is when the last may begin, on time.monotonic's clock."""
+
+    folder: Path
     device: str
     batch: int
+    until: float
+    workers: Executor
+
+    def table(
+        self, model: str, labels: list[str], steps: list[int], attributes: list[str] | None, split: str, n: int
+    ) -> tuple[list[Row], bool]:
+        """The rows of all cells, those of the first number of steps made first, and whether none is missing."""
+        folder = self.folder / f"{model}-{split}"
+        folder.mkdir(parents=True, exist_ok=True)
+        keys = [
+            (label, count, kind, attribute)
+            for count in steps
+            for kind in KINDS
+            for attribute in attributes_of(kind)
+            if attributes is None or attribute in attributes
+            for label in labels
+        ]
+        args = (model, split, n, self.device, self.batch, self.until, folder)
+        futures = [self.workers.submit(_cell, *key, *args) for key in keys]
+        found = []
+        with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
+            for future in progress.track(futures, description=f"{model}, {split}"):
+                found.append(future.result())
+        rows = [row for row in found if row is not None]
+        return rows, len(rows) == len(found)
 
 
 def main(
@@ -54,104 +92,85 @@ def main(
         "colour,background,shape,weather,blurry,border"
     ),
     attributes: Annotated[str, typer.Option(help="Attributes that are reported; empty: all.")] = "",
-    steps: Annotated[str, typer.Option(help="Step counts that are reported.")] = "4,2,1",
-    also: Annotated[str, typer.Option(help="Reported beside the best of every method; every CFG by default.")] = (
-        ",".join(CANDIDATES["cfg"])
-    ),
+    steps: Annotated[str, typer.Option(help="Step counts that are reported, the first made first.")] = "4,2,1",
+    teacher_steps: Annotated[int, typer.Option(help="Steps of the multi-step teacher; 0: it is not reported.")] = 20,
+    also: Annotated[str, typer.Option(help="Reported beside the best of every method.")] = "cfg:1.5,cfg:3,cfg:6",
     processes: Annotated[int, typer.Option(help="Processes side by side.")] = os.cpu_count() or 1,
     device: Annotated[str, typer.Option(help="cpu or cuda; all processes share one GPU.")] = "cpu",
     batch: Annotated[int, typer.Option(help="Videos made at once.")] = 24,
     folder: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = ROOT / "runs" / "removal",
     docs: Annotated[Path, typer.Option(help="Where the report is written.")] = ROOT / "docs",
+    seconds: Annotated[
+        float, typer.Option(help="Begin no cell after so many seconds, and report what there is.")
+    ] = float("inf"),
 ) -> None:
     """Chooses, reports, writes."""
-    weights = _weights_hash()
-    folder = folder / f"{_everything_hash()[:12]}-{device}-{processes}"
-    every = [label for labels in CANDIDATES.values() for label in labels]
-    how = _How(processes, device, batch)
-    chosen_on = _table(folder / "choose", every, [4], choose_attributes.split(","), "choose", choose_n, how)
-    best = {family: _best(chosen_on, labels) for family, labels in CANDIDATES.items()}
-    # every scale of classifier-free guidance: the table must show that no other would have done better
-    reported = list(dict.fromkeys([*best.values(), *(label for label in also.split(",") if label)]))
-    rows = _table(
-        folder / "report",
-        reported,
-        [int(count) for count in steps.split(",")],
-        attributes.split(",") if attributes else None,
-        "report",
-        n,
-        how,
-    )
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    kept = folder / f"{_everything_hash()[:12]}-{device}"
+    with ProcessPoolExecutor(processes, get_context("spawn"), _set_threads, (threads,)) as workers:
+        run = _Run(kept, device, batch, time.monotonic() + seconds, workers)
+        every = [label for labels in CANDIDATES.values() for label in labels]
+        chosen_on, all_there = run.table("sprites", every, [4], choose_attributes.split(","), "choose", choose_n)
+        if not all_there:
+            print("not all choosing cells are there; run again to go on")
+            raise typer.Exit(1)
+        best = {family: _best(chosen_on, labels) for family, labels in CANDIDATES.items()}
+        reported = list(dict.fromkeys([*best.values(), *(label for label in also.split(",") if label)]))
+        counts = [int(count) for count in steps.split(",")]
+        those = attributes.split(",") if attributes else None
+        rows, all_there = run.table("sprites", reported, counts, those, "report", n)
+        of_teacher: list[Row] = []
+        if teacher_steps:
+            of_teacher, there_too = run.table("sprites-teacher", reported, [teacher_steps], those, "report", n)
+            all_there = all_there and there_too
     plot(chosen_on, docs / "images" / "removal-choosing.png")
     plot(rows, docs / "images" / "removal.png")
-    facts = {"weights": weights, "commit": _commit(), "n": n, "choose_n": choose_n, "best": best}
-    (docs / "removal.json").write_text(json.dumps({**facts, "rows": rows, "chosen_on": chosen_on}, indent=1) + "\n")
-    (docs / "removal-table.md").write_text(_document(facts, chosen_on, rows), encoding="utf-8")
+    facts = {"weights": _weights_hash(), "commit": _commit(), "device": device, "n": n, "choose_n": choose_n}
+    facts |= {"best": best, "complete": all_there}
+    everything = {**facts, "rows": rows, "teacher_rows": of_teacher, "chosen_on": chosen_on}
+    (docs / "removal.json").write_text(json.dumps(everything, indent=1) + "\n")
+    (docs / "removal-table.md").write_text(_document(facts, chosen_on, rows, of_teacher), encoding="utf-8")
 
 
-def _table(
-    folder: Path,
-    labels: list[str],
-    steps: list[int],
-    attributes: list[str] | None,
-    split: str,
-    n: int,
-    how: _How,
-) -> list[Row]:
-    """All cells, made by several processes with a journal each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shares = [(labels, steps, attributes, split, n, folder / f"{i}.jsonl", i, how) for i in range(how.processes)]
-    if how.processes == 1:
-        return _share(*shares[0])
-    with multiprocessing.get_context("spawn").Pool(how.processes) as pool:
-        return [row for part in pool.starmap(_share, shares, chunksize=1) for row in part]
-
-
-def _share(
-    labels: list[str],
-    steps: list[int],
-    attributes: list[str] | None,
-    split: str,
-    n: int,
-    journal: Path,
-    index: int,
-    how: _How,
-) -> list[Row]:
-    """Every process's share of the cells: one in as many as there are processes."""
+def _set_threads(threads: int) -> None:
     import torch
 
-    from nasa_video.evaluation.removal import SpritesJudge, cells, parse_methods, removal_table
+    torch.set_num_threads(threads)
+
+
+@cache
+def _pipeline(model: str, device: str) -> VideoPipeline:
     from nasa_video.pipeline import VideoPipeline
 
-    if how.processes > 1:
-        torch.set_num_threads(1)
-    pipeline = VideoPipeline.from_pretrained("sprites", how.device)
-    plan = []
-    for kind in KINDS:
-        from nasa_video.evaluation.cases import attributes_of
+    return VideoPipeline.from_pretrained(model, device)
 
-        here = [a for a in attributes_of(kind) if attributes is None or a in attributes]  # type: ignore[arg-type]
-        plan += list(cells(parse_methods(",".join(labels), pipeline), steps, [kind], here))  # type: ignore[list-item]
-    mine = plan[index :: how.processes]
-    done = 0
 
-    def tell(cell: object, row: Row) -> None:
-        nonlocal done
-        done += 1
-        if index == 0:
-            print(f"{split}: {done} of {len(mine)} cells in this process", end="\r", flush=True)
+@cache
+def _judge(device: str) -> SpritesJudge:
+    return SpritesJudge(device=device)
 
-    return removal_table(
-        pipeline,
-        mine,
-        SpritesJudge(),
-        n=n,
-        split=split,
-        frames=33,
-        batch=how.batch,
-        journal=journal,
-        tell=tell,  # type: ignore[arg-type]
-    )
+
+def _cell(
+    label: str,
+    steps: int,
+    kind: CaseKind,
+    attribute: str,
+    model: str,
+    split: Split,
+    n: int,
+    device: str,
+    batch: int,
+    until: float,
+    folder: Path,
+) -> Row | None:
+    """One cell's row, read where it is finished; None where it is not and the time is up."""
+    journal = folder / f"{label}-{steps}-{kind}-{attribute}.jsonl".replace(":", "_")
+    if not journal.exists() and time.monotonic() > until:
+        return None
+    pipeline = _pipeline(model, device if not journal.exists() else "cpu")
+    plan = cells(parse_methods(label, pipeline), [steps], [kind], [attribute])
+    judge = _judge(device if not journal.exists() else "cpu")
+    return removal_table(pipeline, plan, judge, n=n, split=split, frames=33, batch=batch, journal=journal)[0]
 
 
 def _mean_both(rows: list[Row], label: str) -> float:
@@ -184,19 +203,22 @@ def _commit() -> str:
     return found.stdout.strip() or "unknown (no repository)"
 
 
-def _document(facts: dict[str, Any], chosen_on: list[Row], rows: list[Row]) -> str:
+def _document(facts: dict[str, Any], chosen_on: list[Row], rows: list[Row], of_teacher: list[Row]) -> str:
+    missing = "" if facts["complete"] else " Not all cells are there: the time was up."
+    teacher = ["## The multi-step teacher, same settings, prompts and seeds", "", markdown(of_teacher)]
     lines = [
         "# The removal table",
         "",
         f"Written by `scripts/make_removal_table.py` at commit {facts['commit']}; student's weights SHA-256 "
-        f"{facts['weights'][:16]}…; {facts['n']} videos a reported cell, {facts['choose_n']} a choosing cell. Read "
-        "[removal.md](removal.md) for what it says. Shares in %.",
+        f"{facts['weights'][:16]}…; {facts['n']} videos a reported cell, {facts['choose_n']} a choosing cell, made on "
+        f"{facts['device']}. Read [removal.md](removal.md) for what it says. Shares in %.{missing}",
         "",
-        "## Reported: 4, 2 and 1 steps, prompts and seeds that nothing was chosen on",
+        "## Reported: prompts and seeds that nothing was chosen on",
         "",
         "![Removed against held](images/removal.png)",
         "",
         markdown(rows),
+        *(teacher if of_teacher else []),
         "## How the settings were chosen (4 steps, other prompts and seeds)",
         "",
         "Most videos with both, removed and held, mean over the kinds of case.",

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a CUDA machine that is at hand for minutes: trains the shipped model with the package's autoencoder and detector, and
 # keeps what is worth bringing home (weights in float16, curves, contact sheets, a log) up to date in a folder.
-# Usage: scripts/train_gpu.sh FOLDER SECONDS [options of train_sprites.py]         PYTHON=... names the interpreter
+# Usage: scripts/train_gpu.sh FOLDER SECONDS [options of train_sprites.py]
+# PYTHON=... names the interpreter, RUN=... a folder to go on in, or with parts in its run/ that need not be made anew.
 # What comes home goes into nasa_video/sprites/weights; the card is measured there, on any machine.
 set -uo pipefail
 
@@ -12,9 +13,10 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$out" && out=$(cd "$out" && pwd)
 cd "$root" || exit 1
 python=${PYTHON:-python3}
-run=$(mktemp -d)
+run=${RUN:-$(mktemp -d)}
+mkdir -p "$run"
 weights=$run/weights
-cp -r nasa_video/sprites/weights "$weights"
+if [ ! -e "$weights" ]; then cp -r nasa_video/sprites/weights "$weights"; fi
 
 bring_home() {
     local name=student

@@ -3,6 +3,7 @@
     python scripts/train_sprites.py                        two CPU cores, hours
     python scripts/train_sprites.py --preset sprites-gpu --device cuda          a quarter of an hour
     python scripts/train_sprites.py --keep autoencoder,detector,base --tune     the student alone, on from the package's
+    python scripts/train_sprites.py --keep autoencoder,detector --continue --tune       base and student, on from those
 
 Every stage resumes where it stopped. Curves and contact sheets appear under the run's folder while it trains, and the
 weights are placed in the package after every stage and every now and then inside it.
@@ -151,7 +152,10 @@ class Run:
         if not (folder / "config.json").exists():
             encoder = WordLlamaEncoder(self.plan.text_tokens)
             journal = Journal(self.folder, "base", self.report)
-            show = self._show("base", (1000, 964, 923, 875, 818, 750, 667, 563, 429, 250), student_too=True)
+            timesteps = (1000, 964, 923, 875, 818, 750, 667, 563, 429, 250)
+            show = self._show(
+                "base", timesteps, student_too=not self.tuned
+            )  # else the package's student is still needed
             args = (self.folder, self.plan.seed, self.device, journal, self.team, show)
             placed = self._placed("teacher/transformer")
             model = train_flow(self.plan.base, self.clips, self.short_clips, encoder, *args, placed)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from nasa_video.errors import InputError
 from nasa_video.evaluation.cases import Case, CaseKind, Split, attributes_of, build_cases
@@ -97,14 +98,13 @@ class Judge(Protocol):
 class SpritesJudge:
     """The detectors of the sprites world: the shipped ones, or those of a file."""
 
-    def __init__(self, weights: Path | None = None) -> None:
+    def __init__(self, weights: Path | None = None, device: str | torch.device = "cpu") -> None:
         from nasa_video.sprites.detectors import Detector
 
         self._detector = Detector.load(weights)
+        self._detector.network.to(device)
 
     def __call__(self, videos: Sequence[Frames]) -> list[dict[str, str]]:
-        import torch
-
         from nasa_video.video.frames import tensor_from_frames
 
         labels = self._detector.detect(torch.stack([tensor_from_frames(video) for video in videos]))

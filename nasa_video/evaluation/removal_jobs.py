@@ -117,7 +117,7 @@ class CellWorker:
     def __init__(self, model: str, device: str | None, batch: int, dtype: str | None = None) -> None:
         wanted = None if dtype is None else check_dtype(dtype)
         self._pipeline = VideoPipeline.from_pretrained(model, device, wanted)
-        self._judge = SpritesJudge()
+        self._judge = SpritesJudge(device=self._pipeline.model.device)
         self._batch = batch
 
     def __call__(self, job: CellJob, path: Path) -> Measured:

@@ -99,7 +99,7 @@ class Studio:
         change, second = later or (num_latents, prompts)
         parts = [
             self._stream(model, prompts[part], seeds[part], *rest, (change, second[part]))
-            for part in _batches(len(prompts))
+            for part in _batches(len(prompts), model.device)
         ]
         return torch.cat(parts)
 
@@ -137,7 +137,7 @@ class Studio:
     ) -> Tensor:
         """Frames (B, F, 3, H, W) by the bidirectional teacher: Euler steps with classifier-free guidance."""
         rest = (steps, scale, shift)
-        parts = [self._whole(model, prompts[part], seeds[part], *rest) for part in _batches(len(prompts))]
+        parts = [self._whole(model, prompts[part], seeds[part], *rest) for part in _batches(len(prompts), model.device)]
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -157,17 +157,18 @@ class Studio:
         return self.decode(x)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch: int = 16) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, T, C, h, w) → frames."""
         parts = []
-        for part in latents.split(batch):
-            with autocast(part.device):
-                parts.append(StreamingDecoder(self.vae).decode(denormalize(self.vae, part)).float())
+        for part in _batches(len(latents), latents.device, 16):
+            with autocast(latents.device):
+                parts.append(StreamingDecoder(self.vae).decode(denormalize(self.vae, latents[part])).float())
         return torch.cat(parts)
 
 
-def _batches(count: int, size: int = 32) -> list[slice]:
-    """Slices of at most `size`: what a CPU's caches hold."""
+def _batches(count: int, device: torch.device, size: int = 32) -> list[slice]:
+    """Slices of at most `size`, which is what a CPU's caches hold; a GPU takes eight times as many."""
+    size = size if device.type == "cpu" else 8 * size
     return [slice(start, start + size) for start in range(0, count, size)]
 
 

@@ -220,10 +220,12 @@ class DistillDraws(Dataset[DistillDraw]):
 HARDEST: tuple[Mapping[str, int], ...] = (
     {"count": ATTRIBUTES["count"].index("two"), "size": ATTRIBUTES["size"].index("small")},
     {"motion": MOTIONS.index("spinning")},
+    {"weather": ATTRIBUTES["weather"].index("snow")},
+    {"weather": ATTRIBUTES["weather"].index("rain")},
     {"blurry": 1},
     {"pixelated": 1},
 )
-"""What small models draw worst: two sprites, which are small, one that spins, and flaws that weather or stars hide."""
+"""What small models draw worst: two sprites, which are small, one that spins, weather, and flaws that hide in it."""
 
 
 def _with_hard_ones(scenes: Scenes, share: float, rng: random.Random) -> Scenes:

@@ -264,7 +264,7 @@ def test_empty_captions_ask_for_nothing(monkeypatch, empty_share):
 
 def test_hard_scenes_show_what_is_hardest_to_draw(monkeypatch):
     values = distillation(monkeypatch, short_share=1.0, hard_share=1.0, batch_size=32).draws[1].values
-    shown = {name: values[name] for name in ("count", "blurry", "pixelated")}
+    shown = {name: values[name] for name in ("count", "weather", "blurry", "pixelated")}
     shown["motion"] = values["motion"] == MOTIONS.index("spinning")
     assert all(map(any, zip(*shown.values(), strict=True)))
     assert all(0 < sum(map(bool, column)) < len(column) for column in shown.values())
