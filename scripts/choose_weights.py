@@ -16,7 +16,7 @@ import torch
 import typer
 from diffusers import AutoencoderKLWan
 from measure_variety import WEIGHTS, model_of, read
-from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from safetensors.torch import save_file
 
@@ -52,17 +52,21 @@ def choose(
     rare = rare_prompts([], max(1, prompts // 9), PROMPT_SEED)  # nine attributes are rare
     steps = load_plan(PLAN).student.steps
     scores = {}
-    for name, weights in candidates.items():
-        # float16 is what the package holds
-        model = model_of({key: value.half().float() for key, value in weights.items()}).to(torch.device(device))
-        columns = {
-            count: _measured(studio, detector, model, timesteps, usual, rare) for count, timesteps in steps.items()
-        }
-        scores[name] = sum(column[word] for column in columns.values() for word in ("usual", "rare")) / 2 / len(columns)
-        table = Table(*("", *(f"{count} steps" for count in columns)), title=f"{name}: {100 * scores[name]:.1f}")
-        for row in next(iter(columns.values())):
-            table.add_row(row, *(f"{100 * column[row]:.1f}" for column in columns.values()))
-        Console(width=100).print(table)
+    with Progress() as progress:
+        task = progress.add_task("candidates", total=len(candidates) * len(steps))
+        for name, weights in candidates.items():
+            # float16 is what the package holds
+            model = model_of({key: value.half().float() for key, value in weights.items()}).to(torch.device(device))
+            columns = {}
+            for count, timesteps in steps.items():
+                columns[count] = _measured(studio, detector, model, timesteps, usual, rare)
+                progress.advance(task)
+            everything = [column[kind] for column in columns.values() for kind in ("usual", "rare")]
+            scores[name] = sum(everything) / len(everything)
+            table = Table("", *(f"{count} steps" for count in columns), title=f"{name}: {100 * scores[name]:.1f}")
+            for row in next(iter(columns.values())):
+                table.add_row(row, *(f"{100 * column[row]:.1f}" for column in columns.values()))
+            progress.console.print(table)
     best = max(scores, key=lambda name: scores[name])
     print(f"best: {best}")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -235,11 +235,12 @@ class Run:
         studio = Studio(self.autoencoder(), WordLlamaEncoder(self.plan.text_tokens), self.plan.latent_size)
 
         def show(model: CausalWan, step: int) -> None:
-            clips = studio.stream(model, SHEET_PROMPTS, range(len(SHEET_PROMPTS)), timesteps)
-            contact_sheet(clips, self.folder / "sheets" / f"{name}-{step:05d}.png")
+            # before the sheet is drawn: on a machine that is at hand for minutes, the time may be up meanwhile
             self._place(model, "teacher/transformer" if student_too else "transformer")
             if student_too:
                 self._place(model, "transformer")
+            clips = studio.stream(model, SHEET_PROMPTS, range(len(SHEET_PROMPTS)), timesteps)
+            contact_sheet(clips, self.folder / "sheets" / f"{name}-{step:05d}.png")
 
         return show
 

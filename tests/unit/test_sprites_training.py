@@ -443,7 +443,7 @@ def test_checkpoints_come_back(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.parametrize("preset", ["sprites", "sprites-gpu", "sprites-tune"])
+@pytest.mark.parametrize("preset", ["sprites", "sprites-gpu", "sprites-gpu-on", "sprites-tune"])
 def test_presets_are_complete(preset, repository):
     plan = load_plan(repository / "configs" / "train" / f"{preset}.yaml")
     assert plan.base.model["in_channels"] == plan.latent_size[0]
@@ -472,6 +472,36 @@ def test_weights_are_averaged(tmp_path, repository):
     done = subprocess.run([*script, str(files[0]), str(files[2]), "0.25", str(mean)], capture_output=True, text=True)
     assert done.returncode == 2
     assert "different tensors" in done.stderr
+
+
+def test_the_better_weights_are_chosen(tmp_path, repository):
+    folder = repository / "nasa_video" / "sprites" / "weights" / "transformer"
+    good = load_file(folder / "diffusion_pytorch_model.safetensors")
+    save_file({name: value * 0 for name, value in good.items()}, tmp_path / "nothing.safetensors")
+    script = [sys.executable, str(repository / "scripts" / "choose_weights.py"), str(tmp_path / "nothing.safetensors")]
+    command = [*script, "student", "--share", "0.5", "--prompts", "1", "--output", str(tmp_path / "best.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "best: student" in done.stdout
+    assert "50% of student" in " ".join(done.stdout.split())
+    best = load_file(tmp_path / "best.safetensors")
+    assert all(torch.equal(best[name], value) for name, value in good.items())
+
+
+def test_a_removal_table_whose_time_is_up_is_not_written(tmp_path, repository):
+    script = [
+        sys.executable,
+        str(repository / "scripts" / "make_removal_table.py"),
+        "--seconds",
+        "0",
+        "--processes",
+        "1",
+    ]
+    command = [*script, "--folder", str(tmp_path / "cells"), "--docs", str(tmp_path / "docs")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "run again to go on" in done.stdout
+    assert not list(tmp_path.rglob("*.jsonl"))
+    assert not (tmp_path / "docs").exists()
 
 
 def test_an_unknown_setting_is_refused(tmp_path, repository):
