@@ -65,7 +65,8 @@ def watch_all(server: Server, open_page: Any, seeds: tuple[int, ...], named: boo
             page = open_page(server.address)
             page.evaluate("localStorage.clear()")
             page.reload()
-            prompt = f"a big {f'{colour} ' if named else ''}{shape} on a dark background"
+            # still: what leaves the picture by itself says nothing about the negative
+            prompt = f"a big {f'{colour} ' if named else ''}{shape} still on a dark background"
             outcomes[shape, seed] = colour_goes(page, prompt, colour, seed)
             page.close()
     print(outcomes)
