@@ -144,7 +144,7 @@ def _pipeline(model: str, device: str) -> VideoPipeline:
     from nasa_video.memory.placement import Placement
     from nasa_video.pipeline import VideoPipeline
 
-    # in float32 a GPU spends most of its time on the decoder's convolutions
+    # the detectors say the same of what a bfloat16 decoder makes (docs/removal.md)
     return VideoPipeline.from_pretrained(model, device, placement=Placement(half_decoder=device != "cpu"))
 
 

@@ -153,9 +153,8 @@ class Run:
             encoder = WordLlamaEncoder(self.plan.text_tokens)
             journal = Journal(self.folder, "base", self.report)
             timesteps = (1000, 964, 923, 875, 818, 750, 667, 563, 429, 250)
-            show = self._show(
-                "base", timesteps, student_too=not self.tuned
-            )  # else the package's student is still needed
+            # a student that goes on from the package's must still find it there
+            show = self._show("base", timesteps, student_too=not self.tuned)
             args = (self.folder, self.plan.seed, self.device, journal, self.team, show)
             placed = self._placed("teacher/transformer")
             model = train_flow(self.plan.base, self.clips, self.short_clips, encoder, *args, placed)
