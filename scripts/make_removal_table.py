@@ -47,42 +47,36 @@ KINDS: tuple[CaseKind, ...] = ("unmentioned", "stated", "conflict")
 Row = dict[str, Any]
 
 
-class _OutOfTimeError(Exception):
-    """Cells are missing, and no more may be begun."""
-
-
 @dataclass(frozen=True)
-class _Run:
-    """Where and how cells are made; `until` is when the last may begin, on time.monotonic's clock."""
+class _Plan:
+    """What all cells of one table have in common; `until` is when the last may begin, on time.monotonic's clock."""
 
     folder: Path
     device: str
     batch: int
     until: float
-    workers: Executor
+    model: str
+    split: Split
+    n: int
 
-    def table(
-        self, model: str, labels: list[str], steps: list[int], attributes: list[str] | None, split: str, n: int
-    ) -> tuple[list[Row], bool]:
-        """The rows of all cells, those of the first number of steps made first, and whether none is missing."""
-        folder = self.folder / f"{model}-{split}"
-        folder.mkdir(parents=True, exist_ok=True)
-        keys = [
-            (label, count, kind, attribute)
-            for count in steps
-            for kind in KINDS
-            for attribute in attributes_of(kind)
-            if attributes is None or attribute in attributes
-            for label in labels
-        ]
-        args = (model, split, n, self.device, self.batch, self.until, folder)
-        futures = [self.workers.submit(_cell, *key, *args) for key in keys]
-        found = []
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-            for future in progress.track(futures, description=f"{model}, {split}"):
-                found.append(future.result())
-        rows = [row for row in found if row is not None]
-        return rows, len(rows) == len(found)
+
+def _table(
+    workers: Executor, plan: _Plan, labels: list[str], steps: list[int], attributes: list[str] | None
+) -> tuple[list[Row], bool]:
+    """The rows of all cells, those of the first number of steps made first, and whether none is missing."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    futures = [
+        workers.submit(_cell, plan, label, count, kind, attribute)
+        for count in steps
+        for kind in KINDS
+        for attribute in attributes_of(kind)
+        if attributes is None or attribute in attributes
+        for label in labels
+    ]
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
+        found = [future.result() for future in progress.track(futures, description=f"{plan.model}, {plan.split}")]
+    rows = [row for row in found if row is not None]
+    return rows, len(rows) == len(found)
 
 
 def main(
@@ -106,11 +100,16 @@ def main(
 ) -> None:
     """Chooses, reports, writes."""
     threads = max(1, (os.cpu_count() or 1) // processes)
+    until = time.monotonic() + seconds
     kept = folder / f"{_everything_hash()[:12]}-{device}"
     with ProcessPoolExecutor(processes, get_context("spawn"), _set_threads, (threads,)) as workers:
-        run = _Run(kept, device, batch, time.monotonic() + seconds, workers)
+
+        def plan(model: str, split: Split, count: int) -> _Plan:
+            return _Plan(kept / f"{model}-{split}", device, batch, until, model, split, count)
+
         every = [label for labels in CANDIDATES.values() for label in labels]
-        chosen_on, all_there = run.table("sprites", every, [4], choose_attributes.split(","), "choose", choose_n)
+        choosing = plan("sprites", "choose", choose_n)
+        chosen_on, all_there = _table(workers, choosing, every, [4], choose_attributes.split(","))
         if not all_there:
             print("not all choosing cells are there; run again to go on")
             raise typer.Exit(1)
@@ -118,10 +117,11 @@ def main(
         reported = list(dict.fromkeys([*best.values(), *(label for label in also.split(",") if label)]))
         counts = [int(count) for count in steps.split(",")]
         those = attributes.split(",") if attributes else None
-        rows, all_there = run.table("sprites", reported, counts, those, "report", n)
+        rows, all_there = _table(workers, plan("sprites", "report", n), reported, counts, those)
         of_teacher: list[Row] = []
         if teacher_steps:
-            of_teacher, there_too = run.table("sprites-teacher", reported, [teacher_steps], those, "report", n)
+            teacher = plan("sprites-teacher", "report", n)
+            of_teacher, there_too = _table(workers, teacher, reported, [teacher_steps], those)
             all_there = all_there and there_too
     plot(chosen_on, docs / "images" / "removal-choosing.png")
     plot(rows, docs / "images" / "removal.png")
@@ -153,31 +153,20 @@ def _judge(device: str) -> SpritesJudge:
     return SpritesJudge(device=device)
 
 
-def _cell(
-    label: str,
-    steps: int,
-    kind: CaseKind,
-    attribute: str,
-    model: str,
-    split: Split,
-    n: int,
-    device: str,
-    batch: int,
-    until: float,
-    folder: Path,
-) -> Row | None:
+def _cell(plan: _Plan, label: str, steps: int, kind: CaseKind, attribute: str) -> Row | None:
     """One cell's row, read where it is finished; None where it is not and the time is up."""
-    journal = folder / f"{label}-{steps}-{kind}-{attribute}.jsonl".replace(":", "_")
-    if not journal.exists() and time.monotonic() > until:
+    journal = plan.folder / f"{label}-{steps}-{kind}-{attribute}.jsonl".replace(":", "_")
+    if not journal.exists() and time.monotonic() > plan.until:
         return None
-    pipeline = _pipeline(model, device if not journal.exists() else "cpu")
-    plan = cells(parse_methods(label, pipeline), [steps], [kind], [attribute])
-    judge = _judge(device if not journal.exists() else "cpu")
-    return removal_table(pipeline, plan, judge, n=n, split=split, frames=33, batch=batch, journal=journal)[0]
+    device = "cpu" if journal.exists() else plan.device  # to read a row needs no GPU
+    pipeline, judge = _pipeline(plan.model, device), _judge(device)
+    cell = cells(parse_methods(label, pipeline), [steps], [kind], [attribute])
+    settings: dict[str, Any] = {"n": plan.n, "split": plan.split, "frames": 33, "batch": plan.batch}
+    return removal_table(pipeline, cell, judge, journal=journal, **settings)[0]
 
 
 def _mean_both(rows: list[Row], label: str) -> float:
-    by_kind = [row["both"] for row in summary([row for row in rows if row["label"] == label])]
+    by_kind = [float(row["both"]) for row in summary([row for row in rows if row["label"] == label])]
     return sum(by_kind) / len(by_kind)
 
 
@@ -191,12 +180,13 @@ def _weights_hash() -> str:
 
 
 def _everything_hash() -> str:
-    """Of all that a cell depends on: every part of the model, and the detectors that judge it."""
+    """Of all that a cell depends on: every part of both models, and the detectors that judge them."""
     from nasa_video.evaluation.identity import checkpoint_hash
     from nasa_video.evaluation.removal import detector_hash
     from nasa_video.models.presets import find_preset
 
-    return hashlib.sha256(f"{checkpoint_hash(find_preset('sprites'))}{detector_hash()}".encode()).hexdigest()
+    models = [checkpoint_hash(find_preset(name)) for name in ("sprites", "sprites-teacher")]
+    return hashlib.sha256("".join((*models, detector_hash())).encode()).hexdigest()
 
 
 def _commit() -> str:
