@@ -76,7 +76,7 @@ class ChunkSampler:
         schedule: its few steps.
         frames_per_chunk: latent frames of a chunk; 3 in CausVid.
         window_frames, sink_frames, rope: see :class:`~causvid_adapter.KVCache`.
-        first_schedule: steps of the first chunk, if they differ.
+        first_schedule: steps of the chunks that open a scene, if they differ (see `opens` of :meth:`stream`).
 
     Raises:
         ShapeError: the window has no room for the sink and a chunk.
@@ -116,6 +116,7 @@ class ChunkSampler:
         first_step: int = 0,
         before_call: Callable[[ModelCall], None] | None = None,
         on_change: Callable[[int], OnChange] | None = None,
+        opens: Callable[[int], bool] | None = None,
     ) -> Iterator[Tensor]:
         """Yield the latents of each chunk, (B, frames_per_chunk, C, H, W), as soon as they are finished.
 
@@ -132,6 +133,8 @@ class ChunkSampler:
             before_call: told of every model call before it is made.
             on_change: asked before each chunk but the first: what becomes of the window. The prompt of the window's
                 new keys is this chunk's. A given prefix cannot be remade: its keys are recomputed.
+            opens: which chunks, counted with the prefix, take the steps of ``first_schedule``, with what of the window
+                is remade for them; by default the first that is neither given nor was made.
 
         Raises:
             ShapeError: a length that is not whole chunks.
@@ -150,7 +153,16 @@ class ChunkSampler:
             num_frames = source.shape[1] - offset
         total_frames = None if num_frames is None else offset + num_frames
         rollout = _Rollout(
-            self, noise, source, first_step, given, context, before_call, on_change is not None, total_frames
+            self,
+            noise,
+            source,
+            first_step,
+            given,
+            context,
+            before_call,
+            on_change is not None,
+            total_frames,
+            opens or (lambda chunk: chunk * size == given),
         )
         total = None if total_frames is None else total_frames // size
         for chunk in count() if total is None else range(total):
@@ -188,8 +200,10 @@ class _Rollout:
         before_call: Callable[[ModelCall], None] | None,
         remember: bool,
         num_frames: int | None,
+        opens: Callable[[int], bool],
     ) -> None:
         self.sampler = sampler
+        self.opens = opens
         self.noise = noise
         self.source = source
         self.first_step = first_step
@@ -206,7 +220,7 @@ class _Rollout:
         prompt_chunk = chunk if prompt_chunk is None else prompt_chunk
         size = self.sampler.frames_per_chunk
         frames = range(chunk * size, (chunk + 1) * size)
-        schedule = self.sampler.first_schedule if chunk == 0 else self.sampler.schedule
+        schedule = self.sampler.first_schedule if self.opens(prompt_chunk) else self.sampler.schedule
         timesteps = schedule.timesteps
         x = self.noise(frames, 0)
         if self.source is not None:

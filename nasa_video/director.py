@@ -63,12 +63,16 @@ class Director:
         self._stage(self.cue_of(call.chunk))
         self.steering.call = call
 
+    def shows_new(self, chunk: int) -> bool:
+        """Whether prompt, negatives or guidance act otherwise than in the chunk before; not for the first."""
+        return _acting(self.cue_of(chunk)) != _acting(self.cue_of(chunk - 1))
+
     def on_change(self, chunk: int) -> OnChange:
-        """What becomes of the window before a chunk; it stays where prompt, negatives and guidance act as before."""
-        now, before = self.cue_of(chunk), self.cue_of(chunk - 1)
-        if _acting(now) == _acting(before):
+        """What becomes of the window before a chunk; it stays where the chunk shows nothing new."""
+        if not self.shows_new(chunk):
             return "keep"
-        return self._on_change if now.on_change is None else now.on_change
+        wanted = self.cue_of(chunk).on_change
+        return self._on_change if wanted is None else wanted
 
     def _stage(self, cue: Cue) -> None:
         if cue == self._current:

@@ -131,12 +131,18 @@ class LongVideo:
     def _stream(self, rollout: Rollout, before: Tensor | None, made_frames: int) -> Iterator[Tensor]:
         """The sampler's own stream of a rollout, which counts from the rollout's start."""
         shift = rollout.shift
-        shift_chunks = shift // self.sampler.frames_per_chunk
+        size = self.sampler.frames_per_chunk
+        shift_chunks = shift // size
+        first_made = (self.start.given - self.start.shown_prefix) // size
         known = 0 if before is None else before.shape[1]
         source = self.start.source
 
         def announce(call: ModelCall) -> None:
             self.director.before_call(dataclasses.replace(call, chunk=call.chunk + shift_chunks))
+
+        def opens(chunk: int) -> bool:
+            index = chunk + shift_chunks
+            return index == first_made or (index > 0 and self.director.shows_new(index))
 
         return self.sampler.stream(
             None,
@@ -148,4 +154,5 @@ class LongVideo:
             first_step=self.first_step,
             before_call=announce,
             on_change=lambda chunk: self.director.on_change(chunk + shift_chunks),
+            opens=opens,
         )

@@ -143,7 +143,7 @@ class VideoPipeline:
         return cls(generator, vae.to(device), encoder, preset, attention, fold_padding, new_decoder, decode_ahead)
 
     def with_sampler(self, sampler: SamplerSettings) -> VideoPipeline:
-        """The same model with another loop (window, sink, positions)."""
+        """The same model with another loop (window, sink, positions, steps where a scene opens)."""
         other = copy.copy(self)
         other.preset = self.preset.model_copy(update={"sampler": sampler})
         return other
@@ -177,7 +177,8 @@ class VideoPipeline:
             frames: length; None takes the preset's. See :meth:`check_frames`.
             endless: go on until the caller stops. A loop without a window and rollouts gets a window of the preset's
                 length, since its memory would grow without end.
-            steps: denoising steps a chunk; None takes the preset's.
+            steps: denoising steps a chunk; None takes the preset's. Where its sampler has ``first_steps``, the first
+                chunk that is made takes those, and each whose prompt, negatives or guidance are new.
             width, height: in pixels; None takes the preset's.
             cues: what each chunk shows, instead of prompt, negative and guidance (see Timeline.cues).
             on_change: what becomes of the window where prompt, negatives or guidance change; a cue may say otherwise
@@ -357,6 +358,9 @@ class VideoPipeline:
         num_steps = settings.default_steps if steps is None else steps
         channels = self.model.transformer.config.in_channels
         start = start or Beginning()
+        first_steps = num_steps if settings.first_steps is None else settings.first_steps
+        if start.source is not None and first_steps != num_steps:
+            raise InputError("a redrawn video has one number of steps; leave --first-steps out")
         first_step = start.first_step(num_steps)
         start.check(latent_frames, settings.frames_per_chunk, (channels, latent_height, latent_width))
         rollout_frames = self.check_rollout(rollout)
@@ -366,13 +370,18 @@ class VideoPipeline:
         director = Director(
             self.model, self.text_encoder, self.attend, self.fold_padding, cue_of, on_change or settings.on_change
         )
+
+        def schedule(count: int) -> FlowMatchSchedule:
+            return FlowMatchSchedule(settings.shift, settings.timesteps(count), settings.warp)
+
         sampler = ChunkSampler(
             director.denoiser,
-            FlowMatchSchedule(settings.shift, settings.timesteps(num_steps), settings.warp),
+            schedule(num_steps),
             settings.frames_per_chunk,
             settings.window_frames,
             settings.sink_frames,
             settings.rope,
+            schedule(first_steps),
         )
         noise = SeededNoise(seeds, (channels, latent_height, latent_width), self.model.device)
         queue = DecodeQueue(

@@ -64,6 +64,7 @@ class Recipe(Strict):
     model: str
     seed: int
     steps: int
+    first_steps: int | None = None
     frames: int
     width: int
     height: int

@@ -104,6 +104,7 @@ class Timeline(Strict):
     model: str | None = None
     seed: int | None = None
     steps: int | None = None
+    first_steps: int | None = None
     frames: int | None = None
     timeline: tuple[TimelineEntry, ...] = Field(min_length=1)
 

@@ -1,10 +1,11 @@
-"""Chooses every method's settings on one set of prompts, reports them on another: docs/removal.md, its JSON and plot.
+"""Chooses every method's settings on one set of prompts, reports them on another: docs/removal-table.md, JSON, plots.
 
     python scripts/make_removal_table.py --n 200 --choose-n 48
 
 Every candidate of every method is tried on the same choosing prompts and seeds, and the one with the most videos that
-lost the unwanted feature and held everything else (mean over the kinds of case) is reported. Finished cells are kept
-under the run's folder; a rerun goes on there.
+lost the unwanted feature and held everything else (mean over the kinds of case) is reported. Each finished cell is
+written into the JSON at once, and what is there of the same weights is not made again: a table may be made in parts
+(``--methods``, ``--steps``, ``--attributes``, ``--seconds``), on several machines one after the other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import os
 import subprocess
 import time
 from collections import defaultdict
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -29,6 +31,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from nasa_video.evaluation.cases import CaseKind, Split, attributes_of
 from nasa_video.evaluation.removal import SpritesJudge, cells, parse_methods, removal_table
 from nasa_video.evaluation.report import markdown, plot, summary
+from nasa_video.evaluation.whole_files import write_atomically
 
 if TYPE_CHECKING:
     from nasa_video.pipeline import VideoPipeline
@@ -43,40 +46,82 @@ CANDIDATES = {
     "nag": ("nag:2", "nag:3", "nag:5", "nag:9", "nag+nopad:1.5", "nag+nopad:2", "nag+nopad:3"),
     "vsf": ("vsf:0.7", "vsf:1", "vsf:1.4", "vsf:2", "vsf+pad:1", "vsf+pad:1.4"),
 }
-KINDS: tuple[CaseKind, ...] = ("unmentioned", "stated", "conflict")
+KINDS: tuple[CaseKind, ...] = ("conflict", "stated", "unmentioned")
+OPENING = 4
+"""Steps of a first chunk where the others have fewer (``--opened``)."""
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What all cells of one table have in common; `until` is when the last may begin, on time.monotonic's clock."""
+class _Asked:
+    """One cell of the tables; its row carries all of these."""
 
-    folder: Path
+    model: str
+    split: Split
+    label: str
+    steps: int
+    first_steps: int | None
+    case: CaseKind
+    attribute: str
+    n: int
+
+    @classmethod
+    def of(cls, row: Row) -> _Asked:
+        """That of a row."""
+        return cls(*(row[name] for name in cls.__dataclass_fields__))
+
+
+class _Kept:
+    """The rows of the JSON file; those of other weights are left behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.facts: dict[str, Any] = {"weights": _weights_hash(), "everything": _everything_hash()}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        same = found.get("everything") == self.facts["everything"]
+        rows: list[Row] = found["rows"] if same else []
+        self._rows = {_Asked.of(row): row for row in rows}
+
+    def __contains__(self, asked: _Asked) -> bool:
+        return asked in self._rows
+
+    def add(self, asked: _Asked, row: Row) -> None:
+        """Keep a finished cell."""
+        self._rows[asked] = row
+        self.write()
+
+    def write(self) -> None:
+        """Write everything."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = sorted(self._rows.values(), key=_place)
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+        facts = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in self.facts.items())
+        write_atomically(self.path, f'{{\n{facts} "rows": [\n{lines}\n ]\n}}\n')
+
+    def rows(self, model: str, split: Split, n: int) -> list[Row]:
+        """The rows of one table, those of a kind of case together."""
+        return sorted(
+            (row for a, row in self._rows.items() if (a.model, a.split, a.n) == (model, split, n)), key=_place
+        )
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    """Where a row stands in its table."""
+    kinds = ("unmentioned", "stated", "conflict")
+    labels = [label for labels in CANDIDATES.values() for label in labels]
+    return (
+        row["model"], row["split"], -row["steps"], row["first_steps"] or 0, kinds.index(row["case"]),
+        attributes_of(row["case"]).index(row["attribute"]), labels.index(row["label"]), row["n"],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Making:
+    """How cells are made; `until` is when the last may begin, on time.monotonic's clock."""
+
     device: str
     batch: int
     until: float
-    model: str
-    split: Split
-    n: int
-
-
-def _table(
-    workers: Executor, plan: _Plan, labels: list[str], steps: list[int], attributes: list[str] | None
-) -> tuple[list[Row], bool]:
-    """The rows of all cells, those of the first number of steps made first, and whether none is missing."""
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    futures = [
-        workers.submit(_cell, plan, label, count, kind, attribute)
-        for count in steps
-        for kind in KINDS
-        for attribute in attributes_of(kind)
-        if attributes is None or attribute in attributes
-        for label in labels
-    ]
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-        found = [future.result() for future in progress.track(futures, description=f"{plan.model}, {plan.split}")]
-    rows = [row for row in found if row is not None]
-    return rows, len(rows) == len(found)
 
 
 def main(
@@ -86,50 +131,88 @@ def main(
         "colour,background,shape,weather,blurry,border"
     ),
     attributes: Annotated[str, typer.Option(help="Attributes that are reported; empty: all.")] = "",
+    methods: Annotated[str, typer.Option(help="Methods that are reported, in this order; empty: all.")] = "",
     steps: Annotated[str, typer.Option(help="Step counts that are reported, the first made first.")] = "4,2,1",
+    opened: Annotated[str, typer.Option(help=f"And with a first chunk in {OPENING} steps; empty: none.")] = "2,1",
     teacher_steps: Annotated[int, typer.Option(help="Steps of the multi-step teacher; 0: it is not reported.")] = 20,
     also: Annotated[str, typer.Option(help="Reported beside the best of every method.")] = "cfg:1.5,cfg:3,cfg:6",
     processes: Annotated[int, typer.Option(help="Processes side by side.")] = os.cpu_count() or 1,
     device: Annotated[str, typer.Option(help="cpu or cuda; all processes share one GPU.")] = "cpu",
     batch: Annotated[int, typer.Option(help="Videos made at once.")] = 24,
-    folder: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = ROOT / "runs" / "removal",
-    docs: Annotated[Path, typer.Option(help="Where the report is written.")] = ROOT / "docs",
+    docs: Annotated[Path, typer.Option(help="Where removal.json is kept, and the report written.")] = ROOT / "docs",
     seconds: Annotated[
         float, typer.Option(help="Begin no cell after so many seconds, and report what there is.")
     ] = float("inf"),
 ) -> None:
     """Chooses, reports, writes."""
+    making = _Making(device, batch, time.monotonic() + seconds)
+    kept = _Kept(docs / "removal.json")
     threads = max(1, (os.cpu_count() or 1) // processes)
-    until = time.monotonic() + seconds
-    kept = folder / f"{_everything_hash()[:12]}-{device}"
     with ProcessPoolExecutor(processes, get_context("spawn"), _set_threads, (threads,)) as workers:
-
-        def plan(model: str, split: Split, count: int) -> _Plan:
-            return _Plan(kept / f"{model}-{split}", device, batch, until, model, split, count)
-
         every = [label for labels in CANDIDATES.values() for label in labels]
-        choosing = plan("sprites", "choose", choose_n)
-        chosen_on, all_there = _table(workers, choosing, every, [4], choose_attributes.split(","))
-        if not all_there:
+        choosing = [
+            _Asked("sprites", "choose", label, 4, None, kind, attribute, choose_n)
+            for kind, attribute in _cases(choose_attributes)
+            for label in every
+        ]
+        if not _make(workers, making, kept, choosing):
             print("not all choosing cells are there; run again to go on")
             raise typer.Exit(1)
+        chosen_on = kept.rows("sprites", "choose", choose_n)
         best = {family: _best(chosen_on, labels) for family, labels in CANDIDATES.items()}
-        reported = list(dict.fromkeys([*best.values(), *(label for label in also.split(",") if label)]))
-        counts = [int(count) for count in steps.split(",")]
-        those = attributes.split(",") if attributes else None
-        rows, all_there = _table(workers, plan("sprites", "report", n), reported, counts, those)
-        of_teacher: list[Row] = []
+        kept.facts |= {"commit": _commit(), "choose_n": choose_n, "n": n, "best": best}
+        labels = list(dict.fromkeys([*best.values(), *_words(also)]))
+        wanted = [label for name in _words(methods) for label in labels if _family(label) == name]
+        counts = [(int(count), None) for count in _words(steps)] + [(int(count), OPENING) for count in _words(opened)]
+        reporting = [
+            _Asked("sprites", "report", label, count, first, kind, attribute, n)
+            for count, first in counts
+            for kind, attribute in _cases(attributes)
+            for label in wanted or labels
+        ]
         if teacher_steps:
-            teacher = plan("sprites-teacher", "report", n)
-            of_teacher, there_too = _table(workers, teacher, reported, [teacher_steps], those)
-            all_there = all_there and there_too
+            reporting += [
+                _Asked("sprites-teacher", "report", label, teacher_steps, None, kind, attribute, n)
+                for kind, attribute in _cases(attributes)
+                for label in wanted or labels
+            ]
+        complete = _make(workers, making, kept, reporting)
+    kept.write()
+    rows, of_teacher = (kept.rows(model, "report", n) for model in ("sprites", "sprites-teacher"))
+    (docs / "images").mkdir(exist_ok=True)
     plot(chosen_on, docs / "images" / "removal-choosing.png")
-    plot(rows, docs / "images" / "removal.png")
-    facts = {"weights": _weights_hash(), "commit": _commit(), "device": device, "n": n, "choose_n": choose_n}
-    facts |= {"best": best, "complete": all_there}
-    everything = {**facts, "rows": rows, "teacher_rows": of_teacher, "chosen_on": chosen_on}
-    (docs / "removal.json").write_text(json.dumps(everything, indent=1) + "\n")
-    (docs / "removal-table.md").write_text(_document(facts, chosen_on, rows, of_teacher), encoding="utf-8")
+    if rows:
+        plot(rows, docs / "images" / "removal.png")
+    (docs / "removal-table.md").write_text(_document(kept.facts, chosen_on, rows, of_teacher), encoding="utf-8")
+    if not complete:
+        print("not all cells are there: the time was up; run again to go on")
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _family(label: str) -> str:
+    """The method's name in ``--methods``, such as "nag" of "nag+nopad:3"."""
+    return next(family for family, labels in CANDIDATES.items() if label in labels)
+
+
+def _cases(attributes: str) -> Iterator[tuple[CaseKind, str]]:
+    """Kinds of case with their attributes, all or the given ones."""
+    for kind in KINDS:
+        for attribute in attributes_of(kind):
+            if not attributes or attribute in _words(attributes):
+                yield kind, attribute
+
+
+def _make(workers: Executor, making: _Making, kept: _Kept, wanted: list[_Asked]) -> bool:
+    """Make what is not kept, in order; whether everything is there."""
+    futures = {workers.submit(_cell, making, asked): asked for asked in wanted if asked not in kept}
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
+        for future in progress.track(as_completed(futures), total=len(futures), description="cells"):
+            if (row := future.result()) is not None:
+                kept.add(futures[future], row)
+    return all(asked in kept for asked in wanted)
 
 
 def _set_threads(threads: int) -> None:
@@ -153,16 +236,15 @@ def _judge(device: str) -> SpritesJudge:
     return SpritesJudge(device=device)
 
 
-def _cell(plan: _Plan, label: str, steps: int, kind: CaseKind, attribute: str) -> Row | None:
-    """One cell's row, read where it is finished; None where it is not and the time is up."""
-    journal = plan.folder / f"{label}-{steps}-{kind}-{attribute}.jsonl".replace(":", "_")
-    if not journal.exists() and time.monotonic() > plan.until:
+def _cell(making: _Making, asked: _Asked) -> Row | None:
+    """One cell's row; None where the time is up."""
+    if time.monotonic() > making.until:
         return None
-    device = "cpu" if journal.exists() else plan.device  # to read a row needs no GPU
-    pipeline, judge = _pipeline(plan.model, device), _judge(device)
-    cell = cells(parse_methods(label, pipeline), [steps], [kind], [attribute])
-    settings: dict[str, Any] = {"n": plan.n, "split": plan.split, "frames": 33, "batch": plan.batch}
-    return removal_table(pipeline, cell, judge, journal=journal, **settings)[0]
+    pipeline, judge = _pipeline(asked.model, making.device), _judge(making.device)
+    methods = parse_methods(asked.label, pipeline)
+    cell = cells(methods, [asked.steps], [asked.case], [asked.attribute], asked.first_steps)
+    row = removal_table(pipeline, cell, judge, n=asked.n, split=asked.split, frames=33, batch=making.batch)[0]
+    return {"model": asked.model, "split": asked.split, **row, "device": making.device}
 
 
 def _mean_both(rows: list[Row], label: str) -> float:
@@ -197,14 +279,15 @@ def _commit() -> str:
 
 
 def _document(facts: dict[str, Any], chosen_on: list[Row], rows: list[Row], of_teacher: list[Row]) -> str:
-    missing = "" if facts["complete"] else " Not all cells are there: the time was up."
     teacher = ["## The multi-step teacher, same settings, prompts and seeds", "", markdown(of_teacher)]
     lines = [
         "# The removal table",
         "",
         f"Written by `scripts/make_removal_table.py` at commit {facts['commit']}; student's weights SHA-256 "
-        f"{facts['weights'][:16]}…; {facts['n']} videos a reported cell, {facts['choose_n']} a choosing cell, made on "
-        f"{facts['device']}. Read [removal.md](removal.md) for what it says. Shares in %.{missing}",
+        f"{facts['weights'][:16]}…; {facts['n']} videos a reported cell, {facts['choose_n']} a choosing cell; each row "
+        "of [removal.json](removal.json) says whether a GPU (bfloat16) or a CPU (float32) made it. Means are over the "
+        f"attributes that are there: n / {facts['n']} of them. Read [removal.md](removal.md) for what it says. Shares "
+        "in %.",
         "",
         "## Reported: prompts and seeds that nothing was chosen on",
         "",
@@ -224,7 +307,9 @@ def _document(facts: dict[str, Any], chosen_on: list[Row], rows: list[Row], of_t
         both[row["label"]][row["case"]] = row["both"]
     for labels in CANDIDATES.values():
         for label in labels:
-            shares = " | ".join(f"{100 * both[label].get(kind, 0):.1f}" for kind in KINDS)
+            shares = " | ".join(
+                f"{100 * both[label].get(kind, 0):.1f}" for kind in ("unmentioned", "stated", "conflict")
+            )
             chosen = "yes" if label in facts["best"].values() else ""
             lines.append(f"| {label} | {shares} | {100 * _mean_both(chosen_on, label):.1f} | {chosen} |")
     lines += ["", "![Choosing: removed against held](images/removal-choosing.png)", ""]

@@ -32,6 +32,7 @@ class BatchJob(Strict):
     seed: int = 0
     frames: int | None = None
     steps: int | None = None
+    first_steps: int | None = None
     width: int | None = None
     height: int | None = None
     name: str | None = Field(default=None, pattern=r"^[\w][\w.-]*$")

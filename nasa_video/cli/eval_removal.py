@@ -23,6 +23,7 @@ from nasa_video.cli.eval_options import (
     whole_numbers,
     words,
 )
+from nasa_video.cli.options import FirstStepsOption
 
 if TYPE_CHECKING:
     from nasa_video.evaluation.cases import CaseKind, Split
@@ -39,6 +40,7 @@ def removal(
         str, typer.Option(help="Comma list of METHOD[:SCALE]; the model's own scale where none is given.")
     ] = "none,cfg,nasa,nag,vsf",
     steps: Annotated[str | None, typer.Option(help="Comma list of step counts.", show_default="the model's")] = None,
+    first_steps: FirstStepsOption = None,
     cases: Annotated[str, typer.Option(help="Comma list of unmentioned, stated, conflict.")] = (
         "unmentioned,stated,conflict"
     ),
@@ -76,8 +78,9 @@ def removal(
     if split not in ("choose", "report"):
         raise InputError(f"split must be choose or report, got {split}")
     asked = _Asked(
-        model, methods, steps, cast("list[CaseKind]", kinds), words(attributes) if attributes else None, n, seed,
-        cast("Split", split), frames, batch, device, output, shard, engine, as_json,
+        model, methods, steps, first_steps, cast("list[CaseKind]", kinds),
+        words(attributes) if attributes else None, n, seed, cast("Split", split),
+        frames, batch, device, output, shard, engine, as_json,
     )  # fmt: skip
     if judge == "sprites" and prompts is None:
         asked.with_detectors()
@@ -92,6 +95,7 @@ class _Asked:
     model: str
     methods: str
     steps: str | None
+    first_steps: int | None
     kinds: list[CaseKind]
     attributes: list[str] | None
     n: int
@@ -124,7 +128,7 @@ class _Asked:
 
         if self.output is None:
             raise InputError("give a folder with -o: what is judged is kept there, and a rerun goes on there")
-        model = model_of(self.model, self.device, self.frames, base, weights)
+        model = model_of(self.model, self.device, self.frames, base, weights, self.first_steps)
         model.methods(self.methods)
         if prompts is not None:
             entries = removal_prompts(prompts)
@@ -160,7 +164,8 @@ class _Asked:
         counts = whole_numbers(self.steps, "steps") if self.steps else [preset.sampler.default_steps]
         for count in counts:
             preset.sampler.timesteps(count)
-        table = cells(methods_of(self.methods, preset), counts, self.kinds, self.attributes)
+        preset.sampler.with_first_steps(self.first_steps)
+        table = cells(methods_of(self.methods, preset), counts, self.kinds, self.attributes, self.first_steps)
         draw = Draw(self.n, self.split, self.seed, self.frames or preset.video.frames)
         dtype = model_dtype(self.device)
         planned = plan_cells(preset, list(table), draw, dtype)

@@ -54,6 +54,7 @@ class Request:
     model: str | None = None
     seed: int | None = None
     steps: int | None = None
+    first_steps: int | None = None
     frames: int | None = None
     width: int | None = None
     height: int | None = None
@@ -125,6 +126,7 @@ def run(
     pipeline = _load(request, stored, name, loras, placement, load)
     pipeline = pipeline.with_sampler(window.of(pipeline.preset.sampler))
     recipe = _resolve(request, stored, timeline, name, pipeline)
+    pipeline = pipeline.with_sampler(pipeline.preset.sampler.with_first_steps(recipe.first_steps))
     recipe = recipe.model_copy(update={"loras": loras, "placement": placement, "window": window})
     if request.extend_prompt:
         recipe = _with_extended_prompts(recipe, pipeline)
@@ -262,6 +264,7 @@ def _resolve(
         model=name,
         seed=_first(request.seed, replayed and replayed.seed, stored and stored.seed, 0),
         steps=_first(request.steps, replayed and replayed.steps, stored and stored.steps, preset.sampler.default_steps),
+        first_steps=next((s.first_steps for s in (request, replayed, stored) if s and s.first_steps is not None), None),
         frames=_first(request.frames, replayed and replayed.frames, stored and stored.frames, preset.video.frames),
         width=_first(request.width, stored and stored.width, preset.video.width),
         height=_first(request.height, stored and stored.height, preset.video.height),

@@ -11,6 +11,7 @@ from nasa_video.cli.options import (
     CompileOption,
     DecoderOption,
     DeviceOption,
+    FirstStepsOption,
     FpsOption,
     GuidanceOption,
     HeightOption,
@@ -61,6 +62,7 @@ class VideoOptions:
     guidance: GuidanceOption = None
     seed: SeedOption = None
     steps: StepsOption = None
+    first_steps: FirstStepsOption = None
     width: WidthOption = None
     height: HeightOption = None
     fps: FpsOption = None

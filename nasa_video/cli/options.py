@@ -21,6 +21,10 @@ OutputOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option(help="Same seed, same video.", show_default="0")]
 StepsOption = Annotated[int | None, typer.Option(help="Denoising steps a chunk.")]
+FirstStepsOption = Annotated[
+    int | None,
+    typer.Option(help="Steps of the first chunk, and of each that shows something new.", show_default="as the others"),
+]
 FpsOption = Annotated[float | None, typer.Option(help="Frames a second of the file.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one")]
 AsJsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")]

@@ -9,7 +9,15 @@ import typer
 
 from nasa_video.cli.console import emit_json, say, shown_warnings
 from nasa_video.cli.option_groups import LoadOptions, grouped
-from nasa_video.cli.options import AsJsonOption, NegOption, OnChangeOption, ScaleOption, SeedOption, StepsOption
+from nasa_video.cli.options import (
+    AsJsonOption,
+    FirstStepsOption,
+    NegOption,
+    OnChangeOption,
+    ScaleOption,
+    SeedOption,
+    StepsOption,
+)
 
 
 @grouped
@@ -24,6 +32,7 @@ def stream(
     ] = None,
     seed: SeedOption = None,
     steps: StepsOption = None,
+    first_steps: FirstStepsOption = None,
     seconds: Annotated[float | None, typer.Option(min=0, help="Stop after this long.", show_default="Ctrl-C")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second.", show_default="the model's")] = None,
     timeline: Annotated[
@@ -44,6 +53,7 @@ def stream(
         guidance=guidance,
         seed=seed,
         steps=steps,
+        first_steps=first_steps,
         seconds=seconds,
         fps=fps,
         timeline=timeline,

@@ -41,6 +41,7 @@ class StreamRequest:
     model: str | None
     seed: int | None
     steps: int | None
+    first_steps: int | None
     seconds: float | None
     fps: float | None
     device: str | None
@@ -76,6 +77,10 @@ def run_stream(request: StreamRequest, say: Callable[[str], None]) -> dict[str, 
         decoder=cast(DecoderKind, request.decoder or "full"),
         placement=_placement(request, name, say),
         compiled=cast(CompileKind, request.compiled),
+    )
+    sampler = pipeline.preset.sampler
+    pipeline = pipeline.with_sampler(
+        sampler.with_first_steps(request.first_steps or (timeline.first_steps if timeline else None))
     )
     fps = pipeline.preset.video.fps if request.fps is None else request.fps
     limit = math.inf if request.seconds is None else max(1, round(request.seconds * fps))

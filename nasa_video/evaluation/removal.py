@@ -143,21 +143,27 @@ def verdict(case: Case, labels: dict[str, str], out_of_range: float, measured: Q
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the table before it is filled."""
+    """One cell of the table before it is filled; ``first_steps`` as in ``SamplerSettings``."""
 
     method: Method
     steps: int
     attribute: str
     kind: CaseKind
+    first_steps: int | None = None
 
     @property
     def key(self) -> str:
         """Its name in a journal."""
-        return f"{self.method.label}/{self.steps}/{self.kind}/{self.attribute}"
+        first = "" if self.first_steps is None else f" first {self.first_steps}"
+        return f"{self.method.label}/{self.steps}{first}/{self.kind}/{self.attribute}"
 
 
 def cells(
-    methods: Sequence[Method], steps: Sequence[int], kinds: Sequence[CaseKind], attributes: Sequence[str] | None
+    methods: Sequence[Method],
+    steps: Sequence[int],
+    kinds: Sequence[CaseKind],
+    attributes: Sequence[str] | None,
+    first_steps: int | None = None,
 ) -> Iterator[Cell]:
     """Every cell, the ones that share their videos' prompts next to each other.
 
@@ -173,7 +179,7 @@ def cells(
             if attributes is None or attribute in attributes:
                 for count in steps:
                     for method in methods:
-                        yield Cell(method, count, attribute, kind)
+                        yield Cell(method, count, attribute, kind, None if first_steps == count else first_steps)
 
 
 Look = Callable[[Case, Frames, Verdict], None]
@@ -227,6 +233,7 @@ def row_of(cell: Cell, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "label": cell.method.label,
         "scale": cell.method.scale,
         "steps": cell.steps,
+        "first_steps": cell.first_steps,
         "attribute": cell.attribute,
         "case": cell.kind,
         "n": n,
@@ -265,7 +272,8 @@ def removal_table(
         row = done.get(cell.key)
         if row is None:
             cases = build_cases(cell.attribute, cell.kind, n, split, seed)
-            row = row_of(cell, run_cases(pipeline, cell.method, cell.steps, cases, judge, frames, batch))
+            made_by = pipeline.with_sampler(pipeline.preset.sampler.with_first_steps(cell.first_steps))
+            row = row_of(cell, run_cases(made_by, cell.method, cell.steps, cases, judge, frames, batch))
             if journal is not None:
                 with journal.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"key": cell.key, "settings": settings, "row": row}) + "\n")

@@ -18,9 +18,9 @@ from nasa_video.evaluation.cases import Case, CaseKind, Split, build_cases
 from nasa_video.evaluation.identity import checkpoint_hash
 from nasa_video.evaluation.jobs import Job, Measured, Record
 from nasa_video.evaluation.removal import Cell, SpritesJudge, Verdict, detector_hash, row_of, run_cases
-from nasa_video.evaluation.results import Item, Metric, Results
+from nasa_video.evaluation.results import Arm, Item, Metric, Results
 from nasa_video.evaluation.sampling import arm_of
-from nasa_video.evaluation.video_jobs import check_dtype
+from nasa_video.evaluation.video_jobs import check_dtype, stored_sampler, with_sampler_of
 from nasa_video.models.presets import VideoPreset
 from nasa_video.pipeline import VideoPipeline
 from nasa_video.recipe import StoredGuidance, restore_guidance, store_guidance
@@ -87,10 +87,6 @@ def plan_cells(preset: VideoPreset, plan: Sequence[Cell], draw: Draw, dtype: str
         dtype: of the model, such as "float32"; cells made in another are others.
     """
     checkpoint, detector = checkpoint_hash(preset), detector_hash()
-    settings: dict[str, JsonValue] = {
-        "sampler": preset.sampler.model_dump(mode="json", exclude_none=True),
-        "dtype": dtype,
-    }
     return [
         (
             cell,
@@ -103,7 +99,10 @@ def plan_cells(preset: VideoPreset, plan: Sequence[Cell], draw: Draw, dtype: str
                 steps=cell.steps,
                 attribute=cell.attribute,
                 kind=cell.kind,
-                settings=settings,
+                settings={
+                    "sampler": stored_sampler(preset.sampler.with_first_steps(cell.first_steps)),
+                    "dtype": dtype,
+                },
                 **dataclasses.asdict(draw),
             ),
         )
@@ -128,8 +127,9 @@ class CellWorker:
         strips = _Strips()
         method = Method(job.label, restore_guidance(job.guidance))
         verdicts = run_cases(
-            self._pipeline, method, job.steps, cases, self._judge, job.frames, self._batch, strips.look
-        )
+            with_sampler_of(job.settings, self._pipeline),
+            method, job.steps, cases, self._judge, job.frames, self._batch, strips.look,
+        )  # fmt: skip
         strips.save(path)
         return {"verdicts": [dataclasses.asdict(one) for one in verdicts]}
 
@@ -165,8 +165,8 @@ def rows_of(done: Sequence[tuple[Cell, Record]]) -> list[dict[str, Any]]:
 
 def removal_results(preset: VideoPreset, done: Sequence[tuple[Cell, Record]], draw: Draw, folder: Path) -> Results:
     """Every case of the table as a sample, in groups by kind of case."""
-    several = len({cell.steps for cell, _ in done}) > 1
-    arms = {arm.label: arm for arm in (arm_of(cell.method, cell.steps, several) for cell, _ in done)}
+    several = len({(cell.steps, cell.first_steps) for cell, _ in done}) > 1
+    arms = {arm.label: arm for arm in (_arm(cell, several) for cell, _ in done)}
     items = [item for cell, record in done for item in _items(cell, record, draw, several, folder)]
     out_of_range = Metric(name="out_of_range", title="out of range", better="lower", digits=4)
     return Results(
@@ -193,14 +193,18 @@ def removal_results(preset: VideoPreset, done: Sequence[tuple[Cell, Record]], dr
     )
 
 
+def _arm(cell: Cell, several: bool) -> Arm:
+    return arm_of(cell.method, cell.steps, several, cell.first_steps)
+
+
 def _settings(done: Sequence[tuple[Cell, Record]]) -> dict[str, JsonValue]:
-    """What all cells have in common; a table is planned in one dtype."""
+    """The first cell's; a table is planned in one dtype, and steps are told with the arms."""
     return dict(cast(CellJob, done[0][1].job).settings) if done else {}
 
 
 def _items(cell: Cell, record: Record, draw: Draw, several: bool, folder: Path) -> list[Item]:
     cases = build_cases(cell.attribute, cell.kind, draw.n, draw.split, draw.seed)
-    arm = arm_of(cell.method, cell.steps, several).label
+    arm = _arm(cell, several).label
     crops = _crops(record.output, min(SHOWN, len(cases)))
     items = []
     for index, (case, one) in enumerate(zip(cases, verdicts_of(record), strict=True)):

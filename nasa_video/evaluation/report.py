@@ -11,10 +11,10 @@ Row = dict[str, Any]
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Rows of one (method label, steps, case), averaged over the attributes; n is summed."""
-    groups: dict[tuple[str, int, str], list[Row]] = defaultdict(list)
+    """Rows of one (method label, steps, first steps, case), averaged over the attributes; n is summed."""
+    groups: dict[tuple[str, int, int | None, str], list[Row]] = defaultdict(list)
     for row in rows:
-        groups[row["label"], row["steps"], row["case"]].append(row)
+        groups[row["label"], row["steps"], row.get("first_steps"), row["case"]].append(row)
     columns = ("removed", "held", "both", "out_of_range", "sharpness", "flicker", "luma")
     return [
         {
@@ -22,12 +22,19 @@ def summary(rows: Sequence[Row]) -> list[Row]:
             "method": group[0]["method"],
             "scale": group[0]["scale"],
             "steps": steps,
+            "first_steps": first_steps,
             "case": case,
             "n": sum(row["n"] for row in group),
             **{column: sum(row[column] for row in group) / len(group) for column in columns},
         }
-        for (label, steps, case), group in groups.items()
+        for (label, steps, first_steps, case), group in groups.items()
     ]
+
+
+def steps_text(row: Row) -> str:
+    """A row's steps, such as "1", or "1, first 4" where a scene opens with another number."""
+    first = row.get("first_steps")
+    return f"{row['steps']}" if first is None else f"{row['steps']}, first {first}"
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -38,7 +45,7 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     for row in summary(rows):
         lines.append(
-            f"| {row['label']} | {row['steps']} | {row['case']} | {row['n']} | {_percent(row['removed'])} | "
+            f"| {row['label']} | {steps_text(row)} | {row['case']} | {row['n']} | {_percent(row['removed'])} | "
             f"{_percent(row['held'])} | {_percent(row['both'])} | {row['out_of_range']:.2%} | {row['sharpness']:.2f} | "
             f"{row['flicker']:.2f} |"
         )
@@ -47,7 +54,7 @@ def markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         shares = " | ".join(_with_interval(row, name) for name in ("removed", "held", "both"))
         lines.append(
-            f"| {row['label']} | {row['steps']} | {row['case']} | {row['attribute']} | {row['n']} | {shares} |"
+            f"| {row['label']} | {steps_text(row)} | {row['case']} | {row['attribute']} | {row['n']} | {shares} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -58,12 +65,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     means = summary(rows)
     cases = sorted({row["case"] for row in means})
-    steps = sorted({row["steps"] for row in means}, reverse=True)
+    # most steps first, and of as many those that open with more
+    found = {(row["steps"], row["first_steps"] or 0): steps_text(row) for row in means}
+    steps = [text for _, text in sorted(found.items(), reverse=True)]
     figure = Figure(figsize=(4.2 * len(cases), 3.8 * len(steps)), layout="constrained")
     panels = figure.subplots(len(steps), len(cases), squeeze=False, sharex=True, sharey=True)
     for line, count in zip(panels, steps, strict=True):
         for panel, case in zip(line, cases, strict=True):
-            here = [row for row in means if (row["steps"], row["case"]) == (count, case)]
+            here = [row for row in means if (steps_text(row), row["case"]) == (count, case)]
             for method in dict.fromkeys(_family(row) for row in here):
                 points = sorted((r for r in here if _family(r) == method), key=lambda r: r["scale"] or 0)
                 panel.plot([p["removed"] for p in points], [p["held"] for p in points], "o-", label=method, ms=4)

@@ -30,7 +30,7 @@ from nasa_video.evaluation.removal import Method, parse_methods
 from nasa_video.evaluation.results import Arm
 from nasa_video.evaluation.video_jobs import Prompt, VideoWorker, methods_of, model_dtype, plan_videos
 from nasa_video.guidance import Guidance, Negative
-from nasa_video.models.presets import Source, VideoPreset, find_preset
+from nasa_video.models.presets import Source, find_preset
 from nasa_video.recipe import restore_guidance, restore_negatives, store_guidance, store_negatives
 from nasa_video.video.frames import Frames
 
@@ -84,12 +84,18 @@ class Model(Protocol):
 
 
 class VideoModel:
-    """A causal video model; ``frames`` is the length of a video, None the model's own."""
+    """A causal video model; ``frames`` is the length of a video, None the model's own.
+
+    ``first_steps`` as in ``SamplerSettings``.
+    """
 
     suffix = ".mp4"
 
-    def __init__(self, model: str, device: str | None = None, frames: int | None = None) -> None:
-        self.preset: VideoPreset = find_preset(model)
+    def __init__(
+        self, model: str, device: str | None = None, frames: int | None = None, first_steps: int | None = None
+    ) -> None:
+        preset = find_preset(model)
+        self.preset = preset.model_copy(update={"sampler": preset.sampler.with_first_steps(first_steps)})
         self.name = self.preset.name
         self._frames = frames
         self._dtype = model_dtype(device)
@@ -196,6 +202,7 @@ def model_of(
     frames: int | None = None,
     base: Path | None = None,
     weights: Path | None = None,
+    first_steps: int | None = None,
 ) -> Model:
     """A video or image model by name, preset file, folder or hub id.
 
@@ -208,8 +215,8 @@ def model_of(
     path = Path(model)
     is_file = path.suffix in (".yaml", ".yml") and path.is_file()
     if model in image_presets() or (is_file and read_yaml(path).get("kind") == "image"):
-        if frames is not None:
-            raise InputError(f"{model} draws pictures; leave out --frames")
+        if frames is not None or first_steps is not None:
+            raise InputError(f"{model} draws pictures; leave out --frames and --first-steps")
         return ImageModel(find_image_preset(model), device, base, weights)
     if base is not None or weights is not None:
         raise InputError(f"--base and --weights are for image models, and {model} is none")
@@ -218,15 +225,19 @@ def model_of(
             f"unknown model {model!r}; there are {', '.join((*video_presets(), *image_presets()))}, or give a folder, "
             "a preset file or a hub id"
         )
-    return VideoModel(model, device, frames)
+    return VideoModel(model, device, frames, first_steps)
 
 
-def arm_of(method: Method, steps: int | None, several_steps: bool) -> Arm:
-    """The arm of a method at a step count, which is named where there are several."""
+def arm_of(method: Method, steps: int | None, several_steps: bool, first_steps: int | None = None) -> Arm:
+    """The arm of a method at a step count, which is named where there are several, and that of the first chunk."""
     stored = store_guidance(method.guidance)
-    label = f"{method.label}, {steps} steps" if several_steps else method.label
+    label = method.label
+    if several_steps:
+        label += f", {steps} steps" + (f", first {first_steps}" if first_steps is not None else "")
     # As JSON has them: a schedule holds tuples.
     settings: dict[str, JsonValue] = stored.model_dump(mode="json")["settings"] if stored else {}
+    if first_steps is not None:
+        settings["first_steps"] = first_steps
     return Arm(label=label, method=method.name, scale=method.scale, steps=steps, settings=settings)
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -22,7 +22,7 @@ from nasa_video.evaluation.quality import quality
 from nasa_video.evaluation.removal import Method, parse_methods
 from nasa_video.guidance import Negative
 from nasa_video.models.loading import choose_device
-from nasa_video.models.presets import VideoPreset
+from nasa_video.models.presets import SamplerSettings, VideoPreset
 from nasa_video.pipeline import VideoPipeline
 from nasa_video.recipe import restore_guidance, restore_negatives, store_guidance, store_negatives
 from nasa_video.video.ffmpeg_sink import FfmpegSink
@@ -88,7 +88,7 @@ def plan_videos(
     count = sampler.default_steps if steps is None else steps
     sampler.timesteps(count)
     settings: dict[str, JsonValue] = {
-        "sampler": sampler.model_dump(mode="json", exclude_none=True),
+        "sampler": stored_sampler(sampler),
         "dtype": dtype,
         "fps": video.fps,
         "crf": VIDEO_CRF,
@@ -118,6 +118,17 @@ def plan_videos(
     ]
 
 
+def stored_sampler(sampler: SamplerSettings) -> JsonValue:
+    """The loop as a job's settings hold it, under "sampler"."""
+    stored: JsonValue = sampler.model_dump(mode="json", exclude_none=True)
+    return stored
+
+
+def with_sampler_of(settings: Mapping[str, JsonValue], pipeline: VideoPipeline) -> VideoPipeline:
+    """The pipeline with the loop of a job's settings, which need not be the preset's own."""
+    return pipeline.with_sampler(SamplerSettings.model_validate(settings["sampler"]))
+
+
 class VideoWorker:
     """Makes the videos of jobs with one loaded model, and measures them before they are encoded.
 
@@ -133,7 +144,7 @@ class VideoWorker:
     def __call__(self, job: GenerationJob, path: Path) -> Measured:
         """Write the video as MP4; measured are ``quality`` (see Quality), ``out_of_range`` and, guided, ``effect``."""
         chunks = list(
-            self._pipeline.stream(
+            with_sampler_of(job.settings, self._pipeline).stream(
                 job.text or job.prompt,
                 negative=restore_negatives(job.negatives) or None,
                 guidance=restore_guidance(job.guidance),

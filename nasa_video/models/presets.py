@@ -88,12 +88,15 @@ class SamplerSettings(Strict):
 
     ``rollout_frames`` are latent frames: a longer video is made in rollouts of that length, which overlap by a chunk.
     ``on_change``: what becomes of the window where prompt, negatives or guidance change, unless somebody says.
+    ``first_steps``: the number of steps of chunks that open a scene (the first, and those that show something new)
+    where it is another than the rest's, as in Causal-Forcing's models of one and two steps.
     """
 
     shift: float = Field(gt=0)
     warp: bool = False
     steps: dict[int, tuple[float, ...]] | Literal["any"]
     default_steps: int = Field(gt=0)
+    first_steps: int | None = Field(default=None, gt=0)
     frames_per_chunk: int = Field(gt=0)
     window_frames: int | None = None
     sink_frames: int = 0
@@ -112,6 +115,8 @@ class SamplerSettings(Strict):
             for count, timesteps in self.steps.items():
                 if count != len(timesteps):
                     raise ValueError(f"steps: {count} lists {len(timesteps)} timesteps")
+            if self.first_steps is not None and self.first_steps not in self.steps:
+                raise ValueError(f"first_steps {self.first_steps} is not among steps {sorted(self.steps)}")
         return self
 
     def with_window(self, window_frames: int | None, sink_frames: int | None, rope: str | None) -> SamplerSettings:
@@ -136,6 +141,17 @@ class SamplerSettings(Strict):
             raise InputError(str(error)) from error
         update = {"window_frames": window, "sink_frames": sink, "rope": rope or self.rope}
         return self.model_copy(update=update)
+
+    def with_first_steps(self, first_steps: int | None) -> SamplerSettings:
+        """The same loop with another number of steps where a scene opens; None changes nothing.
+
+        Raises:
+            InputError: the model was not made for it.
+        """
+        if first_steps is None:
+            return self
+        self.timesteps(first_steps)
+        return self.model_copy(update={"first_steps": first_steps})
 
     def without_end(self, rollout_frames: int | None, window_frames: int) -> SamplerSettings:
         """The same loop for a video without end, whose memory must have one.

@@ -100,7 +100,11 @@ class LiveCues:
             if shown_before < frames:
                 entries.append(_entry(shown_before / fps, cue, before))
                 before = cue
-        return Timeline(model=model, seed=seed, steps=steps, frames=frames, timeline=tuple(entries))
+        sampler = self.pipeline.preset.sampler
+        return Timeline(
+            model=model, seed=seed, steps=steps, first_steps=sampler.first_steps, frames=frames,
+            timeline=tuple(entries),
+        )  # fmt: skip
 
 
 def _same_texts(one: Wanted, other: Wanted) -> bool:

@@ -128,8 +128,9 @@ class Job:
         self.place = place
 
     def _begin(self) -> None:
-        pipeline = self._library.get(self.model)
         request = self.request
+        pipeline = self._library.get(self.model)
+        pipeline = pipeline.with_sampler(pipeline.preset.sampler.with_first_steps(request.first_steps))
         cue = request.cue(pipeline)
         frames = pipeline.preset.video.frames if request.frames is None else request.frames
         if frames > self._settings.max_frames:
@@ -159,6 +160,7 @@ class Job:
             model=self.model,
             seed=request.seed,
             steps=request.steps or preset.sampler.default_steps,
+            first_steps=request.first_steps,
             frames=frames,
             width=preset.video.width,
             height=preset.video.height,

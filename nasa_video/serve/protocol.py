@@ -74,6 +74,8 @@ class Start(Wanted):
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     model: str | None = Field(default=None, max_length=400)
     steps: int | None = Field(default=None, ge=1, le=200)
+    first_steps: int | None = Field(default=None, ge=1, le=200)
+    """Of the first chunk, and of each that shows something new; None takes ``steps``."""
     frames: int | None = Field(default=None, ge=1)
     """None streams without end."""
     compare: bool = False
@@ -154,6 +156,7 @@ class VideoRequest(Wanted):
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     model: str | None = Field(default=None, max_length=400)
     steps: int | None = Field(default=None, ge=1, le=200)
+    first_steps: int | None = Field(default=None, ge=1, le=200)
     frames: int | None = Field(default=None, ge=1)
     """None takes the model's own length."""
 

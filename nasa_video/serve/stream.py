@@ -222,6 +222,7 @@ class LiveStream:
         """Where the chunks come from; checks what was asked for, and generates nothing yet."""
         start = self.start
         pipeline = self._library.get(self.model)
+        pipeline = pipeline.with_sampler(pipeline.preset.sampler.with_first_steps(start.first_steps))
         cues = self._cues = LiveCues(pipeline, start)
 
         def chunks(cue_of: CueOf) -> Iterator[Chunk]:

@@ -347,6 +347,25 @@ def test_calls_are_announced_in_order(model: CausalWan, embeds: Tensor) -> None:
     ]  # fmt: skip
 
 
+def test_more_steps_where_the_caller_says_that_a_scene_opens(model: CausalWan, embeds: Tensor) -> None:
+    few = FlowMatchSchedule(8, [1000])
+    sampler = ChunkSampler(model, few, first_schedule=SCHEDULE)
+    noise = SeededNoise([7], SHAPE)
+
+    def steps(**options: Any) -> list[tuple[int, int]]:
+        calls: list[ModelCall] = []
+        list(sampler.stream(embeds, noise, num_frames=9, before_call=calls.append, **options))
+        return [(call.chunk, call.step) for call in calls if not call.clean]
+
+    assert steps() == [(0, 0), (0, 1), (1, 0), (2, 0)]
+    assert steps(opens=lambda chunk: chunk == 1) == [(0, 0), (1, 0), (1, 1), (2, 0)]
+    remade = steps(opens=lambda chunk: chunk == 2, on_change=at(2, "remake"))
+    assert remade == [(0, 0), (1, 0), *3 * [(2, 0), (2, 1)]], "the window is made for the chunk that it opens with"
+    prefix = video(sampler, embeds, 6)
+    assert steps(prefix=prefix) == [(2, 0), (2, 1), (3, 0), (4, 0)], "the first behind what is given"
+    assert steps(prefix=prefix, made_frames=3) == [(2, 0), (3, 0), (4, 0)], "which an earlier run had begun"
+
+
 def test_the_last_timestep_lands_on_the_clean_picture() -> None:
     class Truth:
         """A denoiser that knows the picture."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from nasa_video.evaluation.cases import Case
 from nasa_video.evaluation.jobs import Outcome, Shard, Store, run_jobs
 from nasa_video.evaluation.removal import Cell, Method, Verdict, cells, row_of
 from nasa_video.evaluation.removal_jobs import CellJob, CellWorker, Draw, plan_cells, removal_results, rows_of
+from nasa_video.evaluation.report import markdown, plot
 from nasa_video.guidance import Nasa
 from nasa_video.models.presets import VideoPreset, find_preset
 
@@ -46,7 +48,8 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> CellWorker:
 
     monkeypatch.setattr(removal_jobs, "run_cases", run_cases)
     one = CellWorker.__new__(CellWorker)
-    one._pipeline = one._judge = None  # type: ignore[assignment]
+    one._pipeline = SimpleNamespace(with_sampler=lambda sampler: sampler)  # type: ignore[assignment]
+    one._judge = None  # type: ignore[assignment]
     one._batch = 4
     return one
 
@@ -111,6 +114,34 @@ def test_a_cell_is_made_again_when_anything_that_matters_changes(preset: VideoPr
     assert {job.id for _, job in plan_cells(preset, renamed, DRAW, "float32")} <= jobs, (
         "a label changes nothing that is made"
     )
+
+
+def test_cells_whose_first_chunk_has_more_steps_are_others_and_say_so(
+    preset: VideoPreset, worker: CellWorker, tmp_path: Path
+) -> None:
+    def of(first_steps: int | None) -> list[tuple[Cell, CellJob]]:
+        return plan_cells(preset, list(cells(METHODS, [4, 1], ["conflict"], ["colour"], first_steps)), DRAW, "float32")
+
+    plain, opened = of(None), of(4)
+    ids, opened_ids = ([job.id for _, job in planned] for planned in (plain, opened))
+    assert ids[:2] == opened_ids[:2], "four steps that open in four are four steps"
+    assert not {*ids[2:]} & {*opened_ids[2:]}
+    pipelines: list[Any] = []
+    worker._pipeline.with_sampler = lambda sampler: pipelines.append(sampler)  # type: ignore[method-assign, assignment]
+    done = make(opened, tmp_path, worker)
+    assert [sampler.first_steps for sampler in pipelines] == [None, None, 4, 4]
+    assert [row["first_steps"] for row in rows(opened, done)] == [None, None, 4, 4]
+    text = markdown(rows(opened, done))
+    assert "| none | 4 | conflict |" in text
+    assert "| none | 1, first 4 | conflict |" in text
+    labels = [
+        arm.label
+        for arm in removal_results(
+            preset, list(zip((c for c, _ in opened), done.records, strict=True)), DRAW, tmp_path
+        ).arms
+    ]
+    assert labels == ["none, 4 steps", "nasa:1, 4 steps", "none, 1 steps, first 4", "nasa:1, 1 steps, first 4"]
+    plot(rows(opened, done), tmp_path / "plot.png")
 
 
 def test_results_hold_every_case_with_pictures_of_the_first(

@@ -259,6 +259,14 @@ def test_a_timeline_says_what_changed_and_gives_the_same_cues(pipeline: VideoPip
     assert len(cues.timeline("tiny", 5, None, 9).timeline) == 1, "what was not shown is left out"
 
 
+def test_a_timeline_says_in_how_many_steps_a_scene_opens(pipeline: VideoPipeline) -> None:
+    opened = pipeline.with_sampler(pipeline.preset.sampler.with_first_steps(2))
+    for made_by, first_steps in ((pipeline, None), (opened, 2)):
+        cues = LiveCues(made_by, Wanted(prompt="a ball"))
+        cues(0)
+        assert cues.timeline("tiny", 5, 1, 9).first_steps == first_steps
+
+
 def test_cues_refuse_what_a_running_stream_cannot_do(pipeline: VideoPipeline) -> None:
     cues = LiveCues(pipeline, Wanted(prompt="a ball"))
     cues(0)

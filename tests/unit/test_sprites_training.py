@@ -487,23 +487,6 @@ def test_the_better_weights_are_chosen(tmp_path, repository):
     assert all(torch.equal(best[name], value) for name, value in good.items())
 
 
-def test_a_removal_table_whose_time_is_up_is_not_written(tmp_path, repository):
-    script = [
-        sys.executable,
-        str(repository / "scripts" / "make_removal_table.py"),
-        "--seconds",
-        "0",
-        "--processes",
-        "1",
-    ]
-    command = [*script, "--folder", str(tmp_path / "cells"), "--docs", str(tmp_path / "docs")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "run again to go on" in done.stdout
-    assert not list(tmp_path.rglob("*.jsonl"))
-    assert not (tmp_path / "docs").exists()
-
-
 def test_an_unknown_setting_is_refused(tmp_path, repository):
     text = (repository / "configs" / "train" / "sprites.yaml").read_text()
     path = tmp_path / "plan.yaml"

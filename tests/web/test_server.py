@@ -120,7 +120,7 @@ def test_changes_act_from_the_next_chunk_and_replay_to_the_same_frames(
     shown: list[np.ndarray[Any, Any]],
     tmp_path: Path,
 ) -> None:
-    client.start(seed=11, on_change="keep")
+    client.start(seed=11, on_change="keep", steps=1, first_steps=2)
     changes: list[dict[str, Any]] = [
         {"negatives": [{"text": "ratio 16:9"}, {"text": "blue", "weight": 0.3}]},
         {"prompt": "a blue star", "on_change": "remake"},
@@ -499,8 +499,9 @@ def test_a_client_may_ask_for_pictures_instead(client: Client) -> None:
 
 
 def test_a_job_from_request_to_file(server: Server) -> None:
+    ask = {"prompt": "a red ball", "negatives": [{"text": "red"}], "seed": 4, "steps": 1, "first_steps": 2}
     with httpx.Client(base_url=server.address) as http:
-        made = http.post("v1/videos", json={"prompt": "a red ball", "negatives": [{"text": "red"}], "seed": 4})
+        made = http.post("v1/videos", json=ask)
         assert made.status_code == 202
         address = f"v1/videos/{made.json()['id']}"
         done = eventually(lambda: (s := http.get(address).json())["status"] in ("done", "failed") and s)
@@ -511,7 +512,8 @@ def test_a_job_from_request_to_file(server: Server) -> None:
         path = server.hub.folder / "job.mp4"
         path.write_bytes(http.get(done["content"]).content)
         assert len(read_frames(path)) == 21
-        assert read_metadata(path)["nasa_video"]["seed"] == 4, "generate --from makes it again"
+        recipe = read_metadata(path)["nasa_video"]
+        assert (recipe["seed"], recipe["first_steps"]) == (4, 2), "generate --from makes it again"
         path.unlink()
         assert http.delete(address).status_code == 204
         assert http.get(address).status_code == 404

@@ -1,0 +1,137 @@
+"""More steps where a scene opens, fewer for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from causvid_adapter import CausalWan
+from nasa_video import VideoPipeline
+from nasa_video.errors import InputError
+from nasa_video.guidance import Nasa
+from nasa_video.models.presets import SamplerSettings, find_preset
+from nasa_video.timeline import Cue
+from nasa_video.video.source import read_frames
+
+Run = Callable[..., Any]
+STAR = ("generate", "a red star", "--frames", "33", "--model", "{model}")
+
+
+def opening_in(pipeline: VideoPipeline, first_steps: int | None) -> VideoPipeline:
+    return pipeline.with_sampler(pipeline.preset.sampler.with_first_steps(first_steps))
+
+
+def latents(pipeline: VideoPipeline, **options: Any) -> list[torch.Tensor]:
+    return [chunk.latents for chunk in pipeline.stream("a red star", **{"frames": 33, **options})]
+
+
+@pytest.fixture
+def calls(pipeline: VideoPipeline, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The timesteps of all calls of the model."""
+    made: list[float] = []
+    forward = CausalWan.forward
+
+    def noted(self: CausalWan, latents: Any, timestep: float, *given: Any, **options: Any) -> Any:
+        made.append(timestep)
+        return forward(self, latents, timestep, *given, **options)
+
+    monkeypatch.setattr(CausalWan, "forward", noted)
+    return made
+
+
+def noisy_calls(calls: list[float]) -> list[int]:
+    """How many steps each chunk had; a clean pass ends one."""
+    counts, steps = [], 0
+    for t in calls:
+        steps += t > 0
+        if t == 0:
+            counts.append(steps)
+            steps = 0
+    return [*counts, steps]
+
+
+def test_the_first_chunk_is_the_one_of_as_many_steps_and_the_others_follow_it(pipeline: VideoPipeline) -> None:
+    kinds = ((1, None), (2, None), (1, 2))
+    one, two, opened = (latents(opening_in(pipeline, first), steps=steps) for steps, first in kinds)
+    assert torch.equal(opened[0], two[0])
+    for chunk in (1, 2):
+        assert not torch.equal(opened[chunk], one[chunk]), "it follows another chunk"
+        assert not torch.equal(opened[chunk], two[chunk]), "and has one step"
+    same = latents(opening_in(pipeline, 2), steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(same, two, strict=True))
+
+
+def test_only_what_opens_a_scene_has_more_steps(pipeline: VideoPipeline, calls: list[float]) -> None:
+    old, new = Cue.of("a red star"), Cue.of("a blue ball", "red", Nasa(0.5))
+
+    def cues(chunk: int) -> Cue:
+        return new if chunk >= 3 else old
+
+    latents(opening_in(pipeline, 2), cues=cues, steps=1, frames=69, on_change="keep")
+    assert noisy_calls(calls) == [2, 1, 1, 2, 1, 1]
+    calls.clear()
+    latents(opening_in(pipeline, 2), steps=1, frames=57, rollout=33)
+    assert noisy_calls(calls) == [2, 1, 1, 1, 1], "a rollout goes on where the one before ended"
+
+
+def test_what_goes_on_from_a_clip_opens_and_what_is_resumed_does_not(
+    pipeline: VideoPipeline, calls: list[float]
+) -> None:
+    opened = opening_in(pipeline, 2)
+    whole = latents(opened, steps=1, frames=45)
+    made = torch.cat(whole[:2], dim=1)
+    resumed = latents(opened, steps=1, frames=45, prefix=made, shown_prefix=6)
+    assert all(torch.equal(a, b) for a, b in zip(resumed, whole, strict=True))
+    calls.clear()
+    latents(opened, steps=1, frames=45, prefix=made)
+    assert noisy_calls(calls) == [0, 0, 2, 1]
+
+
+def test_a_number_of_steps_that_the_model_has_not_is_refused(pipeline: VideoPipeline) -> None:
+    sampler = find_preset("sprites").sampler
+    with pytest.raises(InputError, match="runs in 1, 2, 4 steps, got 3"):
+        sampler.with_first_steps(3)
+    assert sampler.with_first_steps(None) == sampler
+    with pytest.raises(ValueError, match="first_steps 3 is not among steps"):
+        SamplerSettings.model_validate(sampler.model_dump() | {"first_steps": 3})
+    source = torch.cat(latents(pipeline), dim=1)
+    with pytest.raises(InputError, match="leave --first-steps out"):
+        latents(opening_in(pipeline, 2), steps=1, source=source)
+    assert len(latents(opening_in(pipeline, 2), steps=2, source=source)) == 3
+
+
+def test_it_is_an_option_that_is_stored_and_comes_back(nasa_video: Run) -> None:
+    for name, options in {
+        "one": ("--steps", "1"),
+        "opened": ("--steps", "1", "--first-steps", "2"),
+        "two": ("--steps", "2"),
+    }.items():
+        done = nasa_video(*STAR, *options, "-o", f"{name}/")
+        assert done.status == 0, done.stderr
+    one, opened, two = (
+        np.stack([np.asarray(Image.open(path)) for path in sorted(Path(name).glob("*.png"))])
+        for name in ("one", "opened", "two")
+    )
+    assert np.array_equal(opened[:9], two[:9])
+    assert all((a != b).any() for a, b in zip(opened[9:], one[9:], strict=True))
+    nasa_video(*STAR, "--steps", "1", "--first-steps", "2", "-o", "a.mp4")
+    assert nasa_video("generate", "--from", "a.mp4", "-o", "again.mp4").status == 0
+    assert Path("again.mp4").read_bytes() == Path("a.mp4").read_bytes()
+
+
+def test_a_timeline_and_a_stream_take_it(nasa_video: Run) -> None:
+    Path("t.yaml").write_text("steps: 1\nfirst_steps: 2\ntimeline: [{at: 0, prompt: a red star}]\n")
+    done = nasa_video("generate", "--timeline", "t.yaml", "--frames", "33", "--model", "{model}", "-o", "a.mp4")
+    assert done.status == 0, done.stderr
+    nasa_video(*STAR, "--steps", "1", "--first-steps", "2", "-o", "b.mp4")
+    assert np.array_equal(read_frames("a.mp4"), read_frames("b.mp4"))
+    for options in (("--timeline", "t.yaml"), ("a red star", "--steps", "1", "--first-steps", "2")):
+        done = nasa_video("stream", *options, "--seconds", "1", "--model", "{model}", "--to", "c.mp4")
+        assert done.status == 0, done.stderr
+        assert np.array_equal(read_frames("c.mp4")[:9], read_frames("b.mp4")[:9])

@@ -1,0 +1,63 @@
+"""The script of the removal table: made in parts, kept in one file."""
+
+import json
+
+import pytest
+import typer
+
+OPTIONS = {
+    "n": 2, "choose_n": 1, "choose_attributes": "colour", "attributes": "colour", "methods": "", "steps": "4",
+    "opened": "1", "teacher_steps": 0, "also": "cfg:3", "processes": 1, "device": "cpu", "batch": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def removal_script(request, monkeypatch):
+    monkeypatch.syspath_prepend(str(request.config.rootpath / "scripts"))
+    import make_removal_table
+
+    return make_removal_table
+
+
+def removal_row(asked, share):
+    shares = dict.fromkeys(("removed", "held", "both"), share)
+    intervals = {f"{name}_interval": [0.0, 1.0] for name in shares}
+    method, _, scale = asked.label.partition(":")
+    looks = {"out_of_range": 0.0, "sharpness": 1.0, "flicker": 1.0, "luma": 99.0, "device": "cpu"}
+    row = {"method": method.partition("+")[0], "scale": float(scale) if scale else None}
+    return {**asked.__dict__, **row, **shares, **intervals, **looks}
+
+
+def test_a_removal_table_whose_settings_cannot_be_chosen_yet_is_not_written(tmp_path, removal_script, capsys):
+    with pytest.raises(typer.Exit):
+        removal_script.main(**OPTIONS, docs=tmp_path, seconds=0)
+    assert "run again to go on" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_removal_table_is_made_in_parts(tmp_path, removal_script, capsys):
+    labels = [label for labels in removal_script.CANDIDATES.values() for label in labels]
+    kept = removal_script._Kept(tmp_path / "removal.json")
+    for kind, attribute in removal_script._cases("colour"):
+        for label in labels:
+            asked = removal_script._Asked("sprites", "choose", label, 4, None, kind, attribute, 1)
+            kept.add(asked, removal_row(asked, 0.9 if label in ("nasa:0.75", "vsf:1") else 0.5))
+    removal_script.main(**OPTIONS | {"methods": "none", "steps": ""}, docs=tmp_path)
+    stored = json.loads((tmp_path / "removal.json").read_text())
+    assert stored["best"]["nasa"] == "nasa:0.75"
+    assert stored["best"]["vsf"] == "vsf:1"
+    made = [row for row in stored["rows"] if row["split"] == "report"]
+    assert [(row["label"], row["case"], row["steps"], row["first_steps"], row["n"]) for row in made] == [
+        ("none", "unmentioned", 1, 4, 2),
+        ("none", "conflict", 1, 4, 2),
+    ]
+    table = (tmp_path / "removal-table.md").read_text()
+    assert "| none | 1, first 4 | conflict | colour | 2 |" in table
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {"removal.png", "removal-choosing.png"}
+
+    # what is there is not made again, and the time of a second run that is up leaves it as it was
+    removal_script.main(**OPTIONS, docs=tmp_path, seconds=0)
+    assert "not all cells are there" in capsys.readouterr().out
+    assert json.loads((tmp_path / "removal.json").read_text())["rows"] == stored["rows"]
+    (tmp_path / "removal.json").write_text(json.dumps(stored | {"everything": "other weights"}))
+    assert not removal_script._Kept(tmp_path / "removal.json").rows("sprites", "choose", 1)
