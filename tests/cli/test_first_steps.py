@@ -106,6 +106,19 @@ def test_a_number_of_steps_that_the_model_has_not_is_refused(pipeline: VideoPipe
     assert len(latents(opening_in(pipeline, 2), steps=2, source=source)) == 3
 
 
+def test_a_model_may_bring_it(pipeline: VideoPipeline, calls: list[float]) -> None:
+    """As Causal Forcing++ does: a frame a chunk, in one or two steps, the first in four."""
+    for count in (1, 2):
+        sampler = find_preset(f"causal-forcing-{count}step").sampler
+        assert (sampler.default_steps, sampler.first_steps, sampler.frames_per_chunk) == (count, 4, 1)
+        assert sampler.timesteps(4) == find_preset("self-forcing").sampler.timesteps(4)
+    own = pipeline.preset.sampler
+    update = {"default_steps": 1, "first_steps": 2, "frames_per_chunk": 1, "window_frames": None, "sink_frames": 0}
+    chunks = latents(pipeline.with_sampler(own.model_copy(update=update)), frames=17)
+    assert [chunk.shape[1] for chunk in chunks] == 5 * [1]
+    assert noisy_calls(calls) == [2, 1, 1, 1, 1]
+
+
 def test_it_is_an_option_that_is_stored_and_comes_back(nasa_video: Run) -> None:
     for name, options in {
         "one": ("--steps", "1"),

@@ -147,7 +147,16 @@ def test_every_13b_preset_has_a_place_on_24_16_and_12_gigabytes(name: str) -> No
 def test_the_documented_profiles_are_those_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nasa_video.models.presets.Source.find", lambda source: None)  # whatever is on this machine
     rows = [row for row in (ROOT / "docs" / "memory.md").read_text().splitlines() if row.startswith("| ")]
-    for name in ("causvid", "causvid-4step", "self-forcing", "longlive", "krea-14b"):
+    names = (
+        "causvid",
+        "causvid-4step",
+        "self-forcing",
+        "causal-forcing-1step",
+        "causal-forcing-2step",
+        "longlive",
+        "krea-14b",
+    )
+    for name in names:
         cards = readiness(find_preset(name), None, None, None, "cpu").cards
         assert [card.gigabytes for card in cards] == [24, 16, 12]
         cells = []
