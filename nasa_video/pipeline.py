@@ -360,7 +360,7 @@ class VideoPipeline:
         start = start or Beginning()
         first_steps = num_steps if settings.first_steps is None else settings.first_steps
         if start.source is not None and first_steps != num_steps:
-            raise InputError("a redrawn video has one number of steps; leave --first-steps out")
+            raise InputError(f"a redrawn video has as many steps in every chunk; give --first-steps {num_steps}")
         first_step = start.first_step(num_steps)
         start.check(latent_frames, settings.frames_per_chunk, (channels, latent_height, latent_width))
         rollout_frames = self.check_rollout(rollout)

@@ -40,10 +40,29 @@ ROOT = Path(__file__).resolve().parent.parent
 CANDIDATES = {
     "none": ("none",),
     "cfg": ("cfg:1.5", "cfg:2", "cfg:3", "cfg:4", "cfg:6"),
-    "nasa": ("nasa:0.5", "nasa:0.75", "nasa:1", "nasa:1.25", "nasa+nopad:0.05", "nasa+nopad:0.1", "nasa+nopad:0.2"),
+    "nasa": (
+        "nasa:0.5",
+        "nasa:0.75",
+        "nasa:1",
+        "nasa:1.25",
+        "nasa:1.5",
+        "nasa+nopad:0.05",
+        "nasa+nopad:0.1",
+        "nasa+nopad:0.2",
+    ),
     "nasa-centred+even": tuple(f"nasa-centred+even:{scale}" for scale in (0.5, 0.75, 1, 1.25, 1.5)),
     "nasa-centred": tuple(f"nasa-centred:{scale}" for scale in (0.4, 0.5, 0.6, 0.75, 0.9)),
-    "nag": ("nag:2", "nag:3", "nag:5", "nag:9", "nag+nopad:1.5", "nag+nopad:2", "nag+nopad:3"),
+    "nag": (
+        "nag:2",
+        "nag:3",
+        "nag:5",
+        "nag:9",
+        "nag+nopad:1.5",
+        "nag+nopad:2",
+        "nag+nopad:3",
+        "nag+nopad:4",
+        "nag+nopad:6",
+    ),
     "vsf": ("vsf:0.7", "vsf:1", "vsf:1.4", "vsf:2", "vsf+pad:1", "vsf+pad:1.4"),
 }
 KINDS: tuple[CaseKind, ...] = ("conflict", "stated", "unmentioned")
@@ -108,7 +127,7 @@ class _Kept:
 def _place(row: Row) -> tuple[Any, ...]:
     """Where a row stands in its table."""
     kinds = ("unmentioned", "stated", "conflict")
-    labels = [label for labels in CANDIDATES.values() for label in labels]
+    labels = [label for labels in CANDIDATES.values() for label in labels] + [row["label"]]  # of an earlier list
     return (
         row["model"], row["split"], -row["steps"], row["first_steps"] or 0, kinds.index(row["case"]),
         attributes_of(row["case"]).index(row["attribute"]), labels.index(row["label"]), row["n"],
@@ -149,34 +168,20 @@ def main(
     kept = _Kept(docs / "removal.json")
     threads = max(1, (os.cpu_count() or 1) // processes)
     with ProcessPoolExecutor(processes, get_context("spawn"), _set_threads, (threads,)) as workers:
-        every = [label for labels in CANDIDATES.values() for label in labels]
-        choosing = [
-            _Asked("sprites", "choose", label, 4, None, kind, attribute, choose_n)
-            for kind, attribute in _cases(choose_attributes)
-            for label in every
-        ]
-        if not _make(workers, making, kept, choosing):
+        if not _make(workers, making, kept, _to_choose(choose_n, choose_attributes)):
             print("not all choosing cells are there; run again to go on")
             raise typer.Exit(1)
         chosen_on = kept.rows("sprites", "choose", choose_n)
         best = {family: _best(chosen_on, labels) for family, labels in CANDIDATES.items()}
         kept.facts |= {"commit": _commit(), "choose_n": choose_n, "n": n, "best": best}
         labels = list(dict.fromkeys([*best.values(), *_words(also)]))
-        wanted = [label for name in _words(methods) for label in labels if _family(label) == name]
+        if methods:
+            labels = [label for name in _words(methods) for label in labels if _family(label) == name]
         counts = [(int(count), None) for count in _words(steps)] + [(int(count), OPENING) for count in _words(opened)]
-        reporting = [
-            _Asked("sprites", "report", label, count, first, kind, attribute, n)
-            for count, first in counts
-            for kind, attribute in _cases(attributes)
-            for label in wanted or labels
-        ]
+        reported = _to_report("sprites", n, labels, attributes, counts)
         if teacher_steps:
-            reporting += [
-                _Asked("sprites-teacher", "report", label, teacher_steps, None, kind, attribute, n)
-                for kind, attribute in _cases(attributes)
-                for label in wanted or labels
-            ]
-        complete = _make(workers, making, kept, reporting)
+            reported += _to_report("sprites-teacher", n, labels, attributes, [(teacher_steps, None)])
+        complete = _make(workers, making, kept, reported)
     kept.write()
     rows, of_teacher = (kept.rows(model, "report", n) for model in ("sprites", "sprites-teacher"))
     (docs / "images").mkdir(exist_ok=True)
@@ -203,6 +208,28 @@ def _cases(attributes: str) -> Iterator[tuple[CaseKind, str]]:
         for attribute in attributes_of(kind):
             if not attributes or attribute in _words(attributes):
                 yield kind, attribute
+
+
+def _to_choose(n: int, attributes: str) -> list[_Asked]:
+    """The cells that settings are chosen on."""
+    return [
+        _Asked("sprites", "choose", label, 4, None, kind, attribute, n)
+        for kind, attribute in _cases(attributes)
+        for labels in CANDIDATES.values()
+        for label in labels
+    ]
+
+
+def _to_report(
+    model: str, n: int, labels: list[str], attributes: str, counts: list[tuple[int, int | None]]
+) -> list[_Asked]:
+    """The reported cells of a model at numbers of steps, each with that of the first chunk."""
+    return [
+        _Asked(model, "report", label, count, first, kind, attribute, n)
+        for count, first in counts
+        for kind, attribute in _cases(attributes)
+        for label in labels
+    ]
 
 
 def _make(workers: Executor, making: _Making, kept: _Kept, wanted: list[_Asked]) -> bool:

@@ -101,7 +101,7 @@ def test_a_number_of_steps_that_the_model_has_not_is_refused(pipeline: VideoPipe
     with pytest.raises(ValueError, match="first_steps 3 is not among steps"):
         SamplerSettings.model_validate(sampler.model_dump() | {"first_steps": 3})
     source = torch.cat(latents(pipeline), dim=1)
-    with pytest.raises(InputError, match="leave --first-steps out"):
+    with pytest.raises(InputError, match="give --first-steps 1"):
         latents(opening_in(pipeline, 2), steps=1, source=source)
     assert len(latents(opening_in(pipeline, 2), steps=2, source=source)) == 3
 
