@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import time
 from collections import defaultdict
@@ -50,8 +51,9 @@ CANDIDATES = {
         "nasa+nopad:0.1",
         "nasa+nopad:0.2",
     ),
-    "nasa-centred+even": tuple(f"nasa-centred+even:{scale}" for scale in (0.5, 0.75, 1, 1.25, 1.5)),
+    "nasa-centred+conflict0": tuple(f"nasa-centred+conflict0:{scale}" for scale in (0.5, 0.75, 1, 1.25, 1.5)),
     "nasa-centred": tuple(f"nasa-centred:{scale}" for scale in (0.4, 0.5, 0.6, 0.75, 0.9)),
+    "nasa-centred+conflict2": tuple(f"nasa-centred+conflict2:{scale}" for scale in (0.5, 0.6)),
     "nag": (
         "nag:2",
         "nag:3",
@@ -164,6 +166,7 @@ def main(
     ] = float("inf"),
 ) -> None:
     """Chooses, reports, writes."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     making = _Making(device, batch, time.monotonic() + seconds)
     kept = _Kept(docs / "removal.json")
     threads = max(1, (os.cpu_count() or 1) // processes)
@@ -235,10 +238,14 @@ def _to_report(
 def _make(workers: Executor, making: _Making, kept: _Kept, wanted: list[_Asked]) -> bool:
     """Make what is not kept, in order; whether everything is there."""
     futures = {workers.submit(_cell, making, asked): asked for asked in wanted if asked not in kept}
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-        for future in progress.track(as_completed(futures), total=len(futures), description="cells"):
-            if (row := future.result()) is not None:
-                kept.add(futures[future], row)
+    try:
+        with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
+            for future in progress.track(as_completed(futures), total=len(futures), description="cells"):
+                if (row := future.result()) is not None:
+                    kept.add(futures[future], row)
+    except BaseException:
+        workers.shutdown(wait=False, cancel_futures=True)  # or they would go on with all that is waiting
+        raise
     return all(asked in kept for asked in wanted)
 
 
@@ -332,13 +339,10 @@ def _document(facts: dict[str, Any], chosen_on: list[Row], rows: list[Row], of_t
     both: dict[str, dict[str, float]] = defaultdict(dict)
     for row in summary(chosen_on):
         both[row["label"]][row["case"]] = row["both"]
-    for labels in CANDIDATES.values():
-        for label in labels:
-            shares = " | ".join(
-                f"{100 * both[label].get(kind, 0):.1f}" for kind in ("unmentioned", "stated", "conflict")
-            )
-            chosen = "yes" if label in facts["best"].values() else ""
-            lines.append(f"| {label} | {shares} | {100 * _mean_both(chosen_on, label):.1f} | {chosen} |")
+    for label in dict.fromkeys(row["label"] for row in chosen_on):
+        shares = " | ".join(f"{100 * both[label].get(kind, 0):.1f}" for kind in ("unmentioned", "stated", "conflict"))
+        chosen = "yes" if label in facts["best"].values() else ""
+        lines.append(f"| {label} | {shares} | {100 * _mean_both(chosen_on, label):.1f} | {chosen} |")
     lines += ["", "![Choosing: removed against held](images/removal-choosing.png)", ""]
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,8 @@ class Guides(Protocol):
 def parse_methods(text: str, pipeline: Guides) -> list[Method]:
     """``none,cfg:2,nasa,nasa:0.8,nasa+nopad:0.1`` as methods with the model's settings.
 
-    ``+nopad`` takes padding out of the negative branch, ``+pad`` takes it in; ``+even`` takes centred NASA without its
-    rise where prompt and negative contradict each other.
+    ``+nopad`` takes padding out of the negative branch, ``+pad`` takes it in; ``+conflict2`` is centred NASA's
+    rise where prompt and negative contradict each other, of which 0 is none.
 
     Raises:
         InputError: an unknown method or a scale that it cannot take.
@@ -75,8 +76,9 @@ def parse_methods(text: str, pipeline: Guides) -> list[Method]:
         except ValueError as error:
             raise InputError(f"method {label!r}: {error}") from error
         for switch in switches:
-            if switch == "even" and isinstance(guidance, CentredNasa):
-                guidance = dataclasses.replace(guidance, conflict=0.0)
+            rise = re.fullmatch(r"conflict(\d+(?:\.\d+)?)", switch)
+            if rise and isinstance(guidance, CentredNasa):
+                guidance = _with_rise(guidance, float(rise[1]), label)
                 continue
             if switch not in ("nopad", "pad") or guidance.name == "cfg":
                 raise InputError(f"method {label!r}: unknown switch {switch!r}; all but cfg take nopad and pad")
@@ -85,6 +87,13 @@ def parse_methods(text: str, pipeline: Guides) -> list[Method]:
     if not methods:
         raise InputError("give at least one method, such as none,cfg:3,nasa")
     return methods
+
+
+def _with_rise(guidance: CentredNasa, conflict: float, label: str) -> CentredNasa:
+    try:
+        return dataclasses.replace(guidance, conflict=conflict)
+    except ValueError as error:
+        raise InputError(f"method {label!r}: {error}") from error
 
 
 class Judge(Protocol):

@@ -180,19 +180,34 @@ class _Preset:
 
 
 def test_methods_are_read_with_their_switches():
-    text = "none, nasa:0.8, nasa+nopad:0.1, nasa-centred:0.5, nasa-centred+even:1.25, nasa-centred+even+nopad:1"
+    text = (
+        "none, nasa:0.8, nasa+nopad:0.1, nasa-centred:0.5, nasa-centred+conflict2.5:1, nasa-centred+conflict0+nopad:1"
+    )
     methods = parse_methods(text, _Preset())
     assert [method.guidance for method in methods] == [
         None,
         Nasa(0.8),
         Nasa(0.1, negative_padding=False),
         CentredNasa(0.5, conflict=1.0),
-        CentredNasa(1.25),
+        CentredNasa(1.0, conflict=2.5),
         CentredNasa(1.0, negative_padding=False),
     ]
 
 
-@pytest.mark.parametrize("label", ["nasa+even:1", "nasa+loud", "apg", "nasa:x", "nasa:-1", "none:1", ""])
+@pytest.mark.parametrize(
+    "label",
+    [
+        "nasa+conflict2:1",
+        "nasa-centred+conflict:1",
+        "nasa-centred+conflict99999:1",
+        "nasa+loud",
+        "apg",
+        "nasa:x",
+        "nasa:-1",
+        "none:1",
+        "",
+    ],
+)
 def test_methods_that_there_are_not_are_refused(label):
     with pytest.raises(InputError):
         parse_methods(label, _Preset())

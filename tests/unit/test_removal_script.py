@@ -61,3 +61,15 @@ def test_a_removal_table_is_made_in_parts(tmp_path, removal_script, capsys):
     assert json.loads((tmp_path / "removal.json").read_text())["rows"] == stored["rows"]
     (tmp_path / "removal.json").write_text(json.dumps(stored | {"everything": "other weights"}))
     assert not removal_script._Kept(tmp_path / "removal.json").rows("sprites", "choose", 1)
+
+
+def test_the_table_in_docs_is_that_of_its_json(removal_script):
+    docs = removal_script.ROOT / "docs"
+    facts = json.loads((docs / "removal.json").read_text())
+    rows = facts.pop("rows")
+
+    def part(model, split):
+        return [row for row in rows if (row["model"], row["split"]) == (model, split)]
+
+    parts = (part("sprites", "choose"), part("sprites", "report"), part("sprites-teacher", "report"))
+    assert removal_script._document(facts, *parts) == (docs / "removal-table.md").read_text()
