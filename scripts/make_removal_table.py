@@ -5,7 +5,7 @@
 Every candidate of every method is tried on the same choosing prompts and seeds, and the one with the most videos that
 lost the unwanted feature and held everything else (mean over the kinds of case) is reported. Each finished cell is
 written into the JSON at once, and what is there of the same weights is not made again: a table may be made in parts
-(``--methods``, ``--steps``, ``--attributes``, ``--seconds``), on several machines one after the other.
+(``--cases``, ``--methods``, ``--steps``, ``--attributes``, ``--seconds``), on several machines one after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
@@ -38,34 +38,21 @@ if TYPE_CHECKING:
     from nasa_video.pipeline import VideoPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def _at(name: str, *scales: float) -> tuple[str, ...]:
+    return tuple(f"{name}:{scale:g}" for scale in scales)
+
+
 CANDIDATES = {
     "none": ("none",),
-    "cfg": ("cfg:1.5", "cfg:2", "cfg:3", "cfg:4", "cfg:6"),
-    "nasa": (
-        "nasa:0.5",
-        "nasa:0.75",
-        "nasa:1",
-        "nasa:1.25",
-        "nasa:1.5",
-        "nasa+nopad:0.05",
-        "nasa+nopad:0.1",
-        "nasa+nopad:0.2",
-    ),
-    "nasa-centred+conflict0": tuple(f"nasa-centred+conflict0:{scale}" for scale in (0.5, 0.75, 1, 1.25, 1.5)),
-    "nasa-centred": tuple(f"nasa-centred:{scale}" for scale in (0.4, 0.5, 0.6, 0.75, 0.9)),
-    "nasa-centred+conflict2": tuple(f"nasa-centred+conflict2:{scale}" for scale in (0.5, 0.6)),
-    "nag": (
-        "nag:2",
-        "nag:3",
-        "nag:5",
-        "nag:9",
-        "nag+nopad:1.5",
-        "nag+nopad:2",
-        "nag+nopad:3",
-        "nag+nopad:4",
-        "nag+nopad:6",
-    ),
-    "vsf": ("vsf:0.7", "vsf:1", "vsf:1.4", "vsf:2", "vsf+pad:1", "vsf+pad:1.4"),
+    "cfg": _at("cfg", 1.5, 2, 3, 4, 6),
+    "nasa": _at("nasa", 0.5, 0.75, 1, 1.25, 1.5) + _at("nasa+nopad", 0.05, 0.1, 0.2),
+    "nasa-centred+conflict0": _at("nasa-centred+conflict0", 0.5, 0.75, 1, 1.25, 1.5),
+    "nasa-centred": _at("nasa-centred", 0.4, 0.5, 0.6, 0.75, 0.9),
+    "nasa-centred+conflict2": _at("nasa-centred+conflict2", 0.5, 0.6),
+    "nag": _at("nag", 2, 3, 5, 9) + _at("nag+nopad", 1.5, 2, 3, 4, 6),
+    "vsf": _at("vsf", 0.7, 1, 1.4, 2) + _at("vsf+pad", 1, 1.4),
 }
 KINDS: tuple[CaseKind, ...] = ("conflict", "stated", "unmentioned")
 OPENING = 4
@@ -99,8 +86,10 @@ class _Kept:
         self.path = path
         self.facts: dict[str, Any] = {"weights": _weights_hash(), "everything": _everything_hash()}
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        same = found.get("everything") == self.facts["everything"]
-        rows: list[Row] = found["rows"] if same else []
+        rows: list[Row] = []
+        if found.get("everything") == self.facts["everything"]:
+            rows = found.pop("rows")
+            self.facts = found
         self._rows = {_Asked.of(row): row for row in rows}
 
     def __contains__(self, asked: _Asked) -> bool:
@@ -152,6 +141,9 @@ def main(
         "colour,background,shape,weather,blurry,border"
     ),
     attributes: Annotated[str, typer.Option(help="Attributes that are reported; empty: all.")] = "",
+    cases: Annotated[str, typer.Option(help="Kinds of case that are reported, the first made first.")] = ",".join(
+        KINDS
+    ),
     methods: Annotated[str, typer.Option(help="Methods that are reported, in this order; empty: all.")] = "",
     steps: Annotated[str, typer.Option(help="Step counts that are reported, the first made first.")] = "4,2,1",
     opened: Annotated[str, typer.Option(help=f"And with a first chunk in {OPENING} steps; empty: none.")] = "2,1",
@@ -181,9 +173,10 @@ def main(
         if methods:
             labels = [label for name in _words(methods) for label in labels if _family(label) == name]
         counts = [(int(count), None) for count in _words(steps)] + [(int(count), OPENING) for count in _words(opened)]
-        reported = _to_report("sprites", n, labels, attributes, counts)
+        those = list(_cases(attributes, _words(cases)))
+        reported = _to_report("sprites", n, labels, those, counts)
         if teacher_steps:
-            reported += _to_report("sprites-teacher", n, labels, attributes, [(teacher_steps, None)])
+            reported += _to_report("sprites-teacher", n, labels, those, [(teacher_steps, None)])
         complete = _make(workers, making, kept, reported)
     kept.write()
     rows, of_teacher = (kept.rows(model, "report", n) for model in ("sprites", "sprites-teacher"))
@@ -205,9 +198,9 @@ def _family(label: str) -> str:
     return next(family for family, labels in CANDIDATES.items() if label in labels)
 
 
-def _cases(attributes: str) -> Iterator[tuple[CaseKind, str]]:
+def _cases(attributes: str, kinds: Sequence[str] = KINDS) -> Iterator[tuple[CaseKind, str]]:
     """Kinds of case with their attributes, all or the given ones."""
-    for kind in KINDS:
+    for kind in sorted(set(KINDS) & set(kinds), key=list(kinds).index):
         for attribute in attributes_of(kind):
             if not attributes or attribute in _words(attributes):
                 yield kind, attribute
@@ -224,13 +217,13 @@ def _to_choose(n: int, attributes: str) -> list[_Asked]:
 
 
 def _to_report(
-    model: str, n: int, labels: list[str], attributes: str, counts: list[tuple[int, int | None]]
+    model: str, n: int, labels: list[str], cases: list[tuple[CaseKind, str]], counts: list[tuple[int, int | None]]
 ) -> list[_Asked]:
     """The reported cells of a model at numbers of steps, each with that of the first chunk."""
     return [
         _Asked(model, "report", label, count, first, kind, attribute, n)
         for count, first in counts
-        for kind, attribute in _cases(attributes)
+        for kind, attribute in cases
         for label in labels
     ]
 

@@ -41,13 +41,13 @@ class StreamRequest:
     model: str | None
     seed: int | None
     steps: int | None
-    first_steps: int | None
     seconds: float | None
     fps: float | None
     device: str | None
     timeline: Path | None
     on_change: OnChange | None
     to: str
+    first_steps: int | None = None
     memory: str | None = None
     weights: str | None = None
     offload: bool | None = None

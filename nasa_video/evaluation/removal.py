@@ -281,8 +281,12 @@ def removal_table(
         row = done.get(cell.key)
         if row is None:
             cases = build_cases(cell.attribute, cell.kind, n, split, seed)
-            made_by = pipeline.with_sampler(pipeline.preset.sampler.with_first_steps(cell.first_steps))
-            row = row_of(cell, run_cases(made_by, cell.method, cell.steps, cases, judge, frames, batch))
+            row = row_of(
+                cell,
+                run_cases(
+                    _opening_in(cell.first_steps, pipeline), cell.method, cell.steps, cases, judge, frames, batch
+                ),
+            )
             if journal is not None:
                 with journal.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"key": cell.key, "settings": settings, "row": row}) + "\n")
@@ -290,6 +294,12 @@ def removal_table(
         if tell is not None:
             tell(cell, row)
     return rows
+
+
+def _opening_in(first_steps: int | None, pipeline: VideoPipeline) -> VideoPipeline:
+    if first_steps is None:
+        return pipeline
+    return pipeline.with_sampler(pipeline.preset.sampler.with_first_steps(first_steps))
 
 
 def _read_journal(journal: Path | None, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:

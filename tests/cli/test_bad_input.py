@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -187,8 +188,9 @@ def _start(model_folder: Path, folder: Path, *options: str) -> subprocess.Popen[
 def _wait_for(folder: Path, size: int) -> None:
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
-        if any(path.stat().st_size > size for path in folder.glob("*.part*")):
-            return
+        with contextlib.suppress(FileNotFoundError):  # a part may go between being listed and being looked at
+            if any(path.stat().st_size > size for path in folder.glob("*.part*")):
+                return
         time.sleep(0.05)
     raise AssertionError("the run wrote nothing")
 

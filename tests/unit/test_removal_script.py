@@ -6,7 +6,8 @@ import pytest
 import typer
 
 OPTIONS = {
-    "n": 2, "choose_n": 1, "choose_attributes": "colour", "attributes": "colour", "methods": "", "steps": "4",
+    "n": 2, "choose_n": 1, "choose_attributes": "colour", "attributes": "colour",
+    "cases": "conflict,unmentioned", "methods": "", "steps": "4",
     "opened": "1", "teacher_steps": 0, "also": "cfg:3", "processes": 1, "device": "cpu", "batch": 2,
 }  # fmt: skip
 
