@@ -61,6 +61,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Removed against held, one curve a method over its scales, one panel a case and step count."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     means = summary(rows)
@@ -68,21 +69,25 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     # most steps first, and of as many those that open with more
     found = {(row["steps"], row["first_steps"] or 0): steps_text(row) for row in means}
     steps = [text for _, text in sorted(found.items(), reverse=True)]
+    families = list(dict.fromkeys(_family(row) for row in means))
+    colours = dict(zip(families, colormaps["tab10" if len(families) <= 10 else "tab20"].colors, strict=False))  # type: ignore[attr-defined]
+    lines: dict[str, Any] = {}
     figure = Figure(figsize=(4.2 * len(cases), 3.8 * len(steps)), layout="constrained")
     panels = figure.subplots(len(steps), len(cases), squeeze=False, sharex=True, sharey=True)
-    for line, count in zip(panels, steps, strict=True):
-        for panel, case in zip(line, cases, strict=True):
+    for row_of_panels, count in zip(panels, steps, strict=True):
+        for panel, case in zip(row_of_panels, cases, strict=True):
             here = [row for row in means if (steps_text(row), row["case"]) == (count, case)]
             for method in dict.fromkeys(_family(row) for row in here):
                 points = sorted((r for r in here if _family(r) == method), key=lambda r: r["scale"] or 0)
-                panel.plot([p["removed"] for p in points], [p["held"] for p in points], "o-", label=method, ms=4)
+                shares = [p["removed"] for p in points], [p["held"] for p in points]
+                (lines[method],) = panel.plot(*shares, "o-", color=colours[method], label=method, ms=4)
                 for point in points:
                     if point["scale"] is not None:
                         panel.annotate(f"{point['scale']:g}", (point["removed"], point["held"]), fontsize=7)
-            panel.set(title=f"{case}, {count} steps", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+            panel.set(title=f"{case}, steps: {count}", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
             panel.set(xlabel="unwanted feature removed", ylabel="what was asked for held")
             panel.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=8)
+    figure.legend(handles=[lines[method] for method in families], loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
