@@ -148,6 +148,14 @@ class VideoPipeline:
         other.preset = self.preset.model_copy(update={"sampler": sampler})
         return other
 
+    def opening_in(self, first_steps: int | None) -> VideoPipeline:
+        """The same model with another number of steps where a scene opens; None changes nothing.
+
+        Raises:
+            InputError: the model was not made for it.
+        """
+        return self.with_sampler(self.preset.sampler.with_first_steps(first_steps))
+
     def stream(
         self,
         prompt: str,

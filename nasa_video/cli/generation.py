@@ -126,7 +126,7 @@ def run(
     pipeline = _load(request, stored, name, loras, placement, load)
     pipeline = pipeline.with_sampler(window.of(pipeline.preset.sampler))
     recipe = _resolve(request, stored, timeline, name, pipeline)
-    pipeline = pipeline.with_sampler(pipeline.preset.sampler.with_first_steps(recipe.first_steps))
+    pipeline = pipeline.opening_in(recipe.first_steps)
     recipe = recipe.model_copy(update={"loras": loras, "placement": placement, "window": window})
     if request.extend_prompt:
         recipe = _with_extended_prompts(recipe, pipeline)

@@ -78,10 +78,7 @@ def run_stream(request: StreamRequest, say: Callable[[str], None]) -> dict[str, 
         placement=_placement(request, name, say),
         compiled=cast(CompileKind, request.compiled),
     )
-    sampler = pipeline.preset.sampler
-    pipeline = pipeline.with_sampler(
-        sampler.with_first_steps(request.first_steps or (timeline.first_steps if timeline else None))
-    )
+    pipeline = pipeline.opening_in(request.first_steps or (timeline.first_steps if timeline else None))
     fps = pipeline.preset.video.fps if request.fps is None else request.fps
     limit = math.inf if request.seconds is None else max(1, round(request.seconds * fps))
     cues = _cues(request, timeline, pipeline, fps)

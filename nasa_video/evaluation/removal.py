@@ -78,7 +78,7 @@ def parse_methods(text: str, pipeline: Guides) -> list[Method]:
         for switch in switches:
             rise = re.fullmatch(r"conflict(\d+(?:\.\d+)?)", switch)
             if rise and isinstance(guidance, CentredNasa):
-                guidance = _with_rise(guidance, float(rise[1]), label)
+                guidance = dataclasses.replace(guidance, conflict=float(rise[1]))
                 continue
             if switch not in ("nopad", "pad") or guidance.name == "cfg":
                 raise InputError(f"method {label!r}: unknown switch {switch!r}; all but cfg take nopad and pad")
@@ -87,13 +87,6 @@ def parse_methods(text: str, pipeline: Guides) -> list[Method]:
     if not methods:
         raise InputError("give at least one method, such as none,cfg:3,nasa")
     return methods
-
-
-def _with_rise(guidance: CentredNasa, conflict: float, label: str) -> CentredNasa:
-    try:
-        return dataclasses.replace(guidance, conflict=conflict)
-    except ValueError as error:
-        raise InputError(f"method {label!r}: {error}") from error
 
 
 class Judge(Protocol):
@@ -281,12 +274,8 @@ def removal_table(
         row = done.get(cell.key)
         if row is None:
             cases = build_cases(cell.attribute, cell.kind, n, split, seed)
-            row = row_of(
-                cell,
-                run_cases(
-                    _opening_in(cell.first_steps, pipeline), cell.method, cell.steps, cases, judge, frames, batch
-                ),
-            )
+            made_by = pipeline.opening_in(cell.first_steps)
+            row = row_of(cell, run_cases(made_by, cell.method, cell.steps, cases, judge, frames, batch))
             if journal is not None:
                 with journal.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"key": cell.key, "settings": settings, "row": row}) + "\n")
@@ -294,12 +283,6 @@ def removal_table(
         if tell is not None:
             tell(cell, row)
     return rows
-
-
-def _opening_in(first_steps: int | None, pipeline: VideoPipeline) -> VideoPipeline:
-    if first_steps is None:
-        return pipeline
-    return pipeline.with_sampler(pipeline.preset.sampler.with_first_steps(first_steps))
 
 
 def _read_journal(journal: Path | None, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:

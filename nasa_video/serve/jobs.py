@@ -129,8 +129,7 @@ class Job:
 
     def _begin(self) -> None:
         request = self.request
-        pipeline = self._library.get(self.model)
-        pipeline = pipeline.with_sampler(pipeline.preset.sampler.with_first_steps(request.first_steps))
+        pipeline = self._library.get(self.model).opening_in(request.first_steps)
         cue = request.cue(pipeline)
         frames = pipeline.preset.video.frames if request.frames is None else request.frames
         if frames > self._settings.max_frames:

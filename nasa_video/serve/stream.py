@@ -221,8 +221,7 @@ class LiveStream:
     def _open(self) -> tuple[Picture, Iterator[Pair]]:
         """Where the chunks come from; checks what was asked for, and generates nothing yet."""
         start = self.start
-        pipeline = self._library.get(self.model)
-        pipeline = pipeline.with_sampler(pipeline.preset.sampler.with_first_steps(start.first_steps))
+        pipeline = self._library.get(self.model).opening_in(start.first_steps)
         cues = self._cues = LiveCues(pipeline, start)
 
         def chunks(cue_of: CueOf) -> Iterator[Chunk]:

@@ -23,10 +23,6 @@ Run = Callable[..., Any]
 STAR = ("generate", "a red star", "--frames", "33", "--model", "{model}")
 
 
-def opening_in(pipeline: VideoPipeline, first_steps: int | None) -> VideoPipeline:
-    return pipeline.with_sampler(pipeline.preset.sampler.with_first_steps(first_steps))
-
-
 def latents(pipeline: VideoPipeline, **options: Any) -> list[torch.Tensor]:
     return [chunk.latents for chunk in pipeline.stream("a red star", **{"frames": 33, **options})]
 
@@ -58,12 +54,12 @@ def noisy_calls(calls: list[float]) -> list[int]:
 
 def test_the_first_chunk_is_the_one_of_as_many_steps_and_the_others_follow_it(pipeline: VideoPipeline) -> None:
     kinds = ((1, None), (2, None), (1, 2))
-    one, two, opened = (latents(opening_in(pipeline, first), steps=steps) for steps, first in kinds)
+    one, two, opened = (latents(pipeline.opening_in(first), steps=steps) for steps, first in kinds)
     assert torch.equal(opened[0], two[0])
     for chunk in (1, 2):
         assert not torch.equal(opened[chunk], one[chunk]), "it follows another chunk"
         assert not torch.equal(opened[chunk], two[chunk]), "and has one step"
-    same = latents(opening_in(pipeline, 2), steps=2)
+    same = latents(pipeline.opening_in(2), steps=2)
     assert all(torch.equal(a, b) for a, b in zip(same, two, strict=True))
 
 
@@ -73,17 +69,17 @@ def test_only_what_opens_a_scene_has_more_steps(pipeline: VideoPipeline, calls: 
     def cues(chunk: int) -> Cue:
         return new if chunk >= 3 else old
 
-    latents(opening_in(pipeline, 2), cues=cues, steps=1, frames=69, on_change="keep")
+    latents(pipeline.opening_in(2), cues=cues, steps=1, frames=69, on_change="keep")
     assert noisy_calls(calls) == [2, 1, 1, 2, 1, 1]
     calls.clear()
-    latents(opening_in(pipeline, 2), steps=1, frames=57, rollout=33)
+    latents(pipeline.opening_in(2), steps=1, frames=57, rollout=33)
     assert noisy_calls(calls) == [2, 1, 1, 1, 1], "a rollout goes on where the one before ended"
 
 
 def test_what_goes_on_from_a_clip_opens_and_what_is_resumed_does_not(
     pipeline: VideoPipeline, calls: list[float]
 ) -> None:
-    opened = opening_in(pipeline, 2)
+    opened = pipeline.opening_in(2)
     whole = latents(opened, steps=1, frames=45)
     made = torch.cat(whole[:2], dim=1)
     resumed = latents(opened, steps=1, frames=45, prefix=made, shown_prefix=6)
@@ -102,8 +98,8 @@ def test_a_number_of_steps_that_the_model_has_not_is_refused(pipeline: VideoPipe
         SamplerSettings.model_validate(sampler.model_dump() | {"first_steps": 3})
     source = torch.cat(latents(pipeline), dim=1)
     with pytest.raises(InputError, match="give --first-steps 1"):
-        latents(opening_in(pipeline, 2), steps=1, source=source)
-    assert len(latents(opening_in(pipeline, 2), steps=2, source=source)) == 3
+        latents(pipeline.opening_in(2), steps=1, source=source)
+    assert len(latents(pipeline.opening_in(2), steps=2, source=source)) == 3
 
 
 def test_a_model_may_bring_it(pipeline: VideoPipeline, calls: list[float]) -> None:

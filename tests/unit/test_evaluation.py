@@ -134,6 +134,9 @@ def test_a_killed_table_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
         class preset:
             name = "m"
 
+        def opening_in(self, first_steps: None) -> Model:
+            return self
+
     monkeypatch.setattr(removal, "run_cases", run_cases)
     journal = tmp_path / "journal.jsonl"
 

@@ -260,7 +260,7 @@ def test_a_timeline_says_what_changed_and_gives_the_same_cues(pipeline: VideoPip
 
 
 def test_a_timeline_says_in_how_many_steps_a_scene_opens(pipeline: VideoPipeline) -> None:
-    opened = pipeline.with_sampler(pipeline.preset.sampler.with_first_steps(2))
+    opened = pipeline.opening_in(2)
     for made_by, first_steps in ((pipeline, None), (opened, 2)):
         cues = LiveCues(made_by, Wanted(prompt="a ball"))
         cues(0)
