@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count, pairwise
+from functools import partial
+from itertools import count
 from typing import Literal, Protocol
 
 import torch
@@ -73,7 +74,7 @@ class ChunkSampler:
 
     Args:
         model: the denoiser.
-        schedule: its few steps.
+        schedule: its few steps, and those of a chunk that nothing comes before.
         frames_per_chunk: latent frames of a chunk; 3 in CausVid.
         window_frames, sink_frames, rope: see :class:`~causvid_adapter.KVCache`.
         first_schedule: steps of the chunks that open a scene, if they differ (see `opens` of :meth:`stream`).
@@ -213,6 +214,7 @@ class _Rollout:
         self.announce = before_call or (lambda call: None)
         self.remember = remember
         self.clean: dict[int, Tensor] = {}
+        self.has_history = False
         self._cache: ChunkCache | None = None
 
     def denoise(self, chunk: int, prompt_chunk: int | None = None) -> Tensor:
@@ -221,19 +223,17 @@ class _Rollout:
         size = self.sampler.frames_per_chunk
         frames = range(chunk * size, (chunk + 1) * size)
         schedule = self.sampler.first_schedule if self.opens(prompt_chunk) else self.sampler.schedule
+        schedule = schedule if self.has_history else schedule.alone
         timesteps = schedule.timesteps
         x = self.noise(frames, 0)
         if self.source is not None:
             x = schedule.add_noise(self.source[:, frames.start : frames.stop], x, timesteps[self.first_step])
         cache = self.cache(x)
         cache.seek(frames.start)
-        for step, (t, t_next) in enumerate(pairwise((*timesteps, 0.0))):
-            if step < self.first_step:
-                continue
+        for step in range(self.first_step, len(timesteps)):
             self.announce(ModelCall(prompt_chunk, step, len(timesteps), clean=False))
-            flow = self.sampler.model(x, t, self.context_of(prompt_chunk), cache=cache)
-            x0 = schedule.to_x0(x, flow, t)
-            x = schedule.add_noise(x0, self.noise(frames, step + 1), t_next) if t_next else x0
+            flow = self.sampler.model(x, timesteps[step], self.context_of(prompt_chunk), cache=cache)
+            x = schedule.step(x, flow, step, partial(self.noise, frames, step + 1))
         return x
 
     def keep(self, latents: Tensor, chunk: int, prompt_chunk: int | None = None) -> None:
@@ -245,6 +245,7 @@ class _Rollout:
         cache.seek(chunk * self.sampler.frames_per_chunk)
         self.sampler.model(latents, 0.0, self.context_of(prompt_chunk), cache=cache)
         cache.commit()
+        self.has_history = True
         if self.remember:
             self.clean[chunk] = latents
             self.clean = self._in_window(chunk + 1, room=0)
@@ -258,6 +259,7 @@ class _Rollout:
         window, self.clean = self._in_window(chunk, room), {}
         assert self._cache is not None
         self._cache.reset()
+        self.has_history = False
         for index, latents in window.items():
             given = index * self.sampler.frames_per_chunk < self.given_frames
             again = change == "remake" and not given

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -23,15 +23,29 @@ class FlowMatchSchedule:
         timesteps: the few steps of the sampler, falling, in 1..1000.
         warp: read ``timesteps`` as positions in the unshifted schedule: t becomes the table's entry 1000 - t
             (1000, 750, 500, 250 with shift 5 becomes 1000, 937.5, 833.3, 625).
+        euler_steps: how many of the first steps keep their noise and follow the flow (Euler); the others guess the
+            picture and noise it afresh, as consistency models do.
+        alone: the steps of a chunk with nothing before it, if they differ.
     """
 
-    def __init__(self, shift: float, timesteps: Sequence[float], warp: bool = False) -> None:
+    def __init__(
+        self,
+        shift: float,
+        timesteps: Sequence[float],
+        warp: bool = False,
+        euler_steps: int = 0,
+        alone: FlowMatchSchedule | None = None,
+    ) -> None:
         if not 0 < shift < math.inf:
             raise ValueError(f"shift must be positive, got {shift}")
         steps = list(timesteps)
         inside = all(0 < t <= NUM_TRAIN_TIMESTEPS for t in steps)
         if not steps or not inside or any(t <= t_next for t, t_next in pairwise(steps)):
             raise ValueError(f"timesteps must fall strictly and lie in (0, {NUM_TRAIN_TIMESTEPS}], got {steps}")
+        if not 0 <= euler_steps < len(steps):
+            raise ValueError(f"euler_steps must be from 0 to {len(steps) - 1}, fewer than the steps, got {euler_steps}")
+        self.euler_steps = euler_steps
+        self.alone = alone or self
         self.shift = shift
         u = torch.linspace(1, 0, NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64)[:-1]
         self._sigmas = shift * u / (1 + (shift - 1) * u)
@@ -54,6 +68,15 @@ class FlowMatchSchedule:
     def to_x0(self, x_t: Tensor, flow: Tensor, timestep: Tensor | float) -> Tensor:
         """``x_t - sigma flow``: the clean picture that a predicted flow points at; same shapes as ``add_noise``."""
         return (x_t - self._broadcast(timestep, x_t) * flow).to(x_t.dtype)
+
+    def step(self, x_t: Tensor, flow: Tensor, index: int, fresh: Callable[[], Tensor]) -> Tensor:
+        """From timestep number ``index`` to the next, behind the last to the picture; ``fresh`` makes noise."""
+        t = self.timesteps[index]
+        if index < self.euler_steps:
+            way = self._broadcast(self.timesteps[index + 1], x_t) - self._broadcast(t, x_t)
+            return (x_t + way * flow).to(x_t.dtype)
+        x0 = self.to_x0(x_t, flow, t)
+        return x0 if index + 1 == len(self.timesteps) else self.add_noise(x0, fresh(), self.timesteps[index + 1])
 
     def _broadcast(self, timestep: Tensor | float, like: Tensor) -> Tensor:
         sigma = self.sigma(timestep).to(like.device)

@@ -19,7 +19,6 @@ from torch import Tensor
 from causvid_adapter import (
     CausalWan,
     ChunkSampler,
-    FlowMatchSchedule,
     OnChange,
     SeededNoise,
     StreamingEncoder,
@@ -379,17 +378,14 @@ class VideoPipeline:
             self.model, self.text_encoder, self.attend, self.fold_padding, cue_of, on_change or settings.on_change
         )
 
-        def schedule(count: int) -> FlowMatchSchedule:
-            return FlowMatchSchedule(settings.shift, settings.timesteps(count), settings.warp)
-
         sampler = ChunkSampler(
             director.denoiser,
-            schedule(num_steps),
+            settings.schedule(num_steps),
             settings.frames_per_chunk,
             settings.window_frames,
             settings.sink_frames,
             settings.rope,
-            schedule(first_steps),
+            settings.schedule(first_steps),
         )
         noise = SeededNoise(seeds, (channels, latent_height, latent_width), self.model.device)
         queue = DecodeQueue(

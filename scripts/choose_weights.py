@@ -20,6 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 from safetensors.torch import save_file
 
+from causvid_adapter import FlowMatchSchedule
 from nasa_video.sprites.detectors import Detector
 from nasa_video.text import WordLlamaEncoder
 from nasa_video.training.assessment import HeldOutPrompt, Studio, accuracy, held_out_prompts, rare_prompts
@@ -50,7 +51,8 @@ def choose(
             candidates[f"{models[0]} and {part:.0%} of {name}"] = mean
     usual = held_out_prompts(prompts, PROMPT_SEED)
     rare = rare_prompts([], max(1, prompts // 9), PROMPT_SEED)  # nine attributes are rare
-    steps = load_plan(PLAN).student.steps
+    plan = load_plan(PLAN)
+    steps = plan.student.steps
     scores = {}
     with Progress() as progress:
         task = progress.add_task("candidates", total=len(candidates) * len(steps))
@@ -58,8 +60,8 @@ def choose(
             # float16 is what the package holds
             model = model_of({key: value.half().float() for key, value in weights.items()}).to(torch.device(device))
             columns = {}
-            for count, timesteps in steps.items():
-                columns[count] = _measured(studio, detector, model, timesteps, usual, rare)
+            for count in steps:
+                columns[count] = _measured(studio, detector, model, plan.schedule(count), usual, rare)
                 progress.advance(task)
             everything = [column[kind] for column in columns.values() for kind in ("usual", "rare")]
             scores[name] = sum(everything) / len(everything)
@@ -77,13 +79,13 @@ def _measured(
     studio: Studio,
     detector: Detector,
     model: torch.nn.Module,
-    timesteps: tuple[float, ...],
+    schedule: FlowMatchSchedule,
     usual: list[HeldOutPrompt],
     rare: list[HeldOutPrompt],
 ) -> dict[str, float]:
     """Shares right: everything by kind of captions, and each attribute over both."""
     both = [*usual, *rare]
-    frames = studio.stream(model, [p.text for p in both], range(len(both)), timesteps)  # type: ignore[arg-type]
+    frames = studio.stream(model, [p.text for p in both], range(len(both)), schedule)  # type: ignore[arg-type]
     found = detector.detect(frames)
     right = [all(found[a][i] == value for a, value in p.stated.items()) for i, p in enumerate(both)]
     shares = {"usual": sum(right[: len(usual)]) / len(usual), "rare": sum(right[len(usual) :]) / len(rare)}

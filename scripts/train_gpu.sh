@@ -20,7 +20,7 @@ if [ ! -e "$weights" ]; then cp -r nasa_video/sprites/weights "$weights"; fi
 
 bring_home() {
     local name=student
-    if [ -e "$run/run/reading.jsonl" ]; then name=reading; fi # the student of before stays beside it
+    if [ -e "$run/run/opening.jsonl" ]; then name=opening; fi # the student of before stays beside it
     cp "$weights/transformer/diffusion_pytorch_model.safetensors" "$out/$name.safetensors"
     cp "$weights/teacher/transformer/diffusion_pytorch_model.safetensors" "$out/teacher.safetensors"
     tar czf "$out/run.tgz" -C "$run" --exclude='*.pt' --exclude='*.safetensors' --exclude=clips --exclude=short-clips .
@@ -29,7 +29,7 @@ bring_home() {
 while sleep 5; do bring_home; done 2>/dev/null &
 watcher=$!
 PYTHONUNBUFFERED=1 timeout "$seconds" "$python" scripts/train_sprites.py --preset sprites-gpu --device cuda \
-    --folder "$run/run" --weights "$weights" --keep autoencoder,detector --until reading "$@" >"$out/train.txt" 2>&1
+    --folder "$run/run" --weights "$weights" --keep autoencoder,detector --until opening "$@" >"$out/train.txt" 2>&1
 status=$?
 kill "$watcher"
 bring_home

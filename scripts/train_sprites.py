@@ -1,4 +1,4 @@
-"""Trains the shipped model from nothing: autoencoder, clips, base, few-step student and its reading, detector, card.
+"""Trains the shipped model from nothing: autoencoder, clips, base, few-step student and its opening, detector, card.
 
     python scripts/train_sprites.py                        two CPU cores, hours
     python scripts/train_sprites.py --preset sprites-gpu --device cuda          a quarter of an hour
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKLWan
 
-    from causvid_adapter import CausalWan
+    from causvid_adapter import CausalWan, FlowMatchSchedule
     from nasa_video.sprites.detectors import Detector
     from nasa_video.training.dataset import LatentClips
     from nasa_video.training.journal import Report
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("autoencoder", "base", "student", "detector")
-STAGES = ("autoencoder", "dataset", "base", "latent_detector", "student", "reading", "detector", "card")
+STAGES = ("autoencoder", "dataset", "base", "latent_detector", "student", "opening", "detector", "card")
 # Read by the C library and by OpenMP when a process starts: large blocks are kept, threads sleep while they wait.
 CPU_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
@@ -144,6 +144,7 @@ class Run:
 
     def base(self) -> CausalWan:
         """Trains the base, or reads the finished one."""
+        from causvid_adapter import FlowMatchSchedule
         from nasa_video.text import WordLlamaEncoder
         from nasa_video.training.flow import train_flow
         from nasa_video.training.journal import Journal
@@ -152,9 +153,9 @@ class Run:
         if not (folder / "config.json").exists():
             encoder = WordLlamaEncoder(self.plan.text_tokens)
             journal = Journal(self.folder, "base", self.report)
-            timesteps = (1000, 964, 923, 875, 818, 750, 667, 563, 429, 250)
+            schedule = FlowMatchSchedule(1.0, (1000, 964, 923, 875, 818, 750, 667, 563, 429, 250))
             # a student that goes on from the package's must still find it there
-            show = self._show("base", timesteps, student_too=not self.tuned)
+            show = self._show("base", schedule, student_too=not self.tuned)
             args = (self.folder, self.plan.seed, self.device, journal, self.team, show)
             placed = self._placed("teacher/transformer")
             model = train_flow(self.plan.base, self.clips, self.short_clips, encoder, *args, placed)
@@ -174,6 +175,7 @@ class Run:
 
     def student(self) -> CausalWan:
         """Distils the student, or reads the finished one."""
+        from causvid_adapter import FlowMatchSchedule
         from nasa_video.text import WordLlamaEncoder
         from nasa_video.training.distill import train_student
         from nasa_video.training.journal import Journal
@@ -182,7 +184,7 @@ class Run:
         if not (folder / "config.json").exists():
             encoder = WordLlamaEncoder(self.plan.text_tokens)
             journal = Journal(self.folder, "student", self.report)
-            show = self._show("student", self.plan.student.steps[4])
+            show = self._show("student", FlowMatchSchedule(1.0, self.plan.student.steps[4]))
             args = (self.folder, self.plan.seed, journal, self.team, show)
             base, told = self.base(), self.latent_detector()
             placed = self._placed("transformer") if self.tuned else None
@@ -190,25 +192,25 @@ class Run:
             self._finish(model, folder, "transformer")
         return self._read_transformer(folder)
 
-    def reading(self) -> CausalWan:
-        """Teaches the student to read in its noise what prompts leave open, or reads the finished one.
+    def opening(self) -> CausalWan:
+        """Teaches the student to begin as its teacher does, or reads the finished one.
 
         A plan may go without, by no iterations: then it is the student as it was distilled.
         """
-        if self.plan.reading.iterations == 0:
+        if self.plan.opening.iterations == 0:
             return self.student()
         from nasa_video.text import WordLlamaEncoder
         from nasa_video.training.journal import Journal
-        from nasa_video.training.reading import train_reading
+        from nasa_video.training.opening import train_opening
 
-        folder = self.folder / "reading"
+        folder = self.folder / "opening"
         if not (folder / "config.json").exists():
-            samplers = list(self.plan.student.steps.values())
             encoder = WordLlamaEncoder(self.plan.text_tokens)
-            journal = Journal(self.folder, "reading", self.report)
-            show = self._show("reading", self.plan.student.steps[4])
-            args = (encoder, self.folder, self.plan.seed, journal, self.team, show)
-            model = train_reading(self.plan.reading, samplers, self.student(), self.plan.latent_size, *args)
+            journal = Journal(self.folder, "opening", self.report)
+            models = (self.student(), self.base())
+            show = self._show("opening", self.plan.schedule(4))
+            args = (self.clips, self.short_clips, encoder, self.folder, self.plan.seed, journal, self.team, show)
+            model = train_opening(self.plan.opening, self.plan.student.steps, *models, *args)
             self._finish(model, folder, "transformer")
         return self._read_transformer(folder)
 
@@ -218,7 +220,7 @@ class Run:
         from nasa_video.training.assessment import Studio
         from nasa_video.training.card import measure, write_card
 
-        vae, detector, base, student = self.autoencoder(), self.detector(), self.base(), self.reading()
+        vae, detector, base, student = self.autoencoder(), self.detector(), self.base(), self.opening()
         if self.team.leads:
             studio = Studio(vae, WordLlamaEncoder(self.plan.text_tokens), self.plan.latent_size)
             results = measure(self.plan, studio, detector, base, student)
@@ -226,7 +228,7 @@ class Run:
             write_card(self.weights.parent / "MODEL_CARD.md", self.plan, results, self.folder)
         self.team.wait()
 
-    def _show(self, name: str, timesteps: tuple[float, ...], student_too: bool = False):  # type: ignore[no-untyped-def]
+    def _show(self, name: str, schedule: FlowMatchSchedule, student_too: bool = False):  # type: ignore[no-untyped-def]
         from nasa_video.text import WordLlamaEncoder
         from nasa_video.training.assessment import Studio
         from nasa_video.training.journal import contact_sheet
@@ -238,7 +240,7 @@ class Run:
             self._place(model, "teacher/transformer" if student_too else "transformer")
             if student_too:
                 self._place(model, "transformer")
-            clips = studio.stream(model, SHEET_PROMPTS, range(len(SHEET_PROMPTS)), timesteps)
+            clips = studio.stream(model, SHEET_PROMPTS, range(len(SHEET_PROMPTS)), schedule)
             contact_sheet(clips, self.folder / "sheets" / f"{name}-{step:05d}.png")
 
         return show
@@ -358,8 +360,9 @@ def train(
     )
     with Progress(*columns, disable=not team.leads) as progress:
         for stage in STAGES[: STAGES.index(until) + 1]:
-            if stage in ("dataset", "latent_detector") and (folder / "student" / "config.json").exists():
-                continue  # only the base and what tells the student are made of them
+            needed_until = "opening" if stage == "dataset" and plan.opening.iterations else "student"
+            if stage in ("dataset", "latent_detector") and (folder / needed_until / "config.json").exists():
+                continue
             task = progress.add_task(stage, total=None, values="")
 
             def report(step: int, steps: int, values: dict[str, float], task=task) -> None:  # type: ignore[no-untyped-def]

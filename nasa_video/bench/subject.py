@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, KVCache, ModelCall, NoiseSource
+from causvid_adapter import CausalWan, ChunkSampler, KVCache, ModelCall, NoiseSource
 from causvid_adapter.kv_cache import RopeMode
 from nasa_video.attention import Attend
 from nasa_video.backbones import wan
@@ -163,7 +163,7 @@ class Rollout:
         self._read = read
         self._chunk = 0
         s = subject.sampler
-        schedule = FlowMatchSchedule(s.shift, s.timesteps(s.default_steps), s.warp)
+        schedule = s.schedule(s.default_steps)
         sampler = ChunkSampler(self._denoiser, schedule, s.frames_per_chunk, s.window_frames, s.sink_frames, s.rope)
         self._latents = sampler.stream(None, noise, before_call=self._before_call)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -15,6 +15,9 @@ from nasa_video.models.sources import Source as Source
 from nasa_video.models.sources import Strict as Strict
 from nasa_video.models.sources import package_root
 from nasa_video.models.stored import WEIGHT_SUFFIXES
+
+if TYPE_CHECKING:
+    from causvid_adapter import FlowMatchSchedule
 
 DEFAULT_MODEL = "sprites"
 
@@ -83,6 +86,13 @@ OnChange = Literal["keep", "recompute", "remake"]
 """As causvid_adapter.OnChange, which cannot be had without loading torch."""
 
 
+class AloneSettings(Strict):
+    """Steps of a chunk with nothing before it: see ``FlowMatchSchedule``."""
+
+    timesteps: tuple[float, ...]
+    euler_steps: int = Field(default=0, ge=0)
+
+
 class SamplerSettings(Strict):
     """The chunk loop; see causvid_adapter.ChunkSampler, FlowMatchSchedule and rollouts.
 
@@ -90,11 +100,13 @@ class SamplerSettings(Strict):
     ``on_change``: what becomes of the window where prompt, negatives or guidance change, unless somebody says.
     ``first_steps``: the number of steps of chunks that open a scene (the first, and those that show something new)
     where it is another than the rest's, as in Causal-Forcing's models of one and two steps.
+    ``alone``: by the number of steps, how chunks with nothing before them take it where they take it otherwise.
     """
 
     shift: float = Field(gt=0)
     warp: bool = False
     steps: dict[int, tuple[float, ...]] | Literal["any"]
+    alone: dict[int, AloneSettings] | None = None
     default_steps: int = Field(gt=0)
     first_steps: int | None = Field(default=None, gt=0)
     frames_per_chunk: int = Field(gt=0)
@@ -115,6 +127,13 @@ class SamplerSettings(Strict):
             for count, timesteps in self.steps.items():
                 if count != len(timesteps):
                     raise ValueError(f"steps: {count} lists {len(timesteps)} timesteps")
+            for count, alone in (self.alone or {}).items():
+                if count not in self.steps:
+                    raise ValueError(f"alone: {count} is not among steps {sorted(self.steps)}")
+                if count != len(alone.timesteps):
+                    raise ValueError(f"alone: {count} lists {len(alone.timesteps)} timesteps")
+                if alone.euler_steps >= count:
+                    raise ValueError(f"alone: {count} steps cannot have {alone.euler_steps} Euler steps, give fewer")
             if self.first_steps is not None and self.first_steps not in self.steps:
                 raise ValueError(f"first_steps {self.first_steps} is not among steps {sorted(self.steps)}")
         return self
@@ -181,6 +200,18 @@ class SamplerSettings(Strict):
             allowed = ", ".join(str(count) for count in sorted(self.steps))
             raise InputError(f"this model runs in {allowed} steps, got {num_steps}")
         return self.steps[num_steps]
+
+    def schedule(self, num_steps: int) -> FlowMatchSchedule:
+        """The noise levels of a step count.
+
+        Raises:
+            InputError: the model was not made for it.
+        """
+        from causvid_adapter import FlowMatchSchedule
+
+        own = (self.alone or {}).get(num_steps)
+        alone = None if own is None else FlowMatchSchedule(self.shift, own.timesteps, self.warp, own.euler_steps)
+        return FlowMatchSchedule(self.shift, self.timesteps(num_steps), self.warp, alone=alone)
 
 
 class VideoSettings(Strict):

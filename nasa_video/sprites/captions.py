@@ -136,7 +136,7 @@ def caption_for_training(row: Mapping[str, int], stated: frozenset[str], rng: ra
     return caption
 
 
-def caption_for_reading(row: Mapping[str, int], rng: random.Random) -> Caption:
+def caption_as_users_write(row: Mapping[str, int], rng: random.Random) -> Caption:
     """A caption for training as users write them: of one thing, often the shape, of nothing, of a part, of all."""
     kind = rng.random()
     if kind < 0.05:

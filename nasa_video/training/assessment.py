@@ -88,14 +88,14 @@ class Studio:
         model: CausalWan,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        timesteps: Sequence[float],
+        schedule: FlowMatchSchedule,
         num_latents: int = 9,
         window_frames: int | None = None,
         sink_frames: int = 0,
         later: tuple[int, Sequence[str]] | None = None,
     ) -> Tensor:
         """Frames (B, F, 3, H, W) by the few-step chunk loop; `later` is (chunk, prompts) from that chunk on."""
-        rest = (timesteps, num_latents, window_frames, sink_frames)
+        rest = (schedule, num_latents, window_frames, sink_frames)
         change, second = later or (num_latents, prompts)
         parts = [
             self._stream(model, prompts[part], seeds[part], *rest, (change, second[part]))
@@ -109,14 +109,13 @@ class Studio:
         model: CausalWan,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        timesteps: Sequence[float],
+        schedule: FlowMatchSchedule,
         num_latents: int,
         window_frames: int | None,
         sink_frames: int,
         later: tuple[int, Sequence[str]],
     ) -> Tensor:
         rope = "absolute" if window_frames is None else "window"
-        schedule = FlowMatchSchedule(1.0, tuple(timesteps))
         sampler = ChunkSampler(model, schedule, 3, window_frames, sink_frames, rope=rope)  # type: ignore[arg-type]
         noise = SeededNoise(seeds, self.latent_size, model.device)
         first = self.encoder(list(prompts)).embeds.to(model.device)
@@ -210,14 +209,14 @@ def switches(attribute: str, n: int, seed: int) -> list[Switch]:
 
 
 def switch_accuracy(
-    detector: Detector, studio: Studio, model: CausalWan, steps: Sequence[float], n: int
+    detector: Detector, studio: Studio, model: CausalWan, schedule: FlowMatchSchedule, n: int
 ) -> dict[str, float]:
     """By attribute: share of videos that show the new value in their last two chunks, three after the text changed."""
     table = {}
     for attribute in ("colour", "background", "shape", "motion", "size"):
         pairs = switches(attribute, n, 4001)
         texts, seeds = [p.before for p in pairs], range(9000, 9000 + n)
-        frames = studio.stream(model, texts, seeds, steps, 21, 9, 3, (3, [p.after for p in pairs]))
+        frames = studio.stream(model, texts, seeds, schedule, 21, 9, 3, (3, [p.after for p in pairs]))
         found = detector.detect(frames[:, -24:])[attribute]
         table[attribute] = sum(label == p.value for label, p in zip(found, pairs, strict=True)) / n
     return table

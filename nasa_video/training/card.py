@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from causvid_adapter import CausalWan
+from causvid_adapter import CausalWan, FlowMatchSchedule
 from nasa_video.sprites.detectors import Detector
 from nasa_video.sprites.prompt_extension import extend_prompt
 from nasa_video.sprites.renderer import render
@@ -40,21 +40,21 @@ def measure(
     texts, seeds = [p.text for p in prompts], [settings.prompt_seed + i for i in range(len(prompts))]
     rare = rare_prompts(prompts, settings.stated_at_least, settings.prompt_seed + 100)
     results: dict[str, Any] = {"detector": _detector_tables(plan, studio, detector), "accuracy": {}, "spread": {}}
-    for count, timesteps in sorted(plan.student.steps.items(), reverse=True):
+    for count in sorted(plan.student.steps, reverse=True):
         name = f"student, {count} step{'s' if count > 1 else ''}"
         more = [settings.prompt_seed + len(seeds) + i for i in range(len(rare))]
-        frames = studio.stream(student, [*texts, *(p.text for p in rare)], [*seeds, *more], timesteps)
+        frames = studio.stream(student, [*texts, *(p.text for p in rare)], [*seeds, *more], plan.schedule(count))
         results["accuracy"][name] = accuracy(detector, frames, [*prompts, *rare])
     first = slice(settings.teacher_prompts)
     prompts, texts, seeds = prompts[first], texts[first], seeds[first]
     results["accuracy"]["base, 4 steps, causal"] = accuracy(
-        detector, studio.stream(base, texts, seeds, plan.student.steps[4]), prompts
+        detector, studio.stream(base, texts, seeds, FlowMatchSchedule(1.0, plan.student.steps[4])), prompts
     )
     name = f"teacher, {settings.teacher_steps} steps, guidance {settings.teacher_scale:g}"
     whole = studio.whole(base, texts, seeds, settings.teacher_steps, settings.teacher_scale)
     results["accuracy"][name] = accuracy(detector, whole, prompts)
     results["spread"] = spread_tables(plan, studio, detector, student)
-    results["switches"] = switch_accuracy(detector, studio, student, plan.student.steps[4], settings.spread_videos)
+    results["switches"] = switch_accuracy(detector, studio, student, plan.schedule(4), settings.spread_videos)
     results["speed"] = _speed(plan, studio, student)
     results["long"] = _long_rollout(plan, studio, detector, student, prompts[: settings.long_prompts])
     return results
@@ -77,7 +77,7 @@ def spread_tables(plan: TrainingPlan, studio: Studio, detector: Detector, studen
 
     Prompts that name a shape and nothing else, the same prompts extended, and the data.
     """
-    n, steps = plan.evaluation.spread_videos, plan.student.steps[4]
+    n, schedule = plan.evaluation.spread_videos, plan.schedule(4)
     texts = [f"a {shape}" for shape in SHAPES for _ in range(n)]
     # seeds of its own for every video: much of what a prompt leaves open is decided by the noise
     seeds = range(57000, 57000 + len(texts))
@@ -85,7 +85,7 @@ def spread_tables(plan: TrainingPlan, studio: Studio, detector: Detector, studen
         "model": texts,
         "model, prompt extended": [extend_prompt(text, seed) for text, seed in zip(texts, seeds, strict=True)],
     }
-    frames = {column: studio.stream(student, prompts, seeds, steps) for column, prompts in columns.items()}
+    frames = {column: studio.stream(student, prompts, seeds, schedule) for column, prompts in columns.items()}
     tables: dict[str, Any] = {}
     for name in (*_SPREAD_ATTRIBUTES, *FLAWS):
         tables[name] = {column: spread(detector, shown, name) for column, shown in frames.items()}
@@ -97,10 +97,10 @@ def spread_tables(plan: TrainingPlan, studio: Studio, detector: Detector, studen
 
 
 def _speed(plan: TrainingPlan, studio: Studio, student: CausalWan) -> dict[str, float]:
-    timesteps = plan.student.steps[4]
+    schedule = plan.schedule(4)
     latents = torch.randn(1, 9, *plan.latent_size, device=student.device)
     return {
-        "33 frames, 4 steps, decoded (s)": seconds_for(lambda: studio.stream(student, ["a red star"], [1], timesteps)),
+        "33 frames, 4 steps, decoded (s)": seconds_for(lambda: studio.stream(student, ["a red star"], [1], schedule)),
         "of that, decoding (s)": seconds_for(lambda: studio.decode(latents)),
     }
 
@@ -110,7 +110,7 @@ def _long_rollout(
 ) -> dict[str, Any]:
     """Accuracy in the last 33 of 285 frames, window of 9 latent frames of which 3 are the sink."""
     texts = [p.text for p in prompts]
-    frames = studio.stream(student, texts, range(len(texts)), plan.student.steps[4], 72, window_frames=9, sink_frames=3)
+    frames = studio.stream(student, texts, range(len(texts)), plan.schedule(4), 72, window_frames=9, sink_frames=3)
     return {name: share for name, (share, _) in accuracy(detector, frames[:, -33:], prompts).items()}
 
 
@@ -129,7 +129,7 @@ def _table(columns: dict[str, dict[str, float]]) -> str:
 
 def _minutes(folder: Path) -> str:
     parts = []
-    for name in ("autoencoder", "detector", "base", "student", "reading"):
+    for name in ("autoencoder", "detector", "base", "student", "opening"):
         path = folder / f"{name}.jsonl"
         if not path.exists():
             continue
@@ -140,6 +140,16 @@ def _minutes(folder: Path) -> str:
             last = line["seconds"]
         parts.append(f"{name} {lines[-1]['step']} iterations, {seconds / 60:.0f} minutes")
     return "; ".join(parts)
+
+
+def _steps_text(plan: TrainingPlan, count: int) -> str:
+    """Timesteps of a number of steps, and those of a first chunk where they differ."""
+    schedule = plan.schedule(count)
+    text = f"{count}: {[round(t) for t in schedule.timesteps]}"
+    if schedule.alone is schedule:
+        return text
+    alone = schedule.alone
+    return f"{text}, of a first chunk {[round(t) for t in alone.timesteps]}, {alone.euler_steps} of them Euler's"
 
 
 def write_card(path: Path, plan: TrainingPlan, results: dict[str, Any], folder: Path) -> None:
@@ -161,9 +171,10 @@ def write_card(path: Path, plan: TrainingPlan, results: dict[str, Any], folder: 
     long = ", ".join(f"{name} {_percent(value)}" for name, value in results["long"].items())
     notes_file = folder / "notes.md"
     notes = f"\n## Notes on this run\n{notes_file.read_text(encoding='utf-8')}" if notes_file.exists() else ""
-    steps = "; ".join(f"{n}: {[round(t) for t in ts]}" for n, ts in plan.student.steps.items())
-    read = (folder / "reading.jsonl").exists()
-    reading = ", and a stage in which the student learns to read in its noise what prompts leave open" if read else ""
+    steps = "; ".join(_steps_text(plan, count) for count in plan.student.steps)
+    opened = (
+        ", and a stage in which the student learns to begin along its teacher's flow" if plan.opening.iterations else ""
+    )
     path.write_text(
         f"""# Model card: sprites
 
@@ -181,7 +192,7 @@ chosen on.
 - **Recipe**: {_minutes(folder)}. Flow matching: {100 * plan.base.short_share:.0f} % of
   the batches are first chunks alone, the others whole clips, bidirectional or block-causal, and in
   {100 * plan.base.switched_share:.0f} % of these the scene and its caption change between two chunks. Then self-forcing
-  distribution matching with the teacher's guidance at {plan.student.teacher_scale:g}{reading}.
+  distribution matching with the teacher's guidance at {plan.student.teacher_scale:g}{opened}.
 - **Hardware**: {hardware}. **Speed** ({platform.machine()}, {torch.get_num_threads()} threads): {speed}.
 - **Licence**: Apache-2.0, weights and data.
 

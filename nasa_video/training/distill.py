@@ -3,7 +3,7 @@
 Self-Forcing (arXiv 2506.08009) with DMD (arXiv 2311.18828, 2405.14867): the student rolls out a clip chunk by chunk
 with its cache; the gradient of the divergence from the data is the difference of two denoisers, the frozen teacher
 (real) and one that keeps learning the student's clips (fake), both bidirectional. No clip is needed for it, captions
-are. Most state everything; what happens where they do not is learnt in `nasa_video.training.reading`.
+are. Most state everything; what happens where they do not is learnt in `nasa_video.training.opening`.
 
 Shape legend: B batch, T latent frames, C channels, h w latent height and width.
 """

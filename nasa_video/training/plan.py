@@ -8,12 +8,13 @@ from typing import Any
 
 import yaml
 
+from causvid_adapter import FlowMatchSchedule
 from nasa_video.training.autoencoder import AutoencoderTraining
 from nasa_video.training.detector import DetectorTraining
 from nasa_video.training.distill import DistillTraining
 from nasa_video.training.flow import FlowTraining
 from nasa_video.training.latent_detector import LatentDetectorTraining
-from nasa_video.training.reading import ReadingTraining
+from nasa_video.training.opening import OpeningTraining
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class TrainingPlan:
     base: FlowTraining
     latent_detector: LatentDetectorTraining
     student: DistillTraining
-    reading: ReadingTraining
+    opening: OpeningTraining
     evaluation: EvaluationSettings
 
     @property
@@ -71,6 +72,13 @@ class TrainingPlan:
         side = 64 // int(model["scale_factor_spatial"])
         return int(model["z_dim"]), side, side
 
+    def schedule(self, num_steps: int) -> FlowMatchSchedule:
+        """The student's sampler of so many steps."""
+        alone, opening = None, self.opening
+        if opening.iterations and num_steps in opening.alone:
+            alone = FlowMatchSchedule(1.0, opening.alone[num_steps], euler_steps=opening.euler_steps(num_steps))
+        return FlowMatchSchedule(1.0, self.student.steps[num_steps], alone=alone)
+
 
 _STAGES: dict[str, type] = {
     "autoencoder": AutoencoderTraining,
@@ -79,7 +87,7 @@ _STAGES: dict[str, type] = {
     "base": FlowTraining,
     "latent_detector": LatentDetectorTraining,
     "student": DistillTraining,
-    "reading": ReadingTraining,
+    "opening": OpeningTraining,
     "evaluation": EvaluationSettings,
 }
 
@@ -98,8 +106,8 @@ def load_plan(path: Path) -> TrainingPlan:
     for name, stage in _STAGES.items():
         values = {key: _frozen(v) for key, v in data[name].items()}
         _check_names(f"{path.name}, {name}", values, {f.name for f in fields(stage)})
-        if "steps" in values:
-            values["steps"] = {int(n): tuple(float(t) for t in ts) for n, ts in values["steps"].items()}
+        for key in values.keys() & {"steps", "alone"}:
+            values[key] = {int(n): tuple(float(t) for t in ts) for n, ts in values[key].items()}
         stages[name] = stage(**values)
     return TrainingPlan(seed=int(data["seed"]), text_tokens=int(data["text_tokens"]), **stages)
 

@@ -366,6 +366,47 @@ def test_more_steps_where_the_caller_says_that_a_scene_opens(model: CausalWan, e
     assert steps(prefix=prefix, made_frames=3) == [(2, 0), (3, 0), (4, 0)], "which an earlier run had begun"
 
 
+class Timesteps:
+    """A denoiser that notes when it is called, and with how much history."""
+
+    def __init__(self, model: CausalWan) -> None:
+        self.model, self.calls = model, list[tuple[float, int]]()
+        self.new_cache = model.new_cache
+
+    def __call__(self, x: Tensor, t: float, context: Tensor | None, *, cache: KVCache) -> Tensor:
+        self.calls.append((t, cache.frames_held))
+        return self.model(x, t, context, cache=cache)
+
+
+def test_a_chunk_with_nothing_before_it_has_steps_of_its_own(model: CausalWan, embeds: Tensor) -> None:
+    alone = FlowMatchSchedule(8, [990, 600], euler_steps=1)
+    noise = SeededNoise([7], SHAPE)
+
+    def calls(**options: Any) -> list[tuple[float, int]]:
+        recorder = Timesteps(model)
+        sampler = ChunkSampler(recorder, FlowMatchSchedule(8, [1000, 757], alone=alone))  # type: ignore[arg-type]
+        list(sampler.stream(embeds, noise, num_frames=6, **options))
+        return [(t, frames) for t, frames in recorder.calls if t]
+
+    usual = [(1000.0, 3), (757.0, 3)]
+    assert calls() == [(990.0, 0), (600.0, 0), *usual]
+    prefix = video(ChunkSampler(model, SCHEDULE), embeds, 3)
+    assert calls(prefix=prefix) == [*usual, (1000.0, 6), (757.0, 6)], "what is given comes before"
+    again = [(990.0, 0), (600.0, 0)]
+    assert calls(on_change=at(1, "remake")) == [*again, *again, *usual], "remade from its start"
+
+
+def test_steps_of_its_own_follow_the_flow_from_the_noise(model: CausalWan, embeds: Tensor) -> None:
+    noise = SeededNoise([7], SHAPE)
+    alone = FlowMatchSchedule(1, [1000, 600], euler_steps=1)
+    sampler = ChunkSampler(model, FlowMatchSchedule(1, [1000, 757], alone=alone))
+    x = noise(range(3), 0)
+    for t, t_next in ((1000.0, 600.0), (600.0, 0.0)):
+        flow = model(x, t, embeds, cache=model.new_cache(*SHAPE[1:], None, 0, "absolute", None))
+        x = x + (t_next - t) / 1000 * flow
+    torch.testing.assert_close(video(sampler, embeds, 3), x, atol=1e-5, rtol=1e-4)
+
+
 def test_the_last_timestep_lands_on_the_clean_picture() -> None:
     class Truth:
         """A denoiser that knows the picture."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +205,9 @@ def test_a_pass_outside_its_scope_is_refused(new_wan, new_context, new_latents) 
         loss.backward()
 
 
+@pytest.mark.parametrize("euler_steps", [None, 0, 1])
 @pytest.mark.parametrize("window", [None, 4])
-def test_a_rollout_is_what_the_sampler_makes(new_wan, new_context, distance, window) -> None:
+def test_a_rollout_is_what_the_sampler_makes(new_wan, new_context, distance, window, euler_steps) -> None:
     """What training sees is what `generate` shows: the same chunks from the same noise, under the shipped NASA."""
     transformer, noise = new_wan(), torch.randn(1, 8, *LATENT)
     positive, negative = new_context([3], seed=1), new_context([2], seed=2)
@@ -217,14 +219,16 @@ def test_a_rollout_is_what_the_sampler_makes(new_wan, new_context, distance, win
 
     pos, neg = (wan.prompt_keys(transformer, context, padding=True) for context in (positive, negative))
     steering = Steering(SdpaAttend(), 2, Nasa(0.6), pos, [(neg, 1.0)])
-    schedule = FlowMatchSchedule(1.0, timesteps)
+    alone = None if euler_steps is None else FlowMatchSchedule(1.0, (990.0, 500.0), euler_steps=euler_steps)
+    schedule = FlowMatchSchedule(1.0, timesteps, alone=alone)
     with wan.install(transformer, steering):
         sampler = ChunkSampler(CausalWan(transformer), schedule, 2, window)
         expected = torch.cat(list(sampler.stream(None, source, num_frames=8)), 1)
     model, training = student_of(transformer)
     with torch.no_grad(), steered(training, torch.tensor([0.6])):
         both = doubled(positive.embeds, negative.embeds)
-        actual = roll_out(model, both, noise, plan(window, 1), torch.Generator().manual_seed(0))
+        whole = replace(plan(window, 1), schedule=schedule)
+        actual = roll_out(model, both, noise, whole, torch.Generator().manual_seed(0))
     assert distance(actual, expected) < 1e-5
 
 

@@ -60,7 +60,7 @@ def test_a_timestep_a_frame_is_a_timestep_for_each_frame() -> None:
     for sample in range(2):
         for frame in range(3):
             alone = schedule.add_noise(x0[sample, frame], noise[sample, frame], float(timestep[sample, frame]))
-            assert torch.allclose(together[sample, frame], alone)
+            torch.testing.assert_close(together[sample, frame], alone)  # one is computed in float64
     assert torch.equal(together[0, 0], x0[0, 0])
     assert together.dtype == x0.dtype
 
@@ -75,3 +75,29 @@ def test_timesteps_that_do_not_fall_are_refused(timesteps: list[float]) -> None:
 def test_a_shift_that_is_no_positive_number_is_refused(shift: float) -> None:
     with pytest.raises(ValueError, match="shift must be"):
         FlowMatchSchedule(shift, [1000])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_euler_step_keeps_its_noise(index: int) -> None:
+    schedule = FlowMatchSchedule(1.0, [990, 800, 500, 250], euler_steps=2)
+    x0, noise = torch.randn(2, 2, 3, 4, dtype=torch.float64).unbind()
+    t, t_next = schedule.timesteps[index : index + 2]
+    x_t = schedule.add_noise(x0, noise, t)
+    # no new noise is made on the way, and the true flow leads to the same clip with less of its own
+    following = schedule.step(x_t, noise - x0, index, lambda: pytest.fail("fresh noise in an Euler step"))
+    torch.testing.assert_close(following, schedule.add_noise(x0, noise, t_next))
+
+
+def test_other_steps_noise_the_picture_afresh_and_the_last_one_shows_it() -> None:
+    schedule = FlowMatchSchedule(1.0, [990, 500, 250], euler_steps=1)
+    x0, noise, fresh = torch.randn(3, 2, 3, 4, dtype=torch.float64).unbind()
+    for index in (1, 2):
+        x_t = schedule.add_noise(x0, noise, schedule.timesteps[index])
+        following = schedule.step(x_t, noise - x0, index, lambda: fresh)
+        torch.testing.assert_close(following, schedule.add_noise(x0, fresh, 250) if index == 1 else x0)
+
+
+@pytest.mark.parametrize("euler_steps", [-1, 2, 3])
+def test_some_step_must_lead_to_a_picture(euler_steps: int) -> None:
+    with pytest.raises(ValueError, match="euler_steps must be from 0 to 1"):
+        FlowMatchSchedule(8, [1000, 500], euler_steps=euler_steps)

@@ -2,7 +2,16 @@ import random
 
 import torch
 
-from nasa_video.sprites.captions import TERMS, full_caption, held_out_caption, is_held_out, random_caption, term
+from nasa_video.sprites.captions import (
+    TERMS,
+    caption_as_users_write,
+    full_caption,
+    held_out_caption,
+    is_held_out,
+    leaves_open,
+    random_caption,
+    term,
+)
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS, sample_scenes
 
 
@@ -58,3 +67,26 @@ def test_a_caption_names_only_a_part():
     lengths = {len(random_caption(row, rng).stated) for _ in range(200)}
     assert min(lengths) == 1
     assert max(lengths) >= len(full_caption(row, rng).stated)
+
+
+def test_a_caption_that_states_all_there_always_is_leaves_nothing_open():
+    captions = [full_caption(row, random.Random(i)) for i, row in enumerate(rows())]
+    assert not any(leaves_open(caption.stated) for caption in captions)
+
+
+def test_the_second_object_is_open_unless_both_are_named():
+    assert {"shape2", "colour2", "colour"} <= leaves_open(frozenset({"shape"}))
+    both = leaves_open(frozenset({"shape", "count", "weather"}))
+    assert "shape2" not in both
+    assert "colour2" in both
+    assert "weather" not in both
+
+
+def test_captions_as_users_write_them_leave_things_open_and_are_not_held_out():
+    rng = random.Random(0)
+    captions = [caption_as_users_write(row, rng) for row in rows(400, seed=3)]
+    assert not any(is_held_out(caption.text) for caption in captions)
+    bare = sum(caption.stated == {"shape"} for caption in captions)
+    assert 90 < bare < 160
+    assert 8 < sum(not caption.text for caption in captions) < 40
+    assert 0.1 < sum(not leaves_open(caption.stated) for caption in captions) / 400 < 0.45

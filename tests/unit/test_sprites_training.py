@@ -2,6 +2,7 @@ import math
 import random
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from causvid_adapter import CausalWan
-from nasa_video.sprites.captions import TERMS, Caption, is_held_out
+from nasa_video.models.presets import find_preset
+from nasa_video.sprites.captions import TERMS, is_held_out
 from nasa_video.sprites.detectors import HEADS, Detector, DetectorNetwork, shows, truth
 from nasa_video.sprites.vocabulary import nearest_known, unknown_words
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS, MOTIONS, Scenes, sample_scenes, sample_switches
@@ -17,7 +19,6 @@ from nasa_video.text import WordLlamaEncoder
 from nasa_video.training.assessment import held_out_prompts, rare_prompts
 from nasa_video.training.attention import matrix_attention
 from nasa_video.training.checkpoint import load_state, save_state
-from nasa_video.training.choices import CHOICES
 from nasa_video.training.dataset import LatentClips
 from nasa_video.training.distill import Distillation, DistillTraining, matching_direction, rollout
 from nasa_video.training.flow import (
@@ -30,10 +31,11 @@ from nasa_video.training.flow import (
 )
 from nasa_video.training.journal import Journal
 from nasa_video.training.latent_detector import LatentDetector, legible, stated_loss
+from nasa_video.training.nasa_t.dry_run import HashEncoder
+from nasa_video.training.opening import Opening, OpeningDraw, OpeningTraining, train_opening
 from nasa_video.training.optimiser import orthogonalise, warm_then_linear
 from nasa_video.training.parallel import Team, made_ahead
 from nasa_video.training.plan import load_plan
-from nasa_video.training.reading import Reading, ReadingTraining, train_reading
 
 TINY = {
     "patch_size": (1, 2, 2),
@@ -47,8 +49,8 @@ TINY = {
     "num_layers": 2,
     "rope_max_seq_len": 32,
 }
-WIDE = TINY | {"in_channels": 12, "out_channels": 12, "text_dim": 256, "num_layers": 3}
-"""With room for what the noise decides."""
+WIDE = TINY | {"in_channels": 12, "out_channels": 12, "text_dim": 256}
+"""With the shipped model's latents and text."""
 
 
 @pytest.fixture
@@ -296,90 +298,159 @@ def test_the_student_rolls_out_first_chunks_alone_at_times(monkeypatch, short_sh
     assert (game.student.transformer.proj_out.weight - before).abs().max() > 0
 
 
-def reading(**settings) -> Reading:
-    torch.manual_seed(0)
-    model = new_transformer(WIDE, torch.device("cpu"))
-    torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1)
-    plan = ReadingTraining(batch_size=8, read_block=1, **{"early": 0, "whole_share": 0.0, **settings})
-    return Reading(plan, [(1000.0,), (1000.0, 500.0)], model, (12, 4, 4), WordLlamaEncoder(8), 0, Team())
+ALONE = {4: (990.0, 800.0, 500.0, 250.0), 2: (980.0, 500.0)}
+STEPS = {4: (1000.0, 750.0, 500.0, 250.0), 2: (1000.0, 750.0), 1: (1000.0,)}
 
 
-def test_the_copy_is_told_what_the_noise_decides():
-    recorder = Recorder(8)
-    draws = replace(reading(later_share=0.0).draws, encoder=recorder)
+def opening(**settings) -> Opening:
+    student, teacher = (new_transformer(TINY, torch.device("cpu")) for _ in range(2))
+    for seed, model in enumerate((student, teacher)):
+        torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(seed))
+    plan = OpeningTraining(**{"alone": ALONE, "batch_size": 6, **settings})
+    whole = replace_latents(clips_that_switch(), 9)
+    return Opening(plan, STEPS, student, teacher, whole, first_chunks(), HashEncoder(4, 8), 0, Team())
+
+
+def replace_latents(clips: LatentClips, frames: int) -> LatentClips:
+    clips.latents = torch.randn(len(clips), frames, 4, 4, 4, generator=torch.Generator().manual_seed(5))
+    return clips
+
+
+def lesson_of(stage: Opening, lesson: str, calls: int = 0) -> OpeningDraw:
+    draws = map(stage.draws.__getitem__, range(1, 400))
+    return next(d for d in draws if d.lesson == lesson and d.calls == calls)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr("nasa_video.training.opening.compile_blocks", lambda model: None)
+
+
+def test_lessons_come_as_often_as_the_plan_says():
+    draws = opening(path_share=0.5, later_share=0.2, as_before_share=0.1).draws
+    lessons = Counter(draws[step].lesson for step in range(1, 301))
+    wanted = {"path": 0.5, "later": 0.2, "as before": 0.1, "end": 0.2}
+    assert all(abs(lessons[name] / 300 - share) < 0.1 for name, share in wanted.items())
+
+
+def test_the_student_hears_what_a_user_writes_and_the_copy_everything():
+    recorder, stage = Recorder(8), opening()
+    draws = replace(stage.draws, encoder=recorder)
     opened = 0
-    for step in range(1, 6):
+    for step in range(1, 40):
         drawn = draws[step]
         texts, told = recorder.texts[-2:]
-        assert all(spelt_out(text, drawn.values, i) for i, text in enumerate(told))
-        scenes = Scenes(**{name: torch.from_numpy(drawn.values[name]) for name in CHOICES}, jitter=torch.zeros(8, 16))
-        again = draws.choices.settle(torch.from_numpy(drawn.noise), scenes, [Caption("", frozenset())] * 8)
-        motion_open = drawn.left_open["motion"]
-        assert (again.motion == scenes.motion).numpy()[motion_open].all()
-        phrases = [p for values in TERMS["motion"].values() for p in values]
-        assert not any(any(phrase in texts[i] for phrase in phrases) for i in range(8) if motion_open[i])
-        opened += int(motion_open.sum())
-    assert 10 < opened < 36
+        clips = stage.clips if drawn.lesson == "later" else stage.short_clips
+        assert len(drawn.index) == (2 if drawn.lesson == "later" else 6)
+        values = {name: getattr(clips.scenes, name)[drawn.index] for name in ("colour", "motion", "background")}
+        assert all(spelt_out(text, values, i) for i, text in enumerate(told))
+        assert not any(map(is_held_out, [*texts, *told]))
+        opened += sum(not spelt_out(text, values, i) for i, text in enumerate(texts))
+        assert set(drawn.index) <= set(clips.whole)
+    assert opened > 60
 
 
-def test_reading_leaves_the_copy_alone_and_learns_what_noise_stands_for():
-    stage = reading(later_share=0.0, iterations=60, matrix_rate=0.0, other_rate=0.0, head_rate=0.02)
-    before = {name: p.clone() for name, p in stage.told.named_parameters()}
-    values = [stage.iterate(step, stage.draws[step]) for step in range(1, 4)]
-    assert all(math.isfinite(v) for record in values for v in record.values())
-    assert all((p == before[name]).all() for name, p in stage.told.named_parameters())
-    # the same iteration over and over: the head learns its answers by heart
-    first, *_, last = [stage.iterate(4, stage.draws[4])["read"] for _ in range(40)]
-    assert last < 0.8 * first
+@pytest.mark.parametrize("calls", [8, 16])
+def test_the_path_is_the_teachers_own(calls):
+    """Against many small steps of a flow that bends; twice as many calls have a quarter of the error."""
+    stage = opening(path_calls=calls)
+    stage.teacher = lambda x, t, text: torch.sin(3 * x) * (t / 1000) + x
+    noise = torch.randn(4, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    exact, small = noise.double(), 2000
+    for number in range(small):
+        level = 1 - 0.5 * number / small
+        exact = exact - 0.5 / small * (torch.sin(3 * exact) * level + exact)
+        if number == 0.4 * small - 1:
+            at_800 = exact
+    places = stage._path(noise, 1.0, [0.8, 0.5], torch.zeros(4, 4, 8))
+    limit = 0.02 if calls == 8 else 0.006
+    for level, wanted in ((0.8, at_800), (0.5, exact)):
+        error = (places[level] - wanted).square().mean() / (noise - wanted).square().mean()
+        assert float(error) < limit**2
 
 
-def test_a_student_that_is_told_everything_has_nothing_to_learn():
-    stage = reading(later_share=1.0)
-    drawn = stage.draws[1]
-    assert drawn.timesteps == (1000.0, 500.0)
-    same = replace(drawn, embeds=drawn.told_embeds)
-    values = stage.iterate(1, same)
-    assert values["flow"] < 1e-9 < stage.iterate(2, drawn)["flow"]
-    assert "read" not in values
+def test_a_student_with_the_teachers_flow_has_little_to_learn_of_a_straight_path():
+    """All strides, of two steps and of one, ask for the flow where it is the same all the way."""
+    stage = opening()
+    straight = torch.randn(6, 3, 4, 4, 4)
+    zero = torch.zeros(1, requires_grad=True)
+    stage._flow = lambda model, x, t, text: straight + zero
+    errors = stage._follow(torch.randn(6, 3, 4, 4, 4), torch.zeros(6, 4, 8))
+    assert set(errors) == {"path 990", "path 800", "path 980"}
+    # the first stride starts at level 1 and is called 990 or 980: it asks for more flow by as much
+    ratio = {name: float(errors[name] / straight.square().mean()) ** 0.5 for name in errors}
+    assert ratio["path 800"] == pytest.approx(0, abs=1e-3)
+    assert ratio["path 990"] == pytest.approx(200 / 190 - 1, rel=0.02)
+    assert ratio["path 980"] == pytest.approx(500 / 480 - 1, rel=0.02)
+
+
+@pytest.mark.parametrize(("lesson", "calls"), [("end", 0), ("end", 1), ("later", 0), ("later", 3), ("as before", 0)])
+def test_a_student_that_is_told_everything_has_nothing_to_learn(lesson, calls):
+    stage = opening()
+    drawn = lesson_of(stage, lesson, calls)
+    same = stage.iterate(1, replace(drawn, embeds=drawn.told_embeds))
+    (name,) = [name for name in same if name != "gradient"]
+    assert same[name] < 1e-9
+    other = opening().iterate(1, drawn)[name]
+    assert (other == 0) == (lesson == "as before"), "which is matched with the student's own caption"
+
+
+@pytest.mark.parametrize("lesson", ["path", "end", "later"])
+def test_a_lesson_moves_the_student_alone(lesson):
+    stage = opening()
+    models = (stage.told, stage.teacher, stage.student)
+    before = [model.transformer.proj_out.weight.detach().clone() for model in models]
+    values = stage.iterate(20, lesson_of(stage, lesson))
+    moved = [bool((m.transformer.proj_out.weight != w).any()) for m, w in zip(models, before, strict=True)]
+    assert moved == [False, False, True]
+    assert all(math.isfinite(value) for value in values.values())
 
 
 @pytest.mark.parametrize("chunk", [1, 2])
-def test_a_later_chunk_is_read_as_the_sampler_makes_it(chunk):
-    """After the copy's own beginning, through the cache, its flow is what the student is to match."""
-    stage = reading(later_share=0.0, whole_share=1.0)
-    drawn = next(d for d in map(stage.draws.__getitem__, range(20)) if d.noise.shape[1] == 3 * (chunk + 1))
-    assert len(drawn.noise) == 2
-    same = replace(drawn, embeds=drawn.told_embeds)
-    assert stage._whole(same)["flow"] == 0
-    noise, text = torch.from_numpy(drawn.noise), torch.from_numpy(drawn.told_embeds)
-    clip = rollout(stage.told, text, noise, (1000.0,), 0, 3, torch.Generator())
+def test_a_later_chunk_is_what_the_sampler_makes(chunk):
+    """Behind clean chunks in the cache, the copy's flow is what the student is to match."""
+    stage = opening()
+    drawn = replace(lesson_of(stage, "later"), chunk=chunk)
     stage.student.transformer.proj_out.weight.data.zero_()
     stage.student.transformer.proj_out.bias.data.zero_()
-    wanted = noise[:, -3:] - clip[:, -3:]  # at the first step the flow is the noise less the clip
-    assert float(stage._whole(drawn)["flow"].detach()) == pytest.approx(float(wanted.square().mean()), rel=0.02)
+    error = stage.iterate(1, drawn)["later"]
+    clean = stage.clips.latents[drawn.index][:, : 3 * chunk]
+    noise = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(drawn.seed))
+    text, cache = torch.from_numpy(drawn.told_embeds), stage.told.new_cache(4, 4)
+    with torch.no_grad():
+        for start in range(0, 3 * chunk, 3):
+            stage.told(clean[:, start : start + 3], 0.0, text, cache=cache)
+            cache.commit()
+        flow = stage.told(noise, 1000.0, text, cache=cache)
+    assert error == pytest.approx(float(flow.square().mean()), rel=0.02)
 
 
-def test_early_iterations_train_the_first_blocks_alone():
-    stage = reading(early=5, whole_share=1.0)
-    assert all(stage.draws[step].noise.shape[1] == 3 for step in range(1, 6))
-    before = {name: p.clone() for name, p in stage.student.named_parameters()}
-    values = stage.iterate(1, stage.draws[1])
-    assert {"blocks", "read", "right"} < set(values)
-    changed = {name for name, p in stage.student.named_parameters() if (p != before[name]).any()}
-    assert any("blocks.1." in name for name in changed)
-    assert not any("blocks.2." in name or "proj_out" in name for name in changed)
-
-
-def test_reading_resumes(tmp_path):
-    settings = ReadingTraining(iterations=3, batch_size=4, read_block=1, checkpoint_every=1)
-    encoder, seen = WordLlamaEncoder(8), []
+def test_the_opening_resumes(tmp_path):
+    seen = []
     for iterations in (2, 3):
-        torch.manual_seed(0)
-        model = new_transformer(WIDE, torch.device("cpu"))
-        journal = Journal(tmp_path, "reading", lambda step, steps, values: seen.append(step))
-        args = (model, (12, 4, 4), encoder, tmp_path, 0, journal, Team())
-        train_reading(replace(settings, iterations=iterations), [(1000.0, 500.0)], *args)
+        stage = opening()
+        settings = OpeningTraining(alone=ALONE, iterations=iterations, batch_size=6, checkpoint_every=1)
+        journal = Journal(tmp_path, "opening", lambda step, steps, values: seen.append(step))
+        args = (stage.student, stage.teacher, stage.clips, stage.short_clips, HashEncoder(4, 8))
+        train_opening(settings, STEPS, *args, tmp_path, 0, journal, Team())
     assert seen == [1, 2, 3]
+
+
+@pytest.mark.parametrize("preset", ["sprites", "sprites-gpu"])
+def test_the_package_samples_as_it_was_taught(repository, preset):
+    """The preset of the shipped model and the plans that train it name the same timesteps."""
+    plan, sampler = load_plan(repository / "configs/train" / f"{preset}.yaml"), find_preset("sprites").sampler
+    for count in (4, 2, 1):
+        taught, shipped = plan.schedule(count), sampler.schedule(count)
+        assert (taught.timesteps, taught.alone.timesteps) == (shipped.timesteps, shipped.alone.timesteps)
+        assert taught.alone.euler_steps == shipped.alone.euler_steps
+
+
+def test_a_plan_with_an_opening_samples_first_chunks_as_it_teaches_them(repository):
+    schedule = load_plan(repository / "configs/train/sprites-opening.yaml").schedule(4)
+    assert schedule.timesteps == STEPS[4]
+    assert schedule.alone.timesteps == ALONE[4]
+    assert schedule.alone.euler_steps == 2
 
 
 def test_easy_clips_show_one_plain_sprite():
@@ -443,7 +514,7 @@ def test_checkpoints_come_back(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.parametrize("preset", ["sprites", "sprites-gpu", "sprites-gpu-on", "sprites-tune"])
+@pytest.mark.parametrize("preset", ["sprites", "sprites-gpu", "sprites-gpu-on", "sprites-tune", "sprites-opening"])
 def test_presets_are_complete(preset, repository):
     plan = load_plan(repository / "configs" / "train" / f"{preset}.yaml")
     assert plan.base.model["in_channels"] == plan.latent_size[0]
@@ -454,7 +525,7 @@ def test_a_plan_holds_what_differs_from_the_one_that_it_extends(tmp_path, reposi
     folder = repository / "configs" / "train"
     parent, plan = (load_plan(folder / f"{name}.yaml") for name in ("sprites-gpu", "sprites-tune"))
     assert plan.student.batch_size == 6
-    assert replace(plan, seed=parent.seed, student=parent.student, reading=parent.reading) == parent
+    assert replace(plan, seed=parent.seed, student=parent.student) == parent
     (tmp_path / "lost.yaml").write_text("extends: nowhere\nseed: 1")
     with pytest.raises(ValueError, match="extends nowhere"):
         load_plan(tmp_path / "lost.yaml")

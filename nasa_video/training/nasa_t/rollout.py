@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ class RolloutPlan:
 
     Attributes:
         schedule: the few steps.
-        exit_step: after which every chunk stops; the only step with a gradient.
+        exit_step: after which every chunk stops; the only step with a gradient. Where the first chunk has Euler steps,
+            it stops behind them at the earliest: they lead to noise, not to a picture.
         frames_per_chunk, window_frames, sink_frames, rope: as in causvid_adapter.ChunkSampler.
     """
 
@@ -90,27 +92,33 @@ def roll_out(
         generator: of the noise between steps, on the CPU.
         autocast: makes the context of every model call.
     """
-    size, schedule = plan.frames_per_chunk, plan.schedule
+    size = plan.frames_per_chunk
     with_gradient = torch.is_grad_enabled()
     height, width = noise.shape[-2:]
     cache = student.new_cache(height, width, plan.window_frames, plan.sink_frames, plan.rope, noise.shape[1])
     chunks: list[Tensor] = []
     for start in range(0, noise.shape[1], size):
         x = noise[:, start : start + size]
-        for step, t in enumerate(schedule.timesteps[: plan.exit_step + 1]):
-            last = step == plan.exit_step
+        schedule = plan.schedule if start else plan.schedule.alone
+        exit_step = max(plan.exit_step, schedule.euler_steps)
+        for step, t in enumerate(schedule.timesteps[: exit_step + 1]):
+            last = step == exit_step
             # committed frames move only in a window, and only a pass with a gradient may be run again
             moves = last and with_gradient and plan.window_frames is not None
             history = FrozenHistory(cache, size, copy=moves)
             with torch.set_grad_enabled(last and with_gradient), autocast():
                 flow = student(x, t, context, cache=history)
-            x0 = schedule.to_x0(x, flow.float(), t)
-            if not last:
-                fresh = torch.randn(x.shape, generator=generator).to(x)
-                x = schedule.add_noise(x0, fresh, schedule.timesteps[step + 1])
-        chunks.append(x0)
+            if last:
+                x = schedule.to_x0(x, flow.float(), t)
+            else:
+                x = schedule.step(x, flow.float(), step, partial(_fresh_noise, x, generator))
+        chunks.append(x)
         if start + size < noise.shape[1]:
             with torch.no_grad(), autocast():
-                student(x0.detach(), 0.0, context, cache=cache)
+                student(x.detach(), 0.0, context, cache=cache)
             cache.commit()
     return torch.cat(chunks, dim=1)
+
+
+def _fresh_noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator).to(like)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from causvid_adapter import CausalWan, FlowMatchSchedule, StreamingDecoder, denormalize
+from causvid_adapter import CausalWan, StreamingDecoder, denormalize
 from nasa_video.errors import InputError
 from nasa_video.text import TextContext
 from nasa_video.training.journal import contact_sheet
@@ -108,9 +108,13 @@ class VideoGame:
     def plan_of(self, count: int, exit_step: int) -> RolloutPlan:
         """A rollout in so many steps that stops after one of them."""
         sampler = self.parts.preset.sampler
-        schedule = FlowMatchSchedule(sampler.shift, sampler.timesteps(count), sampler.warp)
         return RolloutPlan(
-            schedule, exit_step, sampler.frames_per_chunk, sampler.window_frames, sampler.sink_frames, sampler.rope
+            sampler.schedule(count),
+            exit_step,
+            sampler.frames_per_chunk,
+            sampler.window_frames,
+            sampler.sink_frames,
+            sampler.rope,
         )
 
     def _lesson(self, plan: RolloutPlan, generator: torch.Generator, warming: bool) -> tuple[_Lesson, dict[str, float]]:
