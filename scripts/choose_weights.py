@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import AutoencoderKLWan
-from measure_variety import WEIGHTS, model_of, read
+from measure_variety import PLANS, WEIGHTS, model_of, read
 from rich.progress import Progress
 from rich.table import Table
 from safetensors.torch import save_file
@@ -27,7 +27,6 @@ from nasa_video.training.assessment import HeldOutPrompt, Studio, accuracy, held
 from nasa_video.training.plan import load_plan
 
 PROMPT_SEED = 4242
-PLAN = WEIGHTS.parent.parent.parent / "configs" / "train" / "sprites.yaml"
 
 
 def choose(
@@ -51,7 +50,7 @@ def choose(
             candidates[f"{models[0]} and {part:.0%} of {name}"] = mean
     usual = held_out_prompts(prompts, PROMPT_SEED)
     rare = rare_prompts([], max(1, prompts // 9), PROMPT_SEED)  # nine attributes are rare
-    plan = load_plan(PLAN)
+    plan = load_plan(PLANS / "sprites.yaml")
     steps = plan.student.steps
     scores = {}
     with Progress() as progress:

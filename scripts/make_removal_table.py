@@ -49,7 +49,7 @@ CANDIDATES = {
     "cfg": _at("cfg", 1.5, 2, 3, 4, 6),
     "nasa": _at("nasa", 0.5, 0.75, 1, 1.25, 1.5) + _at("nasa+nopad", 0.05, 0.1, 0.2),
     "nasa-centred+conflict0": _at("nasa-centred+conflict0", 0.5, 0.75, 1, 1.25, 1.5),
-    "nasa-centred": _at("nasa-centred", 0.4, 0.5, 0.6, 0.75, 0.9),
+    "nasa-centred+conflict1": _at("nasa-centred+conflict1", 0.4, 0.5, 0.6, 0.75, 0.9),
     "nasa-centred+conflict2": _at("nasa-centred+conflict2", 0.5, 0.6),
     "nag": _at("nag", 2, 3, 5, 9) + _at("nag+nopad", 1.5, 2, 3, 4, 6),
     "vsf": _at("vsf", 0.7, 1, 1.4, 2) + _at("vsf+pad", 1, 1.4),
@@ -138,7 +138,7 @@ def main(
     n: Annotated[int, typer.Option("--n", help="Videos a reported cell.")] = 200,
     choose_n: Annotated[int, typer.Option(help="Videos a choosing cell.")] = 48,
     choose_attributes: Annotated[str, typer.Option(help="Attributes that settings are chosen on.")] = (
-        "colour,background,shape,weather,blurry,border"
+        "colour,background,shape,weather,blurry,border,dim,size"
     ),
     attributes: Annotated[str, typer.Option(help="Attributes that are reported; empty: all.")] = "",
     cases: Annotated[str, typer.Option(help="Kinds of case that are reported, the first made first.")] = ",".join(

@@ -4,6 +4,7 @@
     python scripts/measure_variety.py student --extended    with prompts as --extend-prompt writes them
     python scripts/measure_variety.py old.safetensors --mean new.safetensors --share 0.5 --share 0.62
     python scripts/measure_variety.py base --teacher 16 --scale 1.75
+    python scripts/measure_variety.py opening.safetensors --plan sprites-opening
 
 Prints, in percent, the shares among "a circle" to "a ring" with those of the data in brackets, how far they are apart,
 and how many captions that state everything are right.
@@ -21,15 +22,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from causvid_adapter import CausalWan, FlowMatchSchedule
-from nasa_video.models.presets import find_preset
 from nasa_video.sprites.detectors import Detector
 from nasa_video.sprites.prompt_extension import extend_prompt
 from nasa_video.sprites.world import ATTRIBUTES, SHAPES
 from nasa_video.text import WordLlamaEncoder
 from nasa_video.training.assessment import Studio, accuracy, data_spread, held_out_prompts, spread
 from nasa_video.training.attention import trainable
+from nasa_video.training.plan import load_plan
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "nasa_video" / "sprites" / "weights"
+PLANS = WEIGHTS.parent.parent.parent / "configs" / "train"
 PLACES = {"student": "transformer", "base": "teacher/transformer"}
 FIRST_SEED = 7000
 ACCURACY_SEED = 77
@@ -57,7 +59,8 @@ def measure(
     first: Annotated[list[str], typer.Argument(help="student, base, or .safetensors files.")],
     mean: Annotated[str, typer.Option(help="A second model, to average the first ones with.")] = "",
     share: Annotated[list[float] | None, typer.Option(help="What the second one counts.")] = None,
-    steps: Annotated[int, typer.Option(help="Of the loop, as the preset has them.")] = 4,
+    steps: Annotated[int, typer.Option(help="Of the loop, as the plan has them.")] = 4,
+    plan: Annotated[str, typer.Option(help="The plan that trained the model, of configs/train.")] = "sprites",
     timesteps: Annotated[str, typer.Option(help="Of the loop, the same for all chunks, such as 1000,750,500.")] = "",
     teacher: Annotated[int, typer.Option(help="Euler steps of the bidirectional teacher in place of the loop.")] = 0,
     scale: Annotated[float, typer.Option(help="The teacher's classifier-free guidance, 1 is none.")] = 1.0,
@@ -66,9 +69,11 @@ def measure(
     extended: Annotated[bool, typer.Option("--extended", help="Prompts as --extend-prompt writes them.")] = False,
 ) -> None:
     """Prints the shares and the accuracy, model by model."""
+    if not (PLANS / f"{plan}.yaml").exists():
+        raise typer.BadParameter(f"--plan must be one of {', '.join(sorted(p.stem for p in PLANS.glob('sprites*')))}")
     try:
         given = tuple(float(t) for t in timesteps.split(",")) if timesteps else ()
-        schedule = FlowMatchSchedule(1.0, given) if given else find_preset("sprites").sampler.schedule(steps)
+        schedule = FlowMatchSchedule(1.0, given) if given else load_plan(PLANS / f"{plan}.yaml").schedule(steps)
     except ValueError as error:
         raise typer.BadParameter(f"--timesteps takes falling numbers with commas between: {error}") from None
     vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "vae", low_cpu_mem_usage=False).float().eval()
@@ -94,11 +99,13 @@ def measure(
             distances = {}
             for attribute in ATTRIBUTES:
                 shares, wanted = spread(detector, frames, attribute), data_spread(attribute, {})
-                distances |= {value: abs(share - wanted.get(value, 0)) for value, share in shares.items()}
+                if attribute != "shape":  # the prompts name it
+                    distances |= {(attribute, v): abs(share - wanted.get(v, 0)) for v, share in shares.items()}
                 values = ", ".join(f"{v} {100 * s:.0f} ({100 * wanted.get(v, 0):.0f})" for v, s in shares.items())
                 print(f"  {attribute}: {values}")
-            far = ", ".join(value for value, distance in distances.items() if distance > 0.1)
-            print(f"  more than 10 points apart: {far or 'none'}")
+            far = ", ".join(f"{a} {v}" for (a, v), distance in distances.items() if distance > 0.1)
+            mean_distance = 100 * sum(distances.values()) / len(distances)
+            print(f"  apart: {mean_distance:.1f} points in the mean; by more than 10: {far or 'none'}")
             shown = make([p.text for p in prompts], range(captions))
             right = accuracy(detector, shown, prompts)
             print("  right (of): " + ", ".join(f"{a} {100 * hit:.0f} ({n})" for a, (hit, n) in right.items()))

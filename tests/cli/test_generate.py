@@ -134,11 +134,11 @@ def test_the_scale_may_follow_the_steps_and_the_layers(nasa_video: Run) -> None:
         "falling": ("--scale-steps", "1,0"),
         "rising": ("--scale-layers", "0,1"),
         "half": ("--scale-steps", "0.5"),
-        "scaled": ("--scale", "0.375"),
+        "scaled": ("--scale", "0.25"),
     }.items():
         done = nasa_video("generate", *words, *options, "-o", f"{name}.mp4")
         effects[name] = done.json["effect"]["relative_change"]
-    assert effects["half"] == pytest.approx(effects["scaled"]), "the default scale is 0.75"
+    assert effects["half"] == pytest.approx(effects["scaled"]), "the default scale is 0.5"
     assert effects["half"] < effects["whole"]
     # One of two steps and of two layers is guided with the whole scale, the other not at all.
     assert effects["falling"] != pytest.approx(effects["half"])

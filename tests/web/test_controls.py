@@ -33,11 +33,11 @@ def test_moving_the_scale_acts_from_the_next_chunk(server: Server, open_page: An
     page = open_page(server.address)
     play(page)
     add_negative(page, "red")
-    timeline_says(page, ".how", ["NASA-CENTRED 0.75"])
+    timeline_says(page, ".how", ["NASA-CENTRED 0.5"])
     until(page, f"Number(document.body.dataset.chunk) >= {data(page, 'accepted')}")
     change, chunk = page.inner_text("#change"), int(data(page, "chunk"))
     page.focus("#scale")
-    for _ in range(10):
+    for _ in range(5):
         page.keyboard.press("ArrowLeft")
     assert page.inner_text("#scale-value") == "0.25"
     timeline_says(page, ".how", ["NASA-CENTRED 0.25"])
