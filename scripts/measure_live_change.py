@@ -35,7 +35,10 @@ from nasa_video.video.frames import Frames
 SHAPES = (("square", "square", 0, "red"), ("ball", "circle", 2, "blue"), ("triangle", "triangle", 1, "green"))
 """A shape in the prompt, the detector's name for it, the channel of its colour, and the colour's name."""
 SHOWN = 0.04
-METHODS = "none,nasa:1,nasa:1.5,nasa-centred+conflict0:1.25,nasa-centred+conflict1:0.75,nasa-centred+conflict2:0.5,nag+nopad:1.5,vsf:1"
+METHODS = (
+    "none,nasa:1,nasa:1.5,nasa-centred+conflict0:1.25,nasa-centred+conflict1:0.75,nasa-centred+conflict2:0.5,"
+    "nag+nopad:1.5,vsf:1"
+)
 
 
 def share(frames: Frames, channel: int) -> float:

@@ -102,6 +102,32 @@ def test_a_number_of_steps_that_the_model_has_not_is_refused(pipeline: VideoPipe
     assert len(latents(pipeline.opening_in(2), steps=2, source=source)) == 3
 
 
+@pytest.mark.parametrize(
+    ("alone", "says"),
+    [
+        ({3: {"timesteps": [990, 800, 500]}}, "alone: 3 is not among steps"),
+        ({4: {"timesteps": [990, 500]}}, "alone: 4 lists 2 timesteps"),
+        ({2: {"timesteps": [990, 500], "euler_steps": 2}}, "cannot have 2 Euler steps, give fewer"),
+        ({2: {"timesteps": [990, 500], "heun_steps": 1}}, "heun_steps"),
+    ],
+)
+def test_steps_of_a_chunk_with_nothing_before_it_must_fit(alone: dict[int, object], says: str) -> None:
+    settings = find_preset("sprites").sampler.model_dump()
+    with pytest.raises(ValueError, match=says):
+        SamplerSettings.model_validate(settings | {"alone": alone})
+
+
+def test_a_chunk_with_nothing_before_it_may_have_steps_of_its_own(pipeline: VideoPipeline, calls: list[float]) -> None:
+    settings = find_preset("sprites").sampler.model_dump()
+    alone = {4: {"timesteps": [990, 800, 500, 250], "euler_steps": 2}}
+    opened = pipeline.with_sampler(SamplerSettings.model_validate(settings | {"alone": alone}))
+    for steps, first in ((4, [990.0, 800.0, 500.0, 250.0]), (2, [1000.0, 750.0])):
+        calls.clear()
+        latents(opened, steps=steps, frames=21)
+        assert [t for t in calls if t][: len(first)] == first
+        assert [t for t in calls if t][len(first)] == 1000.0
+
+
 def test_a_model_may_bring_it(pipeline: VideoPipeline, calls: list[float]) -> None:
     """As Causal Forcing++ does: a frame a chunk, in one or two steps, the first in four."""
     for count in (1, 2):
