@@ -201,7 +201,7 @@ class Run:
             return self.student()
         from nasa_video.text import WordLlamaEncoder
         from nasa_video.training.journal import Journal
-        from nasa_video.training.opening import train_opening
+        from nasa_video.training.opening import Opening
 
         folder = self.folder / "opening"
         if not (folder / "config.json").exists():
@@ -209,9 +209,9 @@ class Run:
             journal = Journal(self.folder, "opening", self.report)
             models = (self.student(), self.base())
             show = self._show("opening", self.plan.schedule(4))
-            args = (self.clips, self.short_clips, encoder, self.folder, self.plan.seed, journal, self.team, show)
-            model = train_opening(self.plan.opening, self.plan.student.steps, *models, *args)
-            self._finish(model, folder, "transformer")
+            args = (self.clips, self.short_clips, encoder, self.plan.seed, self.team)
+            stage = Opening(self.plan.opening, self.plan.student.steps, *models, *args)
+            self._finish(stage.train(self.folder, journal, show), folder, "transformer")
         return self._read_transformer(folder)
 
     def card(self) -> None:

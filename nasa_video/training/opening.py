@@ -44,7 +44,7 @@ from nasa_video.text import TextEncoder
 from nasa_video.training.attention import compile_blocks
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average
-from nasa_video.training.dataset import LatentClips
+from nasa_video.training.dataset import Draw, LatentClips
 from nasa_video.training.journal import Journal
 from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
 from nasa_video.training.parallel import Team
@@ -81,6 +81,12 @@ class OpeningTraining:
     def euler_steps(self, num_steps: int) -> int:
         """How many steps of a first chunk follow the flow."""
         return sum(t > self.euler_until for t in self.alone[num_steps])
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """The timesteps behind the path: the longest sampler's, of which the others have the first."""
+        longest = max(self.alone)
+        return self.alone[longest][self.euler_steps(longest) :]
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ class OpeningDraws(Dataset[OpeningDraw]):
         lesson = self._lesson(plan.random())
         clips = self.clips if lesson == "later" else self.short_clips
         size = max(1, settings.batch_size // CLIP_CHUNKS) if lesson == "later" else settings.batch_size
-        most = max(self.steps) if lesson == "later" else max(map(len, self._ends()))
+        most = max(self.steps) if lesson == "later" else len(settings.ends)
         chunk, calls = plan.randrange(1, CLIP_CHUNKS), plan.randrange(most)
         level = plan.choice(settings.end_levels)
         number = (self.seed * 11_000_003 + step) * self.team.size + self.team.rank
@@ -144,10 +150,6 @@ class OpeningDraws(Dataset[OpeningDraw]):
             drawn -= share
         return "end"
 
-    def _ends(self) -> list[tuple[float, ...]]:
-        """Of each number of steps of a first chunk, those that do not follow the flow."""
-        return [steps[self.settings.euler_steps(n) :] for n, steps in self.settings.alone.items()]
-
 
 class Opening(Stage[OpeningDraw]):
     """The student, its frozen copy, their teacher, and one iteration."""
@@ -170,6 +172,7 @@ class Opening(Stage[OpeningDraw]):
         self.clips, self.short_clips = clips.to(self.device), short_clips.to(self.device)
         self.draws = OpeningDraws(settings, steps, clips, short_clips, encoder, seed, team)
         self.told = copy.deepcopy(student).eval().requires_grad_(False)
+        self.averaged = copy.deepcopy(self.told)  # not compiled: it is shown clips of any number
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student.requires_grad_(True)
         for model in (self.told, self.teacher, self.student):
@@ -177,9 +180,10 @@ class Opening(Stage[OpeningDraw]):
         rates = (settings.matrix_rate, settings.other_rate)
         self.optimiser = MatrixOptimiser(self.student, block_matrix, *rates, betas=(0.9, 0.95))
         self.average = Average(self.student, settings.average_decay)
-        # the longest sampler's, for the steps behind the path
-        self.longest = settings.alone[max(settings.alone)]
-        self.ends = self.longest[settings.euler_steps(max(settings.alone)) :]
+
+    def train(self, folder: Path, journal: Journal, show: Callable[[CausalWan, int], None] | None = None) -> CausalWan:
+        """Trains to the end and returns the student's average; resumes from `folder`/opening.pt."""
+        return self.run(self.settings, self.averaged, folder / "opening.pt", journal, show)
 
     def iterate(self, step: int, drawn: OpeningDraw) -> dict[str, float]:
         """One update."""
@@ -187,8 +191,7 @@ class Opening(Stage[OpeningDraw]):
         generator = torch.Generator(self.device).manual_seed(drawn.seed)
         text, told = (torch.from_numpy(e).to(self.device) for e in (drawn.embeds, drawn.told_embeds))
         clips = self.clips if drawn.lesson == "later" else self.short_clips
-        index = torch.tensor(drawn.index, device=clips.latents.device)
-        clean = clips.latents[index].float()
+        clean = clips.take(Draw(drawn.index, [])).latents
         if drawn.lesson == "path":
             values = self._follow(torch.randn(clean.shape, generator=generator, device=self.device), text)
         elif drawn.lesson == "later":
@@ -252,16 +255,16 @@ class Opening(Stage[OpeningDraw]):
         self, clean: Tensor, drawn: OpeningDraw, text: Tensor, told: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Error of one step behind the path, after the student's own steps from a clip of the data."""
-        schedule, calls = FlowMatchSchedule(1.0, self.ends), drawn.calls
-        level, behind = drawn.level, self.ends[0] / 1000
+        ends, calls, level = self.settings.ends, drawn.calls, drawn.level
+        schedule, behind = FlowMatchSchedule(1.0, ends), ends[0] / 1000
         x = (1 - level) * clean + level * self._like(clean, generator)
         if level > behind:
             x = self._path(x, level, [behind], text)[behind]
         with torch.no_grad():
             for number in range(calls):
-                flow = self._flow(self.student, x, self.ends[number], text)
+                flow = self._flow(self.student, x, ends[number], text)
                 x = schedule.step(x, flow, number, partial(self._like, clean, generator))
-        return {f"end {self.ends[calls]:g}": self._match(x, self.ends[calls], text, told)}
+        return {f"end {ends[calls]:g}": self._match(x, ends[calls], text, told)}
 
     def _later(
         self, clean: Tensor, drawn: OpeningDraw, text: Tensor, told: Tensor, generator: torch.Generator
@@ -295,27 +298,3 @@ def _add_gradient(error: Tensor) -> Tensor:
     """The error, detached, after its backward pass: the graphs of several lessons need not be held at once."""
     error.backward()  # type: ignore[no-untyped-call]
     return error.detach()
-
-
-def train_opening(
-    settings: OpeningTraining,
-    steps: dict[int, tuple[float, ...]],
-    student: CausalWan,
-    teacher: CausalWan,
-    clips: LatentClips,
-    short_clips: LatentClips,
-    encoder: TextEncoder,
-    folder: Path,
-    seed: int,
-    journal: Journal,
-    team: Team,
-    show: Callable[[CausalWan, int], None] | None = None,
-) -> CausalWan:
-    """Teaches a student of these samplers' timesteps to begin as its teacher does, and returns its average.
-
-    Resumes from `folder`/opening.pt.
-    """
-    torch.manual_seed(seed)
-    averaged = copy.deepcopy(student).eval().requires_grad_(False)
-    stage = Opening(settings, steps, student, teacher, clips, short_clips, encoder, seed, team)
-    return stage.run(settings, averaged, folder / "opening.pt", journal, show)

@@ -32,7 +32,7 @@ from nasa_video.training.flow import (
 from nasa_video.training.journal import Journal
 from nasa_video.training.latent_detector import LatentDetector, legible, stated_loss
 from nasa_video.training.nasa_t.dry_run import HashEncoder
-from nasa_video.training.opening import Opening, OpeningDraw, OpeningTraining, train_opening
+from nasa_video.training.opening import Opening, OpeningDraw, OpeningTraining
 from nasa_video.training.optimiser import orthogonalise, warm_then_linear
 from nasa_video.training.parallel import Team, made_ahead
 from nasa_video.training.plan import load_plan
@@ -428,11 +428,8 @@ def test_a_later_chunk_is_what_the_sampler_makes(chunk):
 def test_the_opening_resumes(tmp_path):
     seen = []
     for iterations in (2, 3):
-        stage = opening()
-        settings = OpeningTraining(alone=ALONE, iterations=iterations, batch_size=6, checkpoint_every=1)
-        journal = Journal(tmp_path, "opening", lambda step, steps, values: seen.append(step))
-        args = (stage.student, stage.teacher, stage.clips, stage.short_clips, HashEncoder(4, 8))
-        train_opening(settings, STEPS, *args, tmp_path, 0, journal, Team())
+        stage = opening(iterations=iterations, checkpoint_every=1)
+        stage.train(tmp_path, Journal(tmp_path, "opening", lambda step, steps, values: seen.append(step)))
     assert seen == [1, 2, 3]
 
 
