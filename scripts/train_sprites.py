@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("autoencoder", "base", "student", "detector")
-STAGES = ("autoencoder", "dataset", "base", "latent_detector", "student", "opening", "detector", "card")
+STAGES = ("autoencoder", "dataset", "base", "latent_detector", "student", "reader", "opening", "detector", "card")
 # Read by the C library and by OpenMP when a process starts: large blocks are kept, threads sleep while they wait.
 CPU_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
@@ -170,8 +170,8 @@ class Run:
         from nasa_video.training.latent_detector import train_latent_detector
 
         journal = Journal(self.folder, "latent-detector", self.report)
-        args = (self.folder, self.plan.seed, self.device, journal, self.team)
-        return train_latent_detector(self.plan.latent_detector, self.clips, self.short_clips, *args)
+        args = (self.folder / "latent-detector.pt", self.plan.seed, self.device, journal, self.team)
+        return train_latent_detector(self.plan.latent_detector, (self.clips, self.short_clips), *args)
 
     def student(self) -> CausalWan:
         """Distils the student, or reads the finished one."""
@@ -192,8 +192,17 @@ class Run:
             self._finish(model, folder, "transformer")
         return self._read_transformer(folder)
 
+    def reader(self) -> LatentDetector:
+        """Trains what reads noisy first chunks for the opening, or reads the finished one."""
+        from nasa_video.training.journal import Journal
+        from nasa_video.training.latent_detector import train_latent_detector
+
+        journal = Journal(self.folder, "reader", self.report)
+        args = (self.folder / "reader.pt", self.plan.seed, self.device, journal, self.team)
+        return train_latent_detector(self.plan.reader, (self.short_clips,), *args)
+
     def opening(self) -> CausalWan:
-        """Teaches the student to begin as its teacher does, or reads the finished one.
+        """Teaches the student what to do with what a prompt leaves open, or reads the finished one.
 
         A plan may go without, by no iterations: then it is the student as it was distilled.
         """
@@ -207,9 +216,9 @@ class Run:
         if not (folder / "config.json").exists():
             encoder = WordLlamaEncoder(self.plan.text_tokens)
             journal = Journal(self.folder, "opening", self.report)
-            models = (self.student(), self.base())
+            models = (self.student(), self.base(), self.reader())
             show = self._show("opening", self.plan.schedule(4))
-            args = (self.clips, self.short_clips, encoder, self.plan.seed, self.team)
+            args = (self.clips, encoder, self.plan.seed, self.team)
             stage = Opening(self.plan.opening, self.plan.student.steps, *models, *args)
             self._finish(stage.train(self.folder, journal, show), folder, "transformer")
         return self._read_transformer(folder)
@@ -360,8 +369,7 @@ def train(
     )
     with Progress(*columns, disable=not team.leads) as progress:
         for stage in STAGES[: STAGES.index(until) + 1]:
-            needed_until = "opening" if stage == "dataset" and plan.opening.iterations else "student"
-            if stage in ("dataset", "latent_detector") and (folder / needed_until / "config.json").exists():
+            if _is_needless(stage, plan, folder):
                 continue
             task = progress.add_task(stage, total=None, values="")
 
@@ -372,6 +380,14 @@ def train(
             run.report = report if team.leads else None
             getattr(run, stage)()
             progress.update(task, total=1, completed=1)
+
+
+def _is_needless(stage: str, plan: TrainingPlan, folder: Path) -> bool:
+    """Whether all that a stage is there for is finished, or never asked for."""
+    for_whom = {"dataset": "opening" if plan.opening.iterations else "student", "latent_detector": "student"}
+    if stage == "reader":
+        return not plan.opening.iterations or (folder / "opening" / "config.json").exists()
+    return stage in for_whom and (folder / for_whom[stage] / "config.json").exists()
 
 
 def _start_team(processes: int) -> int:

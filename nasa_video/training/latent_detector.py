@@ -1,4 +1,4 @@
-"""A detector that reads latents: what the student is told while it is distilled.
+"""A detector that reads latents: what the student is told while it is distilled, and what noise is read with.
 
 Distribution matching alone teaches the student what clips look like; which of them a prompt asks for it learns only as
 well as its teacher knows it, and a small teacher knows shapes badly. The gradient of this detector says so directly. It
@@ -107,24 +107,19 @@ def stated_loss(logits: dict[str, Tensor], scenes: Scenes, stated: Sequence[froz
 
 def train_latent_detector(
     settings: LatentDetectorTraining,
-    clips: LatentClips,
-    short: LatentClips,
-    folder: Path,
+    clips: Sequence[LatentClips],
+    path: Path,
     seed: int,
     device: torch.device,
     journal: Journal,
     team: Team,
 ) -> LatentDetector:
-    """Trains on whole clips and first chunks in turns; returns the averaged network.
-
-    Resumes from `folder`/latent-detector.pt.
-    """
+    """Trains on clips of one length and another in turns; returns the averaged network, resumes from `path`."""
     torch.manual_seed(seed)
-    network = LatentDetector(clips.latents.shape[2], settings.width).to(device)
+    network = LatentDetector(clips[0].latents.shape[2], settings.width).to(device)
     optimiser = MatrixOptimiser(network, inner_convolution, settings.matrix_rate, settings.other_rate)
     average, start = Average(network, settings.average_decay), 0
-    pools = [(pool.to(device), torch.tensor(pool.whole, device=device)) for pool in (clips, short)]
-    path = folder / "latent-detector.pt"
+    pools = [(pool.to(device), torch.tensor(pool.whole, device=device)) for pool in clips]
     if (state := load_state(path)) is not None:
         network.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
@@ -132,7 +127,7 @@ def train_latent_detector(
         start = int(state["step"])
     for step in range(start + 1, settings.iterations + 1):
         generator = torch.Generator(device).manual_seed(seed * 13_000_027 + step * team.size + team.rank)
-        pool, whole = pools[step % 2]
+        pool, whole = pools[step % len(pools)]
         chosen = whole[torch.randint(len(whole), (settings.batch_size,), generator=generator, device=device)]
         latents = blurred_by_noise(pool.latents[chosen].float(), settings.noise, generator)
         with autocast(device):

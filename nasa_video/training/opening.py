@@ -1,20 +1,17 @@
-"""Stage three: what a prompt leaves open is decided by the student's start noise, as in the data.
+"""Stage three: what a prompt leaves open is decided by the student's start noise, as often as in the data.
 
-A student of distribution matching shows its favourites, whatever its noise (docs/variety.md). Here it learns to begin
-as its teacher does, by following the flow from the noise that it has, and to end as its frozen copy does when the
-prompt tells it what is there. Three lessons, one an iteration:
+A student of distribution matching shows its favourites, whatever its noise (docs/variety.md). Told what to show, it
+shows it. Here it learns to tell itself, in first chunks, where all is settled. Three lessons:
 
-* *path*: of first chunks the first steps lead in one stride each to where many small ones of the teacher lead, with
-  the noise that they have. What is decided on that way differs from noise to noise as much as in the data. (First step
-  by the teacher's path and distribution matching for the rest: compare DP-DMD, arXiv 2602.03139.)
-* *end*: of clips of the data, noised, the other steps lead to what the copy makes of them with a caption that states
-  everything, whatever the student's own caption leaves open. Some are noised more than that, and brought back along the
-  teacher's flow: what comes from there is smoother than noised clips are, and would be taken for blurry. Steps after
-  the first begin from the student's own picture, so that it sharpens what it was unsure of.
-* *later*: behind clean chunks, the same for the steps of later chunks, which have the copy's timesteps.
+* *open*: the first step leads in one stride to where many small ones of the teacher lead, with the noise that it has:
+  what is settled on that way differs from noise to noise. There a detector that sees through noise reads what this
+  looks most like (`nasa_video.training.reading`), and from there on the student does what its frozen copy does when a
+  caption tells it all that was read. Where a caption states everything, stride and steps are the copy's own. (First
+  step by the teacher's path: compare DP-DMD, arXiv 2602.03139.)
+* *later*: behind clean chunks of the data, the student does what its copy does when told what they show.
+* *as before*: at one step there is nothing to read; it is matched with the copy and the student's own caption.
 
-At one step there is no way to follow: it is kept *as before*, by matching the copy with the student's own caption. The
-first timesteps of first chunks are no other sampler's, which tells the student what is asked of it.
+The first timestep of first chunks is no other step's, which tells the student what is asked of it.
 
 Shape legend: B batch, T latent frames, C channels, h w latent height and width.
 """
@@ -23,14 +20,12 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as nn_f
 from numpy.typing import NDArray
@@ -38,72 +33,65 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from causvid_adapter import CausalWan, FlowMatchSchedule
-from nasa_video.sprites.captions import caption_as_users_write, random_caption
-from nasa_video.sprites.world import CLIP_CHUNKS
+from nasa_video.sprites.captions import Caption, caption_as_users_write, leaves_open, random_caption
+from nasa_video.sprites.world import CLIP_CHUNKS, Scenes, sample_scenes
 from nasa_video.text import TextEncoder
 from nasa_video.training.attention import compile_blocks
 from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import Average
 from nasa_video.training.dataset import Draw, LatentClips
 from nasa_video.training.journal import Journal
+from nasa_video.training.latent_detector import LatentDetector
 from nasa_video.training.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
 from nasa_video.training.parallel import Team
+from nasa_video.training.reading import Reader, left_open
 from nasa_video.training.stage import Stage
 
-Lesson = Literal["path", "end", "as before", "later"]
+Lesson = Literal["open", "later", "as before"]
 
 
 @dataclass(frozen=True)
 class OpeningTraining:
     """Settings of the opening.
 
-    `alone` maps a number of steps to the timesteps of first chunks; those above `euler_until`, where all of them meet,
-    follow the flow. `path_calls` are the teacher's calls on its way there. `batch_size` are first chunks of one
-    process, of whole clips a third as many. Shares are of the iterations; what they leave is for *end*, whose clips are
-    noised to one of `end_levels`.
+    `first_timestep` is the timestep of the stride. `path_calls` are the teacher's calls on the way that it takes the
+    place of; it is taught in `stride_share` of the iterations with a lesson *open*, of which the other shares leave the
+    rest. `batch_size` are first chunks of one process, of whole clips a third as many. `lead` and `points_rate` are the
+    reader's (`Reader.look`).
     """
 
-    alone: dict[int, tuple[float, ...]] = field(default_factory=dict)
-    euler_until: float = 500.0
+    first_timestep: float = 990.0
     iterations: int = 600
     batch_size: int = 48
-    matrix_rate: float = 1.2e-3
-    other_rate: float = 8e-4
+    matrix_rate: float = 8e-4
+    other_rate: float = 5e-4
     average_decay: float = 0.98
-    path_calls: int = 6
-    path_share: float = 0.45
-    end_levels: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8)
-    later_share: float = 0.3
-    as_before_share: float = 0.04
+    path_calls: int = 4
+    stride_share: float = 0.5
+    later_share: float = 0.2
+    as_before_share: float = 0.14
+    lead: float = 2.0
+    points_rate: float = 0.1
     checkpoint_every: int = 50
     sheet_every: int = 200
-
-    def euler_steps(self, num_steps: int) -> int:
-        """How many steps of a first chunk follow the flow."""
-        return sum(t > self.euler_until for t in self.alone[num_steps])
-
-    @property
-    def ends(self) -> tuple[float, ...]:
-        """The timesteps behind the path: the longest sampler's, of which the others have the first."""
-        longest = max(self.alone)
-        return self.alone[longest][self.euler_steps(longest) :]
 
 
 @dataclass(frozen=True)
 class OpeningDraw:
-    """One iteration: its lesson, its clips, and captions, embedded: the student's and those that tell all.
+    """One iteration: its lesson, its captions, and scenes that they are true of, (B,) by name.
 
-    `chunk` is the one that counts of whole clips, `calls` the steps of the sampler before the one that counts, `level`
-    what a clip is noised to.
+    *later* takes place behind the first `chunk` chunks of these `clips` of the data, of which `told` say all. `calls`
+    are the steps before the one that counts, `stride` is whether the first one counts, too.
     """
 
     lesson: Lesson
-    index: list[int]
-    embeds: NDArray[np.float32]
-    told_embeds: NDArray[np.float32]
+    captions: list[Caption]
+    scenes: dict[str, NDArray[Any]]
+    clips: list[int]
+    told: list[str]
     chunk: int
     calls: int
-    level: float
+    stride: bool
     seed: int
 
 
@@ -112,10 +100,8 @@ class OpeningDraws(Dataset[OpeningDraw]):
     """Draws by iteration: they follow from the seed and the iteration alone."""
 
     settings: OpeningTraining
-    steps: dict[int, tuple[float, ...]]
+    steps: int
     clips: LatentClips
-    short_clips: LatentClips
-    encoder: TextEncoder
     seed: int
     team: Team
 
@@ -124,37 +110,46 @@ class OpeningDraws(Dataset[OpeningDraw]):
         # the lesson is the same in the whole team, so that nobody waits
         plan = random.Random(self.seed * 5_000_011 + step)
         lesson = self._lesson(plan.random())
-        clips = self.clips if lesson == "later" else self.short_clips
-        size = max(1, settings.batch_size // CLIP_CHUNKS) if lesson == "later" else settings.batch_size
-        most = max(self.steps) if lesson == "later" else len(settings.ends)
-        chunk, calls = plan.randrange(1, CLIP_CHUNKS), plan.randrange(most)
-        level = plan.choice(settings.end_levels)
+        # the earlier a step, the more it settles: what is behind it begins from it
+        calls = plan.choices(range(self.steps - 1), weights=range(self.steps - 1, 0, -1))[0]
+        chunk, stride = plan.randrange(1, CLIP_CHUNKS), plan.random() < settings.stride_share
         number = (self.seed * 11_000_003 + step) * self.team.size + self.team.rank
         rng = random.Random(number)
-        index = rng.choices(clips.whole, k=size)
-        captions = [caption_as_users_write(clips.rows[i], rng).text for i in index]
-        told = [random_caption(clips.rows[i], rng, full=True).text for i in index]
-        embeds, told_embeds = (self.encoder(texts).embeds.numpy() for texts in (captions, told))
-        return OpeningDraw(lesson, index, embeds, told_embeds, chunk, calls, level, number)
+        values, clips, told = dict[str, NDArray[Any]](), list[int](), list[str]()
+        if lesson == "later":
+            calls = plan.randrange(self.steps)
+            clips = rng.choices(self.clips.whole, k=max(1, settings.batch_size // CLIP_CHUNKS))
+            captions = [caption_as_users_write(self.clips.rows[i], rng) for i in clips]
+            told = [all_told(caption, self.clips.rows[i], rng) for caption, i in zip(captions, clips, strict=True)]
+        else:
+            scenes = sample_scenes(settings.batch_size, torch.Generator().manual_seed(number))
+            captions = [caption_as_users_write(scenes.row(i), rng) for i in range(len(scenes))]
+            values = {f.name: getattr(scenes, f.name).numpy() for f in fields(Scenes)}
+        return OpeningDraw(lesson, captions, values, clips, told, chunk, calls, stride, number)
 
     def _lesson(self, drawn: float) -> Lesson:
         settings = self.settings
-        shares: tuple[tuple[Lesson, float], ...] = (
-            ("path", settings.path_share),
-            ("later", settings.later_share),
-            ("as before", settings.as_before_share),
-        )
-        for lesson, share in shares:
-            if drawn < share:
-                return lesson
-            drawn -= share
-        return "end"
+        if drawn < settings.later_share:
+            return "later"
+        return "as before" if drawn < settings.later_share + settings.as_before_share else "open"
 
 
 class Opening(Stage[OpeningDraw]):
-    """The student, its frozen copy, their teacher, and one iteration."""
+    """The student, its frozen copy, their teacher, the reader, and one iteration.
 
-    PARTS = ("student", "optimiser", "average")
+    Args:
+        settings: of this stage.
+        steps: timesteps of the student's samplers by their number; those of more than one go on at the same one.
+        student: distilled.
+        teacher: what it was distilled from.
+        detector: reads first chunks with as much noise as they have behind their first step.
+        clips: whole ones of the data.
+        encoder: of the captions.
+        seed: decides all that is drawn.
+        team: of processes.
+    """
+
+    PARTS = ("student", "optimiser", "average", "reader")
 
     def __init__(
         self,
@@ -162,15 +157,18 @@ class Opening(Stage[OpeningDraw]):
         steps: dict[int, tuple[float, ...]],
         student: CausalWan,
         teacher: CausalWan,
+        detector: LatentDetector,
         clips: LatentClips,
-        short_clips: LatentClips,
         encoder: TextEncoder,
         seed: int,
         team: Team,
     ) -> None:
-        self.settings, self.steps, self.team, self.device = settings, steps, team, student.device
-        self.clips, self.short_clips = clips.to(self.device), short_clips.to(self.device)
-        self.draws = OpeningDraws(settings, steps, clips, short_clips, encoder, seed, team)
+        self.settings, self.team, self.device = settings, team, student.device
+        # samplers of fewer steps have the first of these
+        self.timesteps, self.encoder = steps[max(steps)], encoder
+        self.schedule = FlowMatchSchedule(1.0, self.timesteps)
+        self.clips, self.reader = clips.to(self.device), Reader(detector, settings.points_rate)
+        self.draws = OpeningDraws(settings, len(self.timesteps), clips, seed, team)
         self.told = copy.deepcopy(student).eval().requires_grad_(False)
         self.averaged = copy.deepcopy(self.told)  # not compiled: it is shown clips of any number
         self.teacher = teacher.eval().requires_grad_(False)
@@ -187,24 +185,26 @@ class Opening(Stage[OpeningDraw]):
 
     def iterate(self, step: int, drawn: OpeningDraw) -> dict[str, float]:
         """One update."""
-        settings = self.settings
         generator = torch.Generator(self.device).manual_seed(drawn.seed)
-        text, told = (torch.from_numpy(e).to(self.device) for e in (drawn.embeds, drawn.told_embeds))
-        clips = self.clips if drawn.lesson == "later" else self.short_clips
-        clean = clips.take(Draw(drawn.index, [])).latents
-        if drawn.lesson == "path":
-            values = self._follow(torch.randn(clean.shape, generator=generator, device=self.device), text)
+        text = self._embedded([caption.text for caption in drawn.captions])
+        if drawn.lesson == "open":
+            values = self._open(drawn, text, generator)
         elif drawn.lesson == "later":
-            values = self._later(clean, drawn, text, told, generator)
-        elif drawn.lesson == "end":
-            values = self._end(clean, drawn, text, told, generator)
+            values = {"later": self._later(drawn, text, generator)}
         else:
-            noise = torch.randn(clean.shape, generator=generator, device=self.device)
-            values = {"as before": self._match(noise, self.steps[1][0], text, text)}
+            values = {"as before": self._match(self._noise(text, generator), self.timesteps[0], text, text)}
         self.team.average_gradients(self.student)
-        gradient = self.optimiser.step(warm_then_linear(step / settings.iterations))
+        gradient = self.optimiser.step(warm_then_linear(step / self.settings.iterations, flat=0.6))
         self.average.update(self.student)
         return {name: float(value) for name, value in values.items()} | {"gradient": gradient}
+
+    def _embedded(self, texts: Sequence[str]) -> Tensor:
+        return self.encoder(texts).embeds.to(self.device)
+
+    def _noise(self, text: Tensor, generator: torch.Generator) -> Tensor:
+        """Start noise of first chunks, (B, T, C, h, w)."""
+        first = self.clips.latents[:1, : self.clips.latents.shape[1] // CLIP_CHUNKS]
+        return torch.randn(len(text), *first.shape[1:], generator=generator, device=self.device)
 
     def _flow(self, model: CausalWan, x: Tensor, t: float, text: Tensor) -> Tensor:
         with autocast(self.device):
@@ -217,65 +217,57 @@ class Opening(Stage[OpeningDraw]):
             wanted = self._flow(self.told, x, t, told)
         return _add_gradient(nn_f.mse_loss(self._flow(self.student, x, t, text), wanted))
 
-    def _follow(self, noise: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """Errors of all strides from the noise on."""
-        settings, values = self.settings, {}
-        strides = [
-            (t, following, number == 0)
-            for count, steps in settings.alone.items()
-            for number, (t, following) in enumerate(pairwise(steps[: settings.euler_steps(count) + 1]))
-        ]
-        levels = sorted({following / 1000 for _, following, _ in strides}, reverse=True)
-        places = {1.0: noise, **self._path(noise, 1.0, levels, text)}
-        for t, following, first in strides:
+    def _open(self, drawn: OpeningDraw, text: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Errors of the stride and of one step behind it."""
+        first, timesteps, values = self.settings.first_timestep, self.timesteps[1:], {}
+        noise = self._noise(text, generator)
+        x = self._begin(noise, text, drawn.captions)
+        if drawn.stride:
             # a first chunk starts from nothing but noise, whatever its first timestep is called
-            start, end = places[1.0 if first else t / 1000], places[following / 1000]
-            wanted = (start - end) * (1000 / (t - following))
-            error = nn_f.mse_loss(self._flow(self.student, start, t, text), wanted)
-            values[f"path {t:g}"] = _add_gradient(error)
+            wanted = (noise - x) * (1000 / (first - timesteps[0]))
+            values["stride"] = _add_gradient(nn_f.mse_loss(self._flow(self.student, noise, first, text), wanted))
+        scenes = Scenes(**{name: torch.from_numpy(value) for name, value in drawn.scenes.items()})
+        is_open = left_open([caption.stated for caption in drawn.captions])
+        shown = self.reader.read(self.reader.scores(x), scenes, is_open)
+        fresh = partial(torch.randn, x.shape, generator=generator, device=self.device)
+        with torch.no_grad():
+            for number in range(drawn.calls):
+                flow = self._flow(self.student, x, timesteps[number], text)
+                picture = self.schedule.to_x0(x, flow, timesteps[number])
+                x = self.schedule.add_noise(picture, fresh(), timesteps[number + 1])
+        if drawn.calls:
+            shown = self.reader.look(self.reader.scores(picture), shown, self.settings.lead, scenes, is_open)
+        rng = random.Random(drawn.seed)
+        told = self._embedded([all_told(caption, shown.row(i), rng) for i, caption in enumerate(drawn.captions)])
+        t = timesteps[drawn.calls]
+        values[f"step {t:g}"] = self._match(x, t, text, told)
         return values
 
     @torch.no_grad()
-    def _path(self, x: Tensor, level: float, levels: Sequence[float], text: Tensor) -> dict[float, Tensor]:
-        """Where the teacher's flow leads from clips at a noise level, at each of these falling levels."""
-        whole = 1 - self.settings.euler_until / 1000
-        places, before = {}, None
-        for start, end in pairwise((level, *levels)):
-            calls = max(1, round(self.settings.path_calls * (start - end) / whole))
-            way = (end - start) / calls
-            for number in range(calls):
-                flow = self._flow(self.teacher, x, 1000 * (start + number * way), text)
-                # Adams-Bashforth of second order, with the stride before of another length
-                slope = flow if before is None else flow + way / before[1] / 2 * (flow - before[0])
-                x, before = x + way * slope, (flow, way)
-            places[end] = x
-        return places
+    def _begin(self, noise: Tensor, text: Tensor, captions: Sequence[Caption]) -> Tensor:
+        """First chunks behind their first step: on the teacher's path, or where a caption states all, on the copy's."""
+        level = self.timesteps[1] / 1000
+        stride = noise + (level - 1) * self._flow(self.told, noise, self.timesteps[0], text)
+        everything = torch.tensor([not leaves_open(caption.stated) for caption in captions], device=self.device)
+        return torch.where(everything[:, None, None, None, None], stride, self._path(noise, level, text))
 
-    def _end(
-        self, clean: Tensor, drawn: OpeningDraw, text: Tensor, told: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """Error of one step behind the path, after the student's own steps from a clip of the data."""
-        ends, calls, level = self.settings.ends, drawn.calls, drawn.level
-        schedule, behind = FlowMatchSchedule(1.0, ends), ends[0] / 1000
-        x = (1 - level) * clean + level * self._like(clean, generator)
-        if level > behind:
-            x = self._path(x, level, [behind], text)[behind]
-        with torch.no_grad():
-            for number in range(calls):
-                flow = self._flow(self.student, x, ends[number], text)
-                x = schedule.step(x, flow, number, partial(self._like, clean, generator))
-        return {f"end {ends[calls]:g}": self._match(x, ends[calls], text, told)}
+    def _path(self, x: Tensor, level: float, text: Tensor) -> Tensor:
+        """Where the teacher's flow leads from noise to a noise level."""
+        calls, before = self.settings.path_calls, None
+        way = (level - 1) / calls
+        for number in range(calls):
+            flow = self._flow(self.teacher, x, 1000 * (1 + number * way), text)
+            # Adams-Bashforth of second order
+            x, before = x + way * (flow if before is None else 1.5 * flow - 0.5 * before), flow
+        return x
 
-    def _later(
-        self, clean: Tensor, drawn: OpeningDraw, text: Tensor, told: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    def _later(self, drawn: OpeningDraw, text: Tensor, generator: torch.Generator) -> Tensor:
         """Error of one step of a chunk behind clean ones, after the copy's steps."""
-        timesteps = self.steps[max(self.steps)]
-        schedule = FlowMatchSchedule(1.0, timesteps)
+        clean = self.clips.take(Draw(drawn.clips, [])).latents
+        told = self._embedded(drawn.told)
         frames = clean.shape[1] // CLIP_CHUNKS
-        before = clean[:, : drawn.chunk * frames]
-        fresh = partial(self._like, clean[:, :frames], generator)
-        x = fresh()
+        before, x = clean[:, : drawn.chunk * frames], self._noise(text, generator)
+        fresh = partial(torch.randn, x.shape, generator=generator, device=self.device)
 
         def flow_of(model: CausalWan, t: float, text: Tensor) -> Tensor:
             levels = torch.cat((torch.zeros_like(before[:, :, 0, 0, 0]), torch.full_like(x[:, :, 0, 0, 0], t)), 1)
@@ -285,13 +277,16 @@ class Opening(Stage[OpeningDraw]):
 
         with torch.no_grad():
             for number in range(drawn.calls):
-                flow = flow_of(self.told, timesteps[number], told)
-                x = schedule.step(x, flow, number, fresh)
-            wanted = flow_of(self.told, timesteps[drawn.calls], told)
-        return {"later": _add_gradient(nn_f.mse_loss(flow_of(self.student, timesteps[drawn.calls], text), wanted))}
+                flow = flow_of(self.told, self.timesteps[number], told)
+                x = self.schedule.step(x, flow, number, fresh)
+            wanted = flow_of(self.told, self.timesteps[drawn.calls], told)
+        t = self.timesteps[drawn.calls]
+        return _add_gradient(nn_f.mse_loss(flow_of(self.student, t, text), wanted))
 
-    def _like(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.randn(x.shape, generator=generator, device=self.device)
+
+def all_told(caption: Caption, row: Mapping[str, int], rng: random.Random) -> str:
+    """A caption that states all there is in a scene: this one where it does so already."""
+    return random_caption(row, rng, full=True).text if leaves_open(caption.stated) else caption.text
 
 
 def _add_gradient(error: Tensor) -> Tensor:

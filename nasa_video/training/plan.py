@@ -62,6 +62,7 @@ class TrainingPlan:
     base: FlowTraining
     latent_detector: LatentDetectorTraining
     student: DistillTraining
+    reader: LatentDetectorTraining
     opening: OpeningTraining
     evaluation: EvaluationSettings
 
@@ -74,10 +75,10 @@ class TrainingPlan:
 
     def schedule(self, num_steps: int) -> FlowMatchSchedule:
         """The student's sampler of so many steps."""
-        alone, opening = None, self.opening
-        if opening.iterations and num_steps in opening.alone:
-            alone = FlowMatchSchedule(1.0, opening.alone[num_steps], euler_steps=opening.euler_steps(num_steps))
-        return FlowMatchSchedule(1.0, self.student.steps[num_steps], alone=alone)
+        steps, opening, alone = self.student.steps[num_steps], self.opening, None
+        if opening.iterations and num_steps > 1:
+            alone = FlowMatchSchedule(1.0, (opening.first_timestep, *steps[1:]), euler_steps=1)
+        return FlowMatchSchedule(1.0, steps, alone=alone)
 
 
 _STAGES: dict[str, type] = {
@@ -87,6 +88,7 @@ _STAGES: dict[str, type] = {
     "base": FlowTraining,
     "latent_detector": LatentDetectorTraining,
     "student": DistillTraining,
+    "reader": LatentDetectorTraining,
     "opening": OpeningTraining,
     "evaluation": EvaluationSettings,
 }
@@ -106,8 +108,8 @@ def load_plan(path: Path) -> TrainingPlan:
     for name, stage in _STAGES.items():
         values = {key: _frozen(v) for key, v in data[name].items()}
         _check_names(f"{path.name}, {name}", values, {f.name for f in fields(stage)})
-        for key in values.keys() & {"steps", "alone"}:
-            values[key] = {int(n): tuple(float(t) for t in ts) for n, ts in values[key].items()}
+        if "steps" in values:
+            values["steps"] = {int(n): tuple(float(t) for t in ts) for n, ts in values["steps"].items()}
         stages[name] = stage(**values)
     return TrainingPlan(seed=int(data["seed"]), text_tokens=int(data["text_tokens"]), **stages)
 
