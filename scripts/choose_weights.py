@@ -36,6 +36,9 @@ def choose(
     prompts: Annotated[
         int, typer.Option(help="Captions that state everything; as many again are of what is rare.")
     ] = 300,
+    plan: Annotated[
+        str, typer.Option(help="The plan that trained them, of configs/train: it has their steps.")
+    ] = "sprites",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Prints every candidate's accuracies and writes the best."""
@@ -50,8 +53,8 @@ def choose(
             candidates[f"{models[0]} and {part:.0%} of {name}"] = mean
     usual = held_out_prompts(prompts, PROMPT_SEED)
     rare = rare_prompts([], max(1, prompts // 9), PROMPT_SEED)  # nine attributes are rare
-    plan = load_plan(PLANS / "sprites.yaml")
-    steps = plan.student.steps
+    trained = load_plan(PLANS / f"{plan}.yaml")
+    steps = trained.student.steps
     scores = {}
     with Progress() as progress:
         task = progress.add_task("candidates", total=len(candidates) * len(steps))
@@ -60,7 +63,7 @@ def choose(
             model = model_of({key: value.half().float() for key, value in weights.items()}).to(torch.device(device))
             columns = {}
             for count in steps:
-                columns[count] = _measured(studio, detector, model, plan.schedule(count), usual, rare)
+                columns[count] = _measured(studio, detector, model, trained.schedule(count), usual, rare)
                 progress.advance(task)
             everything = [column[kind] for column in columns.values() for kind in ("usual", "rare")]
             scores[name] = sum(everything) / len(everything)

@@ -6,6 +6,7 @@ Every candidate of every method is tried on the same choosing prompts and seeds,
 lost the unwanted feature and held everything else (mean over the kinds of case) is reported. Each finished cell is
 written into the JSON at once, and what is there of the same weights is not made again: a table may be made in parts
 (``--cases``, ``--methods``, ``--steps``, ``--attributes``, ``--seconds``), on several machines one after the other.
+Choosing takes hours; ``--settings`` reports those that it names without.
 """
 
 from __future__ import annotations
@@ -145,6 +146,9 @@ def main(
         KINDS
     ),
     methods: Annotated[str, typer.Option(help="Methods that are reported, in this order; empty: all.")] = "",
+    settings: Annotated[
+        str, typer.Option(help="Report these, such as none,nasa-centred+conflict2:0.5, and choose none.")
+    ] = "",
     steps: Annotated[str, typer.Option(help="Step counts that are reported, the first made first.")] = "4,2,1",
     opened: Annotated[str, typer.Option(help=f"And with a first chunk in {OPENING} steps; empty: none.")] = "2,1",
     teacher_steps: Annotated[int, typer.Option(help="Steps of the multi-step teacher; 0: it is not reported.")] = 20,
@@ -162,15 +166,16 @@ def main(
     making = _Making(device, batch, time.monotonic() + seconds)
     kept = _Kept(docs / "removal.json")
     threads = max(1, (os.cpu_count() or 1) // processes)
+    to_choose = _to_choose(choose_n, choose_attributes)
     with ProcessPoolExecutor(processes, get_context("spawn"), _set_threads, (threads,)) as workers:
-        if not _make(workers, making, kept, _to_choose(choose_n, choose_attributes)):
+        if not settings and not _make(workers, making, kept, to_choose):
             print("not all choosing cells are there; run again to go on")
             raise typer.Exit(1)
-        chosen_on = kept.rows("sprites", "choose", choose_n)
-        best = {family: _best(chosen_on, labels) for family, labels in CANDIDATES.items()}
+        chosen_on = kept.rows("sprites", "choose", choose_n) if all(asked in kept for asked in to_choose) else []
+        best = {family: _best(chosen_on, labels) for family, labels in CANDIDATES.items() if chosen_on}
         kept.facts |= {"commit": _commit(), "choose_n": choose_n, "n": n, "best": best}
-        labels = list(dict.fromkeys([*best.values(), *_words(also)]))
-        if methods:
+        labels = _words(settings) or list(dict.fromkeys([*best.values(), *_words(also)]))
+        if methods and not settings:
             labels = [label for name in _words(methods) for label in labels if _family(label) == name]
         counts = [(int(count), None) for count in _words(steps)] + [(int(count), OPENING) for count in _words(opened)]
         those = list(_cases(attributes, _words(cases)))
@@ -181,7 +186,8 @@ def main(
     kept.write()
     rows, of_teacher = (kept.rows(model, "report", n) for model in ("sprites", "sprites-teacher"))
     (docs / "images").mkdir(exist_ok=True)
-    plot(chosen_on, docs / "images" / "removal-choosing.png")
+    if chosen_on:
+        plot(chosen_on, docs / "images" / "removal-choosing.png")
     if rows:
         plot(rows, docs / "images" / "removal.png")
     (docs / "removal-table.md").write_text(_document(kept.facts, chosen_on, rows, of_teacher), encoding="utf-8")
@@ -322,6 +328,12 @@ def _document(facts: dict[str, Any], chosen_on: list[Row], rows: list[Row], of_t
         "",
         markdown(rows),
         *(teacher if of_teacher else []),
+    ]
+    return "\n".join([*lines, *(_choosing(facts, chosen_on) if chosen_on else [])])
+
+
+def _choosing(facts: dict[str, Any], chosen_on: list[Row]) -> list[str]:
+    lines = [
         "## How the settings were chosen (4 steps, other prompts and seeds)",
         "",
         "Most videos with both, removed and held, mean over the kinds of case.",
@@ -336,8 +348,7 @@ def _document(facts: dict[str, Any], chosen_on: list[Row], rows: list[Row], of_t
         shares = " | ".join(f"{100 * both[label].get(kind, 0):.1f}" for kind in ("unmentioned", "stated", "conflict"))
         chosen = "yes" if label in facts["best"].values() else ""
         lines.append(f"| {label} | {shares} | {100 * _mean_both(chosen_on, label):.1f} | {chosen} |")
-    lines += ["", "![Choosing: removed against held](images/removal-choosing.png)", ""]
-    return "\n".join(lines)
+    return [*lines, "", "![Choosing: removed against held](images/removal-choosing.png)", ""]
 
 
 if __name__ == "__main__":

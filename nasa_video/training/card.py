@@ -129,7 +129,7 @@ def _table(columns: dict[str, dict[str, float]]) -> str:
 
 def _minutes(folder: Path) -> str:
     parts = []
-    for name in ("autoencoder", "detector", "base", "student", "opening"):
+    for name in ("autoencoder", "detector", "base", "student", "reader", "opening"):
         path = folder / f"{name}.jsonl"
         if not path.exists():
             continue
@@ -166,14 +166,16 @@ def write_card(path: Path, plan: TrainingPlan, results: dict[str, Any], folder: 
         for name, table in results["spread"].items()
     ]
     switched = ", ".join(f"{name} {_percent(value)}" for name, value in results["switches"].items())
-    hardware = (folder / "hardware.txt").read_text(encoding="utf-8")
+    hardware = (folder / "hardware.txt").read_text(encoding="utf-8").strip()
     speed = "; ".join(f"{name} {value:.2f}" for name, value in results["speed"].items())
     long = ", ".join(f"{name} {_percent(value)}" for name, value in results["long"].items())
     notes_file = folder / "notes.md"
     notes = f"\n## Notes on this run\n{notes_file.read_text(encoding='utf-8')}" if notes_file.exists() else ""
     steps = "; ".join(_steps_text(plan, count) for count in plan.student.steps)
     opened = (
-        ", and a stage in which the student learns to begin along its teacher's flow" if plan.opening.iterations else ""
+        ". Then the opening: what a prompt leaves open is settled by the noise (docs/variety.md)"
+        if plan.opening.iterations
+        else ""
     )
     path.write_text(
         f"""# Model card: sprites

@@ -57,7 +57,7 @@ class OpeningTraining:
     `first_timestep` is the timestep of the stride. `path_calls` are the teacher's calls on the way that it takes the
     place of; it is taught in `stride_share` of the iterations with a lesson *open*, of which the other shares leave the
     rest. `batch_size` are first chunks of one process, of whole clips a third as many. `lead` and `points_rate` are the
-    reader's (`Reader.look`).
+    reader's.
     """
 
     first_timestep: float = 990.0
@@ -71,7 +71,7 @@ class OpeningTraining:
     later_share: float = 0.2
     as_before_share: float = 0.14
     lead: float = 2.0
-    points_rate: float = 0.1
+    points_rate: float = 0.3
     checkpoint_every: int = 50
     sheet_every: int = 200
 
@@ -110,8 +110,7 @@ class OpeningDraws(Dataset[OpeningDraw]):
         # the lesson is the same in the whole team, so that nobody waits
         plan = random.Random(self.seed * 5_000_011 + step)
         lesson = self._lesson(plan.random())
-        # the earlier a step, the more it settles: what is behind it begins from it
-        calls = plan.choices(range(self.steps - 1), weights=range(self.steps - 1, 0, -1))[0]
+        calls = plan.randrange(self.steps - 1)
         chunk, stride = plan.randrange(1, CLIP_CHUNKS), plan.random() < settings.stride_share
         number = (self.seed * 11_000_003 + step) * self.team.size + self.team.rank
         rng = random.Random(number)
@@ -192,7 +191,7 @@ class Opening(Stage[OpeningDraw]):
         elif drawn.lesson == "later":
             values = {"later": self._later(drawn, text, generator)}
         else:
-            values = {"as before": self._match(self._noise(text, generator), self.timesteps[0], text, text)}
+            values = {"as before": self._match(self._noise(text, generator), self.timesteps[0], text, text)[0]}
         self.team.average_gradients(self.student)
         gradient = self.optimiser.step(warm_then_linear(step / self.settings.iterations, flat=0.6))
         self.average.update(self.student)
@@ -211,11 +210,12 @@ class Opening(Stage[OpeningDraw]):
             flow: Tensor = model(x, t, text)
         return flow.float()
 
-    def _match(self, x: Tensor, t: float, text: Tensor, told: Tensor) -> Tensor:
-        """Error of the student's flow against the copy's, its gradient added."""
+    def _match(self, x: Tensor, t: float, text: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+        """Error of the student's flow against the copy's, its gradient added, and that flow."""
         with torch.no_grad():
             wanted = self._flow(self.told, x, t, told)
-        return _add_gradient(nn_f.mse_loss(self._flow(self.student, x, t, text), wanted))
+        flow = self._flow(self.student, x, t, text)
+        return _add_gradient(nn_f.mse_loss(flow, wanted)), flow.detach()
 
     def _open(self, drawn: OpeningDraw, text: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Errors of the stride and of one step behind it."""
@@ -240,7 +240,10 @@ class Opening(Stage[OpeningDraw]):
         rng = random.Random(drawn.seed)
         told = self._embedded([all_told(caption, shown.row(i), rng) for i, caption in enumerate(drawn.captions)])
         t = timesteps[drawn.calls]
-        values[f"step {t:g}"] = self._match(x, t, text, told)
+        values[f"step {t:g}"], flow = self._match(x, t, text, told)
+        if t == timesteps[-1]:
+            finished = self.reader.scores(self.schedule.to_x0(x, flow, t))
+            self.reader.count(finished, scenes, is_open)
         return values
 
     @torch.no_grad()

@@ -69,7 +69,7 @@ class Reader:
     ) -> Scenes:
         """B scenes with what is open seen in a student's picture, which `led` tells where it is not sure.
 
-        Points are not counted here: they move towards what would make the picture show each value at its share.
+        An unsure picture is soft, and looks blurry: whether it is to be blurry is what `led` says.
 
         Args:
             scores: of the picture.
@@ -78,9 +78,13 @@ class Reader:
             scenes: what is not open.
             is_open: as `left_open` has it.
         """
-        decide(scenes, is_open, lambda name, shares: self._count(name, scores[name], shares, is_open[name]))
         ahead = {name: lead * nn_f.one_hot(getattr(led, name), values) for name, values in VALUES.items()}
-        return decide(scenes, is_open, lambda name, shares: _highest(scores[name] + ahead[name], shares))
+        seen = {**scores, "blurry": torch.zeros_like(scores["blurry"])}
+        return decide(scenes, is_open, lambda name, shares: _highest(seen[name] + ahead[name], shares))
+
+    def count(self, scores: Mapping[str, Tensor], scenes: Scenes, is_open: Mapping[str, Tensor]) -> None:
+        """Moves the points towards what would make finished pictures with these scores show each value at its share."""
+        decide(scenes, is_open, lambda name, shares: self._count(name, scores[name], shares, is_open[name]))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The points."""

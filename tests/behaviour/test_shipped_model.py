@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import numpy as np
+
 from nasa_video import CentredNasa, ClassifierFree, Nasa, VideoPipeline, Vsf
 from nasa_video.evaluation.cases import build_cases
 from nasa_video.evaluation.removal import Method, SpritesJudge, run_cases
+from nasa_video.sprites.world import SHAPES
 
 NUM = 8
 
@@ -24,11 +29,22 @@ def test_the_model_shows_the_colour_and_background_that_it_is_asked_for(
     chunks = list(
         pipeline.stream_batch([case.prompt for case in cases], seeds=[case.seed for case in cases], frames=21, steps=4)
     )
-    import numpy as np
-
     labels = judge(list(np.concatenate([chunk.frames for chunk in chunks], axis=1)))
     shown = [row[case.attribute] == case.value for row, case in zip(labels, cases, strict=True)]
     assert sum(shown) / len(shown) >= 0.7
+
+
+def test_what_a_prompt_leaves_open_differs_from_seed_to_seed(pipeline: VideoPipeline, judge: SpritesJudge) -> None:
+    """Without the opening (docs/variety.md) nine in ten sprites are big and plain, and there is no weather."""
+    prompts = [f"a {shape}" for shape in SHAPES for _ in range(6)]
+    chunks = pipeline.stream_batch(prompts, seeds=range(len(prompts)), frames=21, steps=4)
+    labels = judge(list(np.concatenate([chunk.frames for chunk in chunks], axis=1)))
+    shown = {name: Counter(row[name] for row in labels) for name in labels[0]}
+    assert 0.25 <= shown["size"]["small"] / len(prompts) <= 0.75
+    assert 0.1 <= 1 - shown["texture"]["plain"] / len(prompts) <= 0.6
+    assert 0.1 <= 1 - shown["weather"]["none"] / len(prompts) <= 0.5
+    assert len([value for value, count in shown["background"].items() if count >= 2]) >= 5
+    assert max(shown["colour"].values()) <= len(prompts) / 2
 
 
 def test_a_negative_wins_over_the_prompt_with_nasa_and_not_with_classifier_free_guidance(

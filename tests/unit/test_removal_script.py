@@ -7,7 +7,7 @@ import typer
 
 OPTIONS = {
     "n": 2, "choose_n": 1, "choose_attributes": "colour", "attributes": "colour",
-    "cases": "conflict,unmentioned", "methods": "", "steps": "4",
+    "cases": "conflict,unmentioned", "methods": "", "settings": "", "steps": "4",
     "opened": "1", "teacher_steps": 0, "also": "cfg:3", "processes": 1, "device": "cpu", "batch": 2,
 }  # fmt: skip
 
@@ -62,6 +62,17 @@ def test_a_removal_table_is_made_in_parts(tmp_path, removal_script, capsys):
     assert json.loads((tmp_path / "removal.json").read_text())["rows"] == stored["rows"]
     (tmp_path / "removal.json").write_text(json.dumps(stored | {"everything": "other weights"}))
     assert not removal_script._Kept(tmp_path / "removal.json").rows("sprites", "choose", 1)
+
+
+def test_settings_that_are_given_are_reported_without_choosing(tmp_path, removal_script):
+    options = {"settings": "none,nasa:1", "cases": "conflict", "steps": "1", "opened": ""}
+    removal_script.main(**OPTIONS | options, docs=tmp_path)
+    rows = json.loads((tmp_path / "removal.json").read_text())["rows"]
+    assert [(row["label"], row["split"]) for row in rows] == [("none", "report"), ("nasa:1", "report")]
+    table = (tmp_path / "removal-table.md").read_text()
+    assert "| nasa:1 | 1 | conflict | colour | 2 |" in table
+    assert "chosen" not in table.partition("## Reported")[2].partition("\n")[2]
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {"removal.png"}
 
 
 def test_the_table_in_docs_is_that_of_its_json(removal_script):
