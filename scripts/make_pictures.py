@@ -31,14 +31,14 @@ def video(pipeline: VideoPipeline, prompt: str, negative: str | None, method: st
     return np.concatenate([chunk.frames for chunk in chunks])
 
 
-def extended(pipeline: VideoPipeline, prompt: str) -> list[tuple[str, Frames]]:
-    """What one short prompt becomes with --extend-prompt, by seed."""
-    texts = {seed: extend_prompt(prompt, seed, pipeline.text_encoder) for seed in range(6)}
+def of_seeds(pipeline: VideoPipeline, prompt: str, extended: bool) -> list[tuple[str, Frames]]:
+    """What one short prompt becomes, as it is or with --extend-prompt, by seed."""
+    texts = {seed: extend_prompt(prompt, seed, pipeline.text_encoder) if extended else prompt for seed in range(6)}
     return [(f'"{text}", seed {seed}', video(pipeline, text, None, "none", seed)) for seed, text in texts.items()]
 
 
 def main() -> None:
-    """One contact sheet and one side-by-side video an example, and a sheet of extended prompts."""
+    """One contact sheet and one side-by-side video an example, and sheets of a short prompt."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images")
     folder.mkdir(parents=True, exist_ok=True)
     pipeline = VideoPipeline.from_pretrained("sprites")
@@ -57,8 +57,9 @@ def main() -> None:
         with open_sink(folder / f"{name}.mp4", pipeline.preset.video.fps) as sink:
             sink.write(np.concatenate(wide))
         print(folder / f"{name}.png", folder / f"{name}.mp4")
-    contact_sheet(extended(pipeline, "a star"), columns=5).save(folder / "extended.png")
-    print(folder / "extended.png")
+    for name, extended in (("variety", False), ("extended", True)):
+        contact_sheet(of_seeds(pipeline, "a star", extended), columns=5).save(folder / f"{name}.png")
+        print(folder / f"{name}.png")
 
 
 if __name__ == "__main__":

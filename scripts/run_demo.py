@@ -6,8 +6,8 @@ import sys
 
 import environment
 
-PROMPT = "a big yellow heart moving up on a starry background"
-EXAMPLE = [PROMPT, "--neg", "starry background", "--compare", "-o", "demo.mp4"]
+PROMPT = "a big green star bouncing on a striped background"
+EXAMPLE = [PROMPT, "--neg", "striped background", "--compare", "-o", "demo.mp4"]
 
 
 def main() -> None:
