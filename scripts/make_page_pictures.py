@@ -24,7 +24,7 @@ SHOTS: dict[str, dict[str, Any]] = {
     "dark": {"width": 1240, "height": 900, "scheme": "dark", "compare": True},
     "phone": {"width": 390, "height": 844, "scheme": "light", "compare": False},
 }
-PROMPT = "a big blue ball on a dark background"
+PROMPT = "a big blue ball bouncing on a dark background"
 NEGATIVE = "blue"
 PATIENCE = 300
 
