@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import AutoencoderKLWan
-from measure_variety import PLANS, WEIGHTS, model_of, read
+from measure_variety import WEIGHTS, model_of, plan_named, read
 from rich.progress import Progress
 from rich.table import Table
 from safetensors.torch import save_file
@@ -24,7 +24,6 @@ from causvid_adapter import FlowMatchSchedule
 from nasa_video.sprites.detectors import Detector
 from nasa_video.text import WordLlamaEncoder
 from nasa_video.training.assessment import HeldOutPrompt, Studio, accuracy, held_out_prompts, rare_prompts
-from nasa_video.training.plan import load_plan
 
 PROMPT_SEED = 4242
 
@@ -42,6 +41,7 @@ def choose(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Prints every candidate's accuracies and writes the best."""
+    trained = plan_named(plan)
     vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "vae", low_cpu_mem_usage=False).float().eval().to(device)
     studio, detector = Studio(vae, WordLlamaEncoder(24)), Detector.load(WEIGHTS / "detector.safetensors")
     detector.network.to(device)
@@ -53,7 +53,6 @@ def choose(
             candidates[f"{models[0]} and {part:.0%} of {name}"] = mean
     usual = held_out_prompts(prompts, PROMPT_SEED)
     rare = rare_prompts([], max(1, prompts // 9), PROMPT_SEED)  # nine attributes are rare
-    trained = load_plan(PLANS / f"{plan}.yaml")
     steps = trained.student.steps
     scores = {}
     with Progress() as progress:

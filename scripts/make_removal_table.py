@@ -162,6 +162,8 @@ def main(
     ] = float("inf"),
 ) -> None:
     """Chooses, reports, writes."""
+    if settings and methods:
+        raise typer.BadParameter("--settings names what is reported, --methods picks from the chosen: give one of them")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     making = _Making(device, batch, time.monotonic() + seconds)
     kept = _Kept(docs / "removal.json")
@@ -175,7 +177,7 @@ def main(
         best = {family: _best(chosen_on, labels) for family, labels in CANDIDATES.items() if chosen_on}
         kept.facts |= {"commit": _commit(), "choose_n": choose_n, "n": n, "best": best}
         labels = _words(settings) or list(dict.fromkeys([*best.values(), *_words(also)]))
-        if methods and not settings:
+        if methods:
             labels = [label for name in _words(methods) for label in labels if _family(label) == name]
         counts = [(int(count), None) for count in _words(steps)] + [(int(count), OPENING) for count in _words(opened)]
         those = list(_cases(attributes, _words(cases)))

@@ -28,7 +28,7 @@ from nasa_video.sprites.world import ATTRIBUTES, SHAPES
 from nasa_video.text import WordLlamaEncoder
 from nasa_video.training.assessment import Studio, accuracy, data_spread, held_out_prompts, spread
 from nasa_video.training.attention import trainable
-from nasa_video.training.plan import load_plan
+from nasa_video.training.plan import TrainingPlan, load_plan
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "nasa_video" / "sprites" / "weights"
 PLANS = WEIGHTS.parent.parent.parent / "configs" / "train"
@@ -45,6 +45,13 @@ def read(name: str) -> dict[str, Tensor]:
     if not path.exists():
         raise typer.BadParameter(f"{name} is neither one of {', '.join(PLACES)} nor a file")
     return {key: value.float() for key, value in load_file(path).items()}
+
+
+def plan_named(name: str) -> TrainingPlan:
+    """The plan of a name in configs/train."""
+    if not (PLANS / f"{name}.yaml").exists():
+        raise typer.BadParameter(f"--plan must be one of {', '.join(sorted(p.stem for p in PLANS.glob('sprites*')))}")
+    return load_plan(PLANS / f"{name}.yaml")
 
 
 def model_of(weights: dict[str, Tensor]) -> CausalWan:
@@ -69,13 +76,12 @@ def measure(
     extended: Annotated[bool, typer.Option("--extended", help="Prompts as --extend-prompt writes them.")] = False,
 ) -> None:
     """Prints the shares and the accuracy, model by model."""
-    if not (PLANS / f"{plan}.yaml").exists():
-        raise typer.BadParameter(f"--plan must be one of {', '.join(sorted(p.stem for p in PLANS.glob('sprites*')))}")
+    trained = plan_named(plan)
     try:
         given = tuple(float(t) for t in timesteps.split(",")) if timesteps else ()
-        schedule = FlowMatchSchedule(1.0, given) if given else load_plan(PLANS / f"{plan}.yaml").schedule(steps)
+        schedule = FlowMatchSchedule(1.0, given) if given else trained.schedule(steps)
     except ValueError as error:
-        raise typer.BadParameter(f"--timesteps takes falling numbers with commas between: {error}") from None
+        raise typer.BadParameter(f"{error}; --timesteps takes falling numbers with commas between") from None
     vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "vae", low_cpu_mem_usage=False).float().eval()
     studio, detector = Studio(vae, WordLlamaEncoder(24)), Detector.load(WEIGHTS / "detector.safetensors")
     texts = [f"a {shape}" for shape in SHAPES for _ in range(videos)]

@@ -74,7 +74,13 @@ class TrainingPlan:
         return int(model["z_dim"]), side, side
 
     def schedule(self, num_steps: int) -> FlowMatchSchedule:
-        """The student's sampler of so many steps."""
+        """The student's sampler of so many steps.
+
+        Raises:
+            ValueError: the student was not trained for this number.
+        """
+        if num_steps not in self.student.steps:
+            raise ValueError(f"the student takes {', '.join(map(str, self.student.steps))} steps, not {num_steps}")
         steps, opening, alone = self.student.steps[num_steps], self.opening, None
         if opening.iterations and num_steps > 1:
             alone = FlowMatchSchedule(1.0, (opening.first_timestep, *steps[1:]), euler_steps=1)

@@ -64,6 +64,12 @@ def test_a_removal_table_is_made_in_parts(tmp_path, removal_script, capsys):
     assert not removal_script._Kept(tmp_path / "removal.json").rows("sprites", "choose", 1)
 
 
+def test_settings_and_methods_exclude_each_other(tmp_path, removal_script):
+    with pytest.raises(typer.BadParameter, match="give one of them"):
+        removal_script.main(**OPTIONS | {"settings": "none", "methods": "nasa"}, docs=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_settings_that_are_given_are_reported_without_choosing(tmp_path, removal_script):
     options = {"settings": "none,nasa:1", "cases": "conflict", "steps": "1", "opened": ""}
     removal_script.main(**OPTIONS | options, docs=tmp_path)
