@@ -133,6 +133,12 @@ class _Making:
     device: str
     batch: int
     until: float
+    compiled: bool
+
+    @property
+    def place(self) -> str:
+        """What a row says of where it was made."""
+        return f"{self.device}, bfloat16" if self.compiled and self.device == "cpu" else self.device
 
 
 def main(
@@ -156,6 +162,10 @@ def main(
     processes: Annotated[int, typer.Option(help="Processes side by side.")] = os.cpu_count() or 1,
     device: Annotated[str, typer.Option(help="cpu or cuda; all processes share one GPU.")] = "cpu",
     batch: Annotated[int, typer.Option(help="Videos made at once.")] = 24,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compiled", help="In bfloat16 through torch.compile: half the time on a CPU with AMX."),
+    ] = False,
     docs: Annotated[Path, typer.Option(help="Where removal.json is kept, and the report written.")] = ROOT / "docs",
     seconds: Annotated[
         float, typer.Option(help="Begin no cell after so many seconds, and report what there is.")
@@ -165,7 +175,7 @@ def main(
     if settings and methods:
         raise typer.BadParameter("--settings names what is reported, --methods picks from the chosen: give one of them")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    making = _Making(device, batch, time.monotonic() + seconds)
+    making = _Making(device, batch, time.monotonic() + seconds, compiled)
     kept = _Kept(docs / "removal.json")
     threads = max(1, (os.cpu_count() or 1) // processes)
     to_choose = _to_choose(choose_n, choose_attributes)
@@ -258,12 +268,18 @@ def _set_threads(threads: int) -> None:
 
 
 @cache
-def _pipeline(model: str, device: str) -> VideoPipeline:
+def _pipeline(model: str, device: str, compiled: bool) -> VideoPipeline:
+    import torch
+
     from nasa_video.memory.placement import Placement
     from nasa_video.pipeline import VideoPipeline
 
     # the detectors say the same of what a bfloat16 decoder makes (docs/removal.md)
-    return VideoPipeline.from_pretrained(model, device, placement=Placement(half_decoder=device != "cpu"))
+    placement = Placement(half_decoder=compiled or device != "cpu")
+    dtype = torch.bfloat16 if compiled else None
+    return VideoPipeline.from_pretrained(
+        model, device, dtype, placement=placement, compiled="on" if compiled else "off"
+    )
 
 
 @cache
@@ -275,11 +291,11 @@ def _cell(making: _Making, asked: _Asked) -> Row | None:
     """One cell's row; None where the time is up."""
     if time.monotonic() > making.until:
         return None
-    pipeline, judge = _pipeline(asked.model, making.device), _judge(making.device)
+    pipeline, judge = _pipeline(asked.model, making.device, making.compiled), _judge(making.device)
     methods = parse_methods(asked.label, pipeline)
     cell = cells(methods, [asked.steps], [asked.case], [asked.attribute], asked.first_steps)
     row = removal_table(pipeline, cell, judge, n=asked.n, split=asked.split, frames=33, batch=making.batch)[0]
-    return {"model": asked.model, "split": asked.split, **row, "device": making.device}
+    return {"model": asked.model, "split": asked.split, **row, "device": making.place}
 
 
 def _mean_both(rows: list[Row], label: str) -> float:
@@ -320,9 +336,9 @@ def _document(facts: dict[str, Any], chosen_on: list[Row], rows: list[Row], of_t
         "",
         f"Written by `scripts/make_removal_table.py` at commit {facts['commit']}; student's weights SHA-256 "
         f"{facts['weights'][:16]}…; {facts['n']} videos a reported cell, {facts['choose_n']} a choosing cell; each row "
-        "of [removal.json](removal.json) says whether a GPU (bfloat16) or a CPU (float32) made it. Means are over the "
-        f"attributes that are there: n / {facts['n']} of them. Read [removal.md](removal.md) for what it says. Shares "
-        "in %.",
+        "of [removal.json](removal.json) says what made it, a GPU (bfloat16) or a CPU (float32, if nothing else is "
+        f"said). Means are over the attributes that are there: n / {facts['n']} of them. Read [removal.md](removal.md) "
+        "for what it says. Shares in %.",
         "",
         "## Reported: prompts and seeds that nothing was chosen on",
         "",

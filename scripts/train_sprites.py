@@ -193,13 +193,13 @@ class Run:
         return self._read_transformer(folder)
 
     def reader(self) -> LatentDetector:
-        """Trains what reads first chunks and whole clips for the opening, or reads the finished one."""
+        """Trains what reads noisy first chunks for the opening, or reads the finished one."""
         from nasa_video.training.journal import Journal
         from nasa_video.training.latent_detector import train_latent_detector
 
         journal = Journal(self.folder, "reader", self.report)
         args = (self.folder / "reader.pt", self.plan.seed, self.device, journal, self.team)
-        return train_latent_detector(self.plan.reader, (self.short_clips, self.clips), *args)
+        return train_latent_detector(self.plan.reader, (self.short_clips,), *args)
 
     def opening(self) -> CausalWan:
         """Teaches the student what to do with what a prompt leaves open, or reads the finished one.

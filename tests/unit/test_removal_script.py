@@ -3,12 +3,16 @@
 import json
 
 import pytest
+import torch
 import typer
+
+from nasa_video import VideoPipeline
 
 OPTIONS = {
     "n": 2, "choose_n": 1, "choose_attributes": "colour", "attributes": "colour",
     "cases": "conflict,unmentioned", "methods": "", "settings": "", "steps": "4",
     "opened": "1", "teacher_steps": 0, "also": "cfg:3", "processes": 1, "device": "cpu", "batch": 2,
+    "compiled": False,
 }  # fmt: skip
 
 
@@ -91,3 +95,16 @@ def test_the_table_in_docs_is_that_of_its_json(removal_script):
 
     parts = (part("sprites", "choose"), part("sprites", "report"), part("sprites-teacher", "report"))
     assert removal_script._document(facts, *parts) == (docs / "removal-table.md").read_text()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_compiled_pipeline_computes_in_bfloat16_and_rows_say_so(monkeypatch, removal_script, compiled):
+    made = {}
+    monkeypatch.setattr(
+        VideoPipeline, "from_pretrained", lambda model, device, dtype, **rest: made.update(dtype=dtype, **rest)
+    )
+    removal_script._pipeline.__wrapped__("sprites", "cpu", compiled)
+    assert made["dtype"] == (torch.bfloat16 if compiled else None)
+    assert made["compiled"] == ("on" if compiled else "off")
+    assert made["placement"].half_decoder == compiled
+    assert removal_script._Making("cpu", 2, 0.0, compiled).place == ("cpu, bfloat16" if compiled else "cpu")

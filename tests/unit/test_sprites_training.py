@@ -9,11 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from causvid_adapter import CausalWan, ChunkSampler, ModelCall, SeededNoise
-from nasa_video.attention import SdpaAttend
-from nasa_video.backbones.wan import install
-from nasa_video.director import Director
-from nasa_video.guidance import Negative
+from causvid_adapter import CausalWan
 from nasa_video.models.presets import find_preset
 from nasa_video.sprites.captions import (
     TERMS,
@@ -22,17 +18,13 @@ from nasa_video.sprites.captions import (
     full_caption,
     is_held_out,
     leaves_open,
-    term,
-    value_names,
 )
 from nasa_video.sprites.detectors import HEADS, Detector, DetectorNetwork, shows, truth
 from nasa_video.sprites.vocabulary import nearest_known, unknown_words
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS, MOTIONS, Scenes, sample_scenes, sample_switches
 from nasa_video.text import WordLlamaEncoder
-from nasa_video.timeline import Cue
 from nasa_video.training.assessment import held_out_prompts, rare_prompts
 from nasa_video.training.attention import matrix_attention
-from nasa_video.training.autoencoder import autocast
 from nasa_video.training.checkpoint import load_state, save_state
 from nasa_video.training.dataset import LatentClips
 from nasa_video.training.distill import Distillation, DistillTraining, matching_direction, rollout
@@ -47,7 +39,7 @@ from nasa_video.training.flow import (
 from nasa_video.training.journal import Journal
 from nasa_video.training.latent_detector import LatentDetector, legible, stated_loss
 from nasa_video.training.nasa_t.dry_run import HashEncoder
-from nasa_video.training.opening import STEERED_BY, Opening, OpeningDraw, OpeningTraining, all_told
+from nasa_video.training.opening import Opening, OpeningDraw, OpeningTraining
 from nasa_video.training.optimiser import orthogonalise, warm_then_linear
 from nasa_video.training.parallel import Team, made_ahead
 from nasa_video.training.plan import load_plan
@@ -327,22 +319,14 @@ def opening(**settings) -> Opening:
     return Opening(plan, STEPS, student, teacher, detector, whole_clips(), HashEncoder(24, 8), 0, Team())
 
 
-def rows_of_chunks(clips: LatentClips, index: int) -> list[dict[str, int]]:
-    """What the three chunks of a clip show."""
-    change = clips.chunk[index] or 3
-    return [clips.rows[index] if chunk < change else clips.later_rows[index] for chunk in range(3)]
-
-
-def lesson_of(stage: Opening, lesson: str, calls: int = 0, open_too: bool = True, steered: bool = False) -> OpeningDraw:
+def lesson_of(stage: Opening, lesson: str, calls: int = 0, open_too: bool = True) -> OpeningDraw:
     """The first draw with a lesson; where nothing may be open its captions are exchanged for full ones."""
-    wanted = (lesson, calls, steered)
-    draws = map(stage.draws.__getitem__, range(1, 400))
-    drawn = next(d for d in draws if (d.lesson, d.calls, bool(d.negatives)) == wanted)
+    drawn = next(d for d in map(stage.draws.__getitem__, range(1, 400)) if d.lesson == lesson and d.calls == calls)
     if open_too:
         assert any(leaves_open(caption.stated) for caption in drawn.captions)
         return drawn
     if lesson == "later":
-        rows = [row for i in drawn.clips for row in rows_of_chunks(stage.clips, i)[: drawn.chunk + 1]]
+        rows = [stage.clips.rows[i] for i in drawn.clips]
     else:
         scenes = Scenes(**{name: torch.from_numpy(value) for name, value in drawn.scenes.items()})
         rows = [scenes.row(i) for i in range(len(scenes))]
@@ -356,7 +340,7 @@ def _nothing_is_compiled(monkeypatch):
 
 
 def test_lessons_and_steps_come_as_often_as_the_plan_says():
-    draws = opening(later_share=0.2, as_before_share=0.1, stride_share=0.6, steered_share=0.5).draws
+    draws = opening(later_share=0.2, as_before_share=0.1, stride_share=0.3).draws
     drawn = [draws[step] for step in range(1, 401)]
     lessons = Counter(d.lesson for d in drawn)
     assert all(
@@ -364,10 +348,7 @@ def test_lessons_and_steps_come_as_often_as_the_plan_says():
     )
     calls = Counter(d.calls for d in drawn if d.lesson == "open")
     assert all(abs(calls[n] / lessons["open"] - share) < 0.09 for n, share in enumerate((1 / 3, 1 / 3, 1 / 3)))
-    opened = [d for d in drawn if d.lesson == "open"]
-    assert abs(sum(bool(d.negatives) for d in opened) / len(opened) - 0.5) < 0.08
-    assert abs(sum(d.stride for d in opened) / len(opened) - 0.3) < 0.08
-    assert not any(d.stride and d.negatives for d in drawn)
+    assert abs(sum(d.stride for d in drawn) / 400 - 0.3) < 0.08
 
 
 def test_the_copy_is_told_all_that_was_read_and_the_student_what_a_user_writes():
@@ -395,26 +376,13 @@ def test_the_copy_is_told_all_that_was_read_and_the_student_what_a_user_writes()
     assert opened > 6
 
 
-@pytest.mark.parametrize("switching_share", [0.0, 1.0])
-def test_behind_the_data_the_copy_is_told_what_each_chunk_shows(switching_share):
-    stage, sure = opening(switching_share=switching_share), ("colour", "motion", "background")
-    drawn = [d for d in map(stage.draws.__getitem__, range(1, 400)) if d.lesson == "later"]
-    assert {d.chunk for d in drawn} == {1, 2}
-    full = []
-    for d in drawn:
-        assert set(d.clips) <= set(stage.clips.switching if switching_share else stage.clips.whole)
-        rows = [row for clip in d.clips for row in rows_of_chunks(stage.clips, clip)[: d.chunk + 1]]
-        values = {name: [row[name] for row in rows] for name in sure}
-        assert len(d.told) == len(d.captions) == len(rows) == 2 * (d.chunk + 1)
-        assert all(spelt_out(text, values, i) for i, text in enumerate(d.told))
-        assert not any(map(is_held_out, [*d.told, *(caption.text for caption in d.captions)]))
-        full += [caption.text == text for caption, text in zip(d.captions, d.told, strict=True)]
-        for start in range(0, len(rows), d.chunk + 1):
-            clip = slice(start, start + d.chunk + 1)
-            texts = {caption.text for caption in d.captions[clip]}
-            assert len(texts) > any(rows[clip][0] != row for row in rows[clip])
-            assert switching_share or len(texts) == 1
-    assert 0.1 < sum(full) / len(full) < 0.5
+def test_behind_the_data_the_copy_is_told_what_it_shows():
+    stage = opening()
+    drawn = lesson_of(stage, "later")
+    values = {name: getattr(stage.clips.scenes, name)[drawn.clips] for name in ("colour", "motion", "background")}
+    assert len(drawn.told) == 2
+    assert all(spelt_out(text, values, i) for i, text in enumerate(drawn.told))
+    assert set(drawn.clips) <= set(stage.clips.whole)
 
 
 @pytest.mark.parametrize("calls", [4, 8])
@@ -479,105 +447,31 @@ def test_a_lesson_moves_the_student_alone(lesson):
 def test_a_later_chunk_is_what_the_sampler_makes(chunk):
     """Behind clean chunks in the cache, the copy's flow is what the student is to match."""
     stage = opening()
-    draws = map(stage.draws.__getitem__, range(1, 400))
-    drawn = next(d for d in draws if (d.lesson, d.calls, d.chunk) == ("later", 0, chunk) and d.told[0] != d.told[chunk])
+    drawn = replace(lesson_of(stage, "later"), chunk=chunk)
     stage.student.transformer.proj_out.weight.data.zero_()
     stage.student.transformer.proj_out.bias.data.zero_()
     error = stage.iterate(1, drawn)["later"]
     clean = stage.clips.latents[drawn.clips][:, : 3 * chunk]
     noise = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(drawn.seed))
-    texts, cache = stage.encoder(drawn.told).embeds, stage.told.new_cache(4, 4)
+    text, cache = stage.encoder(drawn.told).embeds, stage.told.new_cache(4, 4)
     with torch.no_grad():
-        for number in range(chunk):
-            stage.told(clean[:, 3 * number : 3 * number + 3], 0.0, texts[number :: chunk + 1], cache=cache)
+        for start in range(0, 3 * chunk, 3):
+            stage.told(clean[:, start : start + 3], 0.0, text, cache=cache)
             cache.commit()
-        flow = stage.told(noise, 1000.0, texts[chunk :: chunk + 1], cache=cache)
+        flow = stage.told(noise, 1000.0, text, cache=cache)
     assert error == pytest.approx(float(flow.square().mean()), rel=0.02)
 
 
 def test_the_opening_resumes_with_the_readers_points(tmp_path):
     seen = []
     for iterations in (3, 4):
-        kinds = {"later_share": 0.0, "as_before_share": 0.0, "count_every": 2}
-        stage = opening(iterations=iterations, checkpoint_every=1, steered_share=0.0, **kinds)
+        stage = opening(iterations=iterations, checkpoint_every=1, later_share=0.0, as_before_share=0.0)
         before = stage.reader
         stage.train(tmp_path, Journal(tmp_path, "opening", lambda step, steps, values: seen.append(step)))
     assert seen == [1, 2, 3, 4]
     kept = load_state(tmp_path / "opening.pt")["reader"]
     assert any(points.any() for points in kept.values())
     assert all(torch.equal(before.points[name], points) for name, points in kept.items())
-
-
-def test_the_reader_counts_whole_clips_of_the_average(monkeypatch, repository):
-    """Every so many iterations, made as the package samples them."""
-    stage, seen = opening(count_every=3), []
-    monkeypatch.setattr(stage.reader, "count", lambda scores, scenes, is_open: seen.append((scores, scenes, is_open)))
-    drawn = lesson_of(stage, "open")
-    for step in (1, 2, 3):
-        stage.iterate(step, drawn)
-    ((scores, scenes, is_open),) = seen
-    assert torch.equal(scenes.background, torch.from_numpy(drawn.scenes["background"]))
-    assert torch.equal(is_open["dim"], left_open([caption.stated for caption in drawn.captions])["dim"])
-    schedule = load_plan(repository / "configs/train/sprites.yaml").schedule(4)
-    text = stage.encoder([caption.text for caption in drawn.captions]).embeds
-    noise = SeededNoise(range(drawn.seed * 6, drawn.seed * 6 + 6), (4, 4, 4))
-    stage.average.copy_to(stage.averaged)
-    with autocast(torch.device("cpu")):
-        made = list(ChunkSampler(stage.averaged, schedule).stream(text, noise, num_frames=9))
-    wanted = stage.reader.scores(torch.cat([chunk.float() for chunk in made], 1))
-    for name, values in wanted.items():
-        torch.testing.assert_close(scores[name], values)
-
-
-@pytest.mark.parametrize("guidance", STEERED_BY, ids=lambda guidance: guidance.name)
-def test_steered_strides_are_what_the_pipeline_makes(monkeypatch, guidance):
-    """A director sets the same stage for the student's average."""
-    stage, encoder = opening(), HashEncoder(24, 8)
-    drawn = lesson_of(stage, "open", steered=True)
-    monkeypatch.setattr("nasa_video.training.opening.STEERED_BY", (guidance,))
-    prompts = [caption.text for caption in drawn.captions]
-    noise, text = stage._noise(len(prompts), torch.Generator().manual_seed(0)), encoder(prompts).embeds
-    reached = stage._steer(noise, text, drawn)
-    model = stage.averaged
-    cue = Cue(tuple(prompts), tuple((Negative(term(*each)),) for each in drawn.negatives), guidance)
-    director = Director(model, encoder, SdpaAttend(), True, lambda chunk: cue, "keep")
-    director.before_call(ModelCall(0, 0, 4, clean=False))
-    with torch.no_grad(), install(model.transformer, director.steering):
-        flow = model(noise, 990.0, text)
-    torch.testing.assert_close(reached, noise - 0.24 * flow)
-    with torch.no_grad():
-        assert (reached - (noise - 0.24 * model(noise, 990.0, text))).abs().max() > 1e-3
-
-
-def test_what_steers_is_worth_a_negative_and_is_not_read(monkeypatch):
-    stage = opening(batch_size=48)
-    drawn = lesson_of(stage, "open", steered=True)
-    scenes = Scenes(**{name: torch.from_numpy(value) for name, value in drawn.scenes.items()})
-    conflicts = 0
-    for index, (attribute, value) in enumerate(drawn.negatives):
-        assert value not in ("none", "plain", "one", "no")
-        if attribute in drawn.captions[index].stated:
-            conflicts += value_names(scenes.row(index))[attribute] == value
-    assert 0.25 < conflicts / 48 < 0.75
-    for calls in (0, 1, 2):
-        drawn, told = lesson_of(stage, "open", calls, steered=True), []
-        monkeypatch.setattr(
-            "nasa_video.training.opening.all_told", lambda *args, told=told: told.append(args) or all_told(*args)
-        )
-        for attribute, value in drawn.negatives:  # whatever is seen
-            stage.steered_reader.points[attribute][ATTRIBUTES[attribute].index(value)] = 30.0
-        assert stage.iterate(1, drawn)[f"steered {STEPS[4][1 + calls]:g}"] > 0
-        for (attribute, value), (caption, row, _) in zip(drawn.negatives, told, strict=True):
-            only_one = attribute == "size" and row["count"] == 1  # two objects are small
-            if attribute in leaves_open(caption.stated) and not only_one:
-                assert value_names(row)[attribute] != value
-
-
-def test_steered_first_chunks_have_points_of_their_own():
-    stage = opening(count_every=1)
-    stage.iterate(1, lesson_of(stage, "open", 2, steered=True))
-    assert any(points.any() for points in stage.steered_reader.points.values())
-    assert not any(points.any() for points in stage.reader.points.values())
 
 
 def a_reader(rate: float = 0.1) -> Reader:
