@@ -52,6 +52,8 @@ CANDIDATES = {
     "nasa-centred+conflict0": _at("nasa-centred+conflict0", 0.5, 0.75, 1, 1.25, 1.5),
     "nasa-centred+conflict1": _at("nasa-centred+conflict1", 0.4, 0.5, 0.6, 0.75, 0.9),
     "nasa-centred+conflict2": _at("nasa-centred+conflict2", 0.5, 0.6),
+    "nasa-centred+conflict4": _at("nasa-centred+conflict4", 0.3, 0.4),
+    "nasa-centred+conflict6.5": _at("nasa-centred+conflict6.5", 0.2),
     "nag": _at("nag", 2, 3, 5, 9) + _at("nag+nopad", 1.5, 2, 3, 4, 6),
     "vsf": _at("vsf", 0.7, 1, 1.4, 2) + _at("vsf+pad", 1, 1.4),
 }
