@@ -13,6 +13,9 @@ from torch._dynamo.exc import TorchDynamoException
 from causvid_adapter.errors import CausvidAdapterError
 from causvid_adapter.model import CausalWan
 
+MOST_GRAPHS = 64
+"""Of one model in a session: methods of guidance, shares of their scale, sizes of batches."""
+
 
 def compile_generator(
     model: CausalWan, *, cuda_graphs: bool = False, backend: str | Callable[..., Any] = "inductor"
@@ -39,6 +42,8 @@ def compile_generator(
             "compiling on a CPU needs a C++ compiler, and none was found; install one (g++ or clang++, on Debian: "
             "apt-get install g++), name it in the environment variable CXX, or go on without compiling"
         )
+    # every method of guidance has graphs of its own; beyond its limit torch fails, or goes on uncompiled
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     model.static_cache = True
     model.cuda_graphs = cuda_graphs
     mode: dict[str, Any] = {"mode": "reduce-overhead"} if cuda_graphs else {"backend": backend}

@@ -89,6 +89,21 @@ def test_one_graph_serves_every_chunk_and_is_the_eager_video(
     assert counter.frame_count == 1, "the next video of the size takes the same graph"
 
 
+def test_a_session_may_change_its_guidance_more_often_than_torch_compiles_by_itself(
+    new_wan: NewWan, new_context: NewContext
+) -> None:
+    model = CausalWan(new_wan())
+    steering = steering_of(model.transformer, Nasa(0.1), new_context)
+    (negative,) = steering.negatives
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_generator(model, backend=counter)
+        for number in range(1, 13):
+            steering.negatives = [negative] * number
+            list(stream(model, steering, 1, None))
+    assert counter.frame_count == 12
+
+
 def test_the_static_cache_is_the_growing_one(new_wan: NewWan, new_context: NewContext) -> None:
     model = CausalWan(new_wan())
     embeds = new_context([5]).embeds
