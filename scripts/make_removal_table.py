@@ -185,8 +185,8 @@ def main(
         if not settings and not _make(workers, making, kept, to_choose):
             print("not all choosing cells are there; run again to go on")
             raise typer.Exit(1)
-        chosen_on = kept.rows("sprites", "choose", choose_n) if all(asked in kept for asked in to_choose) else []
-        best = {family: _best(chosen_on, labels) for family, labels in CANDIDATES.items() if chosen_on}
+        chosen_on, chosen = kept.rows("sprites", "choose", choose_n), all(asked in kept for asked in to_choose)
+        best = {family: _best(chosen_on, labels) for family, labels in CANDIDATES.items() if chosen}
         kept.facts |= {"commit": _commit(), "choose_n": choose_n, "n": n, "best": best}
         labels = _words(settings) or list(dict.fromkeys([*best.values(), *_words(also)]))
         if methods:
@@ -200,7 +200,7 @@ def main(
     kept.write()
     rows, of_teacher = (kept.rows(model, "report", n) for model in ("sprites", "sprites-teacher"))
     (docs / "images").mkdir(exist_ok=True)
-    if chosen_on:
+    if chosen:
         plot(chosen_on, docs / "images" / "removal-choosing.png")
     if rows:
         plot(rows, docs / "images" / "removal.png")
@@ -353,8 +353,9 @@ def _document(facts: dict[str, Any], chosen_on: list[Row], rows: list[Row], of_t
 
 
 def _choosing(facts: dict[str, Any], chosen_on: list[Row]) -> list[str]:
+    title = "How the settings were chosen" if facts["best"] else "Settings to choose from, not all of them yet"
     lines = [
-        "## How the settings were chosen (4 steps, other prompts and seeds)",
+        f"## {title} (4 steps, other prompts and seeds)",
         "",
         "Most videos with both, removed and held, mean over the kinds of case.",
         "",
@@ -368,6 +369,8 @@ def _choosing(facts: dict[str, Any], chosen_on: list[Row]) -> list[str]:
         shares = " | ".join(f"{100 * both[label].get(kind, 0):.1f}" for kind in ("unmentioned", "stated", "conflict"))
         chosen = "yes" if label in facts["best"].values() else ""
         lines.append(f"| {label} | {shares} | {100 * _mean_both(chosen_on, label):.1f} | {chosen} |")
+    if not facts["best"]:
+        return [*lines, ""]
     return [*lines, "", "![Choosing: removed against held](images/removal-choosing.png)", ""]
 
 

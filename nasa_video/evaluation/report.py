@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +73,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     families = list(dict.fromkeys(_family(row) for row in means))
     colours = dict(zip(families, colormaps["tab10" if len(families) <= 10 else "tab20"].colors, strict=False))  # type: ignore[attr-defined]
     lines: dict[str, Any] = {}
+    # from a round number on: good methods differ by little
+    lowest = max(0.0, math.floor(10 * min(row["held"] for row in means) - 0.2) / 10)
+    margin = 0.02 * (1 - lowest)
     figure = Figure(figsize=(4.2 * len(cases), 3.8 * len(steps)), layout="constrained")
     panels = figure.subplots(len(steps), len(cases), squeeze=False, sharex=True, sharey=True)
     for row_of_panels, count in zip(panels, steps, strict=True):
@@ -84,7 +88,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 for point in points:
                     if point["scale"] is not None:
                         panel.annotate(f"{point['scale']:g}", (point["removed"], point["held"]), fontsize=7)
-            panel.set(title=f"{case}, steps: {count}", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+            panel.set(title=f"{case}, steps: {count}", xlim=(-0.02, 1.02))
+            panel.set(ylim=(lowest - margin, 1 + margin))
             panel.set(xlabel="unwanted feature removed", ylabel="what was asked for held")
             panel.grid(alpha=0.3)
     figure.legend(handles=[lines[method] for method in families], loc="outside lower center", ncols=6, fontsize=8)

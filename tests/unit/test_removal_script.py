@@ -85,6 +85,18 @@ def test_settings_that_are_given_are_reported_without_choosing(tmp_path, removal
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"removal.png"}
 
 
+def test_settings_that_are_not_all_tried_are_shown_and_none_is_chosen(tmp_path, removal_script):
+    kept = removal_script._Kept(tmp_path / "removal.json")
+    asked = removal_script._Asked("sprites", "choose", "nasa:1", 4, None, "conflict", "colour", 1)
+    kept.add(asked, removal_row(asked, 0.5))
+    removal_script.main(**OPTIONS | {"settings": "none"}, docs=tmp_path, seconds=0)
+    table = (tmp_path / "removal-table.md").read_text()
+    assert "## Settings to choose from, not all of them yet" in table
+    assert "| nasa:1 | 0.0 | 0.0 | 50.0 | 50.0 |  |" in table
+    assert json.loads((tmp_path / "removal.json").read_text())["best"] == {}
+    assert not list((tmp_path / "images").iterdir())
+
+
 def test_the_table_in_docs_is_that_of_its_json(removal_script):
     docs = removal_script.ROOT / "docs"
     facts = json.loads((docs / "removal.json").read_text())
