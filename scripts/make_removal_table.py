@@ -166,7 +166,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Videos made at once.")] = 24,
     compiled: Annotated[
         bool,
-        typer.Option("--compiled", help="In bfloat16 through torch.compile: half the time on a CPU with AMX."),
+        typer.Option("--compiled", help="In bfloat16 through torch.compile: faster on a CPU with AMX."),
     ] = False,
     docs: Annotated[Path, typer.Option(help="Where removal.json is kept, and the report written.")] = ROOT / "docs",
     seconds: Annotated[

@@ -53,7 +53,7 @@ def main(
         str, typer.Option(help="As in eval removal.")
     ] = "none,nasa:1.25,nasa-centred+conflict2:0.5,vsf:1.4",
     steps: Annotated[int, typer.Option(help="Steps of a chunk.")] = 4,
-    n: Annotated[int, typer.Option(help="Videos of each attribute.")] = 48,
+    n: Annotated[int, typer.Option(help="Videos of each attribute.", min=1)] = 48,
 ) -> None:
     """Makes the videos and prints the table."""
     pipeline = VideoPipeline.from_pretrained("sprites")
