@@ -42,6 +42,16 @@ def said_already(prompt: Tensor, negative: Tensor) -> Tensor:
     return contained[..., None]
 
 
+def within(step: Tensor, z_pos: Tensor, *, limit: float) -> Tensor:
+    """The share of a step, at most 1, of which no token is longer than ``limit`` of that token's Z+.
+
+    Both (B, Q, H, D); the result (B, Q, 1, 1), since lengths are L2 over all channels of a token, heads merged.
+    """
+    longest, length = (torch.linalg.vector_norm(x.float(), dim=(-2, -1), keepdim=True) for x in (z_pos, step))
+    share: Tensor = limit * longest / length.clamp_min(torch.finfo(torch.float32).tiny)
+    return share.clamp_max(1.0)
+
+
 def nag(z_pos: Tensor, z_neg: Tensor, *, scale: float, tau: float, alpha: float) -> Tensor:
     """Normalized Attention Guidance: eqs. 7 to 10 of arXiv 2505.21179, with its public code's scale (phi + 1).
 
@@ -292,15 +302,22 @@ class CentredNasa(_Subtraction):
     (:func:`said_already`), in every token and head. What nobody asked for needs little; what the prompt asks for needs
     a lot.
 
+    With `limit` the part that does not rise is, for each negative, no longer than that share of |Z+| in any token:
+    ``Z = Z+ - scale (l + conflict c) (Z- - Z0)``, l = min(1, limit |Z+| / (scale |Z- - Z0|)) (:func:`within`). Some
+    negatives say far more than others at the same scale; None is no limit.
+
     Its negative share is |Z+ - Z| / (|Z+| + |Z+ - Z|), as NASA's.
     """
 
     conflict: float = 0.0
+    limit: float | None = None
     name: ClassVar[str] = "nasa-centred"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_number("conflict", self.conflict, 0.0, MAX_SCALE)
+        if self.limit is not None:
+            _check_number("limit", self.limit, 0.0, MAX_SCALE)
 
     def __call__(
         self, q: Tensor, positive: TextKeys, negatives: Sequence[WeightedKeys], attend: Attend
@@ -314,10 +331,12 @@ class CentredNasa(_Subtraction):
                     "not pad its prompts with one token, or an unfolded negative fills all tokens; use nasa"
                 )
             its_own = attend(q, keys) - keys.padding_v
+            share = torch.ones_like(its_own[..., :1, :1])
+            if self.limit is not None:
+                share = within(self.scale * its_own, z_pos, limit=self.limit)
             if self.conflict:
-                rise = 1 + self.conflict * said_already(z_pos - keys.padding_v, its_own)
-                its_own = its_own * rise.to(its_own.dtype)
-            added = added + weight * its_own
+                share = share + self.conflict * said_already(z_pos - keys.padding_v, its_own)
+            added = added + weight * share.to(its_own.dtype) * its_own
         return GuidedAttention(nasa(z_pos, added, scale=self.scale), z_pos, _norm_share(z_pos, self.scale * added))
 
 

@@ -49,11 +49,15 @@ CANDIDATES = {
     "none": ("none",),
     "cfg": _at("cfg", 1.5, 2, 3, 4, 6),
     "nasa": _at("nasa", 0.5, 0.75, 1, 1.25, 1.5) + _at("nasa+nopad", 0.05, 0.1, 0.2),
-    "nasa-centred+conflict0": _at("nasa-centred+conflict0", 0.5, 0.75, 1, 1.25, 1.5),
-    "nasa-centred+conflict1": _at("nasa-centred+conflict1", 0.4, 0.5, 0.6, 0.75, 0.9),
-    "nasa-centred+conflict2": _at("nasa-centred+conflict2", 0.5, 0.6),
-    "nasa-centred+conflict4": _at("nasa-centred+conflict4", 0.3, 0.4),
-    "nasa-centred+conflict6.5": _at("nasa-centred+conflict6.5", 0.2),
+    "nasa-centred": _at("nasa-centred+conflict0+nolimit", 0.5, 0.75, 1, 1.25, 1.5),
+    "nasa-centred+conflict": _at("nasa-centred+conflict1+nolimit", 0.4, 0.5, 0.6, 0.75, 0.9)
+    + _at("nasa-centred+conflict2+nolimit", 0.5, 0.6)
+    + _at("nasa-centred+conflict4+nolimit", 0.3, 0.4)
+    + _at("nasa-centred+conflict6.5+nolimit", 0.2),
+    "nasa-centred+conflict+limit": _at("nasa-centred+conflict1+limit0.3", 0.75)
+    + _at("nasa-centred+conflict2+limit0.2", 0.5)
+    + _at("nasa-centred+conflict2+limit0.3", 0.4, 0.5, 0.6)
+    + _at("nasa-centred+conflict2+limit0.4", 0.5),
     "nag": _at("nag", 2, 3, 5, 9) + _at("nag+nopad", 1.5, 2, 3, 4, 6),
     "vsf": _at("vsf", 0.7, 1, 1.4, 2) + _at("vsf+pad", 1, 1.4),
 }
@@ -154,9 +158,7 @@ def main(
         KINDS
     ),
     methods: Annotated[str, typer.Option(help="Methods that are reported, in this order; empty: all.")] = "",
-    settings: Annotated[
-        str, typer.Option(help="Report these, such as none,nasa-centred+conflict2:0.5, and choose none.")
-    ] = "",
+    settings: Annotated[str, typer.Option(help="Report these, such as none,nasa-centred:0.5, and choose none.")] = "",
     steps: Annotated[str, typer.Option(help="Step counts that are reported, the first made first.")] = "4,2,1",
     opened: Annotated[str, typer.Option(help=f"And with a first chunk in {OPENING} steps; empty: none.")] = "2,1",
     teacher_steps: Annotated[int, typer.Option(help="Steps of the multi-step teacher; 0: it is not reported.")] = 20,

@@ -81,12 +81,12 @@ class NasaVariant(Nasa):
 class CentredVariant(CentredNasa):
     """``Z = Z+ - S``, where S is made of what a negative adds to the padding, D = Z- - Z0.
 
-    limit: S = scale D, of no token longer than this share of |Z+|.
+    whole: S = scale D, of no token longer than this share of |Z+|.
     project: S = scale D + project P, where P is the part of Z+ - Z0 that points along D: what the prompt says itself of
     what the negative names. `by_head` takes lengths and parts head by head, not of a token's whole output.
     """
 
-    limit: float | None = None
+    whole: float | None = None
     project: float = 0.0
     by_head: bool = False
 
@@ -106,8 +106,8 @@ class CentredVariant(CentredNasa):
             assert keys.padding_v is not None
             added = attend(q, keys) - keys.padding_v
             step = self.scale * weight * added
-            if self.limit is not None:
-                longest = self.limit * z_pos.norm(dim=over, keepdim=True)
+            if self.whole is not None:
+                longest = self.whole * z_pos.norm(dim=over, keepdim=True)
                 step = step * (longest / step.norm(dim=over, keepdim=True).clamp_min(1e-9)).clamp(max=1)
             along = ((z_pos - keys.padding_v) * added).sum(over, keepdim=True).clamp_min(0)
             part = along / added.square().sum(over, keepdim=True).clamp_min(1e-9) * added
@@ -230,7 +230,7 @@ def methods(only: str) -> list[Method]:
     tried += [(f"centred:{scale:g}", CentredNasa(scale)) for scale in (0.5, 0.75, 1.0, 1.25, 1.5)]
     tried.append(("own tokens:1.25", NasaVariant(1.25, own=True)))
     for scale, limit in ((1.25, 0.3), (1.25, 0.4), (1.25, 0.5), (2.0, 0.4), (2.0, 0.5)):
-        tried.append((f"centred, at most {limit:g} |Z+|:{scale:g}", CentredVariant(scale, limit=limit)))
+        tried.append((f"centred, at most {limit:g} |Z+|:{scale:g}", CentredVariant(scale, whole=limit)))
     for scale, project in ((0.0, 1.0), (0.25, 1.0), (0.5, 0.5), (0.5, 1.0), (0.75, 0.5)):
         label = f"centred, and {project:g} times the prompt's part:{scale:g}"
         tried.append((label, CentredVariant(scale, project=project)))

@@ -59,7 +59,8 @@ def parse_methods(text: str, pipeline: Guides) -> list[Method]:
     """``none,cfg:2,nasa,nasa:0.8,nasa+nopad:0.1`` as methods with the model's settings.
 
     ``+nopad`` takes padding out of the negative branch, ``+pad`` takes it in; ``+conflict2`` is centred NASA's
-    rise where prompt and negative contradict each other, of which 0 is none.
+    rise where prompt and negative contradict each other, of which 0 is none; ``+limit0.3`` is its limit elsewhere,
+    ``+nolimit`` is without.
 
     Raises:
         InputError: an unknown method or a scale that it cannot take.
@@ -76,9 +77,8 @@ def parse_methods(text: str, pipeline: Guides) -> list[Method]:
         except ValueError as error:
             raise InputError(f"method {label!r}: {error}") from error
         for switch in switches:
-            rise = re.fullmatch(r"conflict(\d+(?:\.\d+)?)", switch)
-            if rise and isinstance(guidance, CentredNasa):
-                guidance = dataclasses.replace(guidance, conflict=float(rise[1]))
+            if isinstance(guidance, CentredNasa) and (own := _of_centred_nasa(switch)):
+                guidance = dataclasses.replace(guidance, **own)
                 continue
             if switch not in ("nopad", "pad") or guidance.name == "cfg":
                 raise InputError(f"method {label!r}: unknown switch {switch!r}; all but cfg take nopad and pad")
@@ -87,6 +87,14 @@ def parse_methods(text: str, pipeline: Guides) -> list[Method]:
     if not methods:
         raise InputError("give at least one method, such as none,cfg:3,nasa")
     return methods
+
+
+def _of_centred_nasa(switch: str) -> dict[str, Any]:
+    """The setting that a switch names; empty for a switch that is not one of its own."""
+    if switch == "nolimit":
+        return {"limit": None}
+    found = re.fullmatch(r"(conflict|limit)(\d+(?:\.\d+)?)", switch)
+    return {found[1]: float(found[2])} if found else {}
 
 
 class Judge(Protocol):

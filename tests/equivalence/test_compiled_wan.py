@@ -20,7 +20,13 @@ from nasa_video.text import TextContext
 NewWan = Callable[..., WanTransformer3DModel]
 NewContext = Callable[..., TextContext]
 SHAPE = (4, 4, 6)
-METHODS: list[AttentionGuidance | None] = [None, Nasa(0.7), CentredNasa(0.7, conflict=1.0), Nag(5.0), Vsf(1.3)]
+METHODS: list[AttentionGuidance | None] = [
+    None,
+    Nasa(0.7),
+    CentredNasa(0.7, conflict=1.0, limit=0.3),
+    Nag(5.0),
+    Vsf(1.3),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -32,6 +32,7 @@ METHODS: list[AttentionGuidance] = [
     Nasa(0.7, negative_padding=False),
     CentredNasa(0.7),
     CentredNasa(0.4, conflict=1.5),
+    CentredNasa(0.6, conflict=1.5, limit=0.05),
     CentredNasa(0.2, negative_padding=False),
     Nag(5.0),
     Nag(5.0, negative_padding=False),
@@ -125,8 +126,13 @@ def by_hand(
         for weight, (z, _) in zip(weights, branches, strict=True):
             added, said = z - empty, z_pos - empty
             contained = (said * added).sum(-1).clamp(min=0) / (added.square() + 0.01 * said.square()).sum(-1)
-            rise = 1 + method.conflict * contained[..., None]
-            moved = moved - method.scale * weight * rise * (z - empty)
+            even = torch.ones(())
+            if method.limit is not None:
+                length, own = (x.square().sum((-2, -1)).sqrt() for x in (z_pos, method.scale * added))
+                even = (method.limit * length / own).clamp(max=1)[..., None, None]
+                assert float((even < 1).float().mean()) > 0.1, "the limit is felt"
+            share = even + method.conflict * contained[..., None]
+            moved = moved - method.scale * weight * share * added
         return moved
     if isinstance(method, Nag):
         z_neg = sum(w / together * z for w, (z, _) in zip(weights, branches, strict=True))

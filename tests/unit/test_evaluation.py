@@ -173,27 +173,28 @@ def test_kinds_cover_the_world() -> None:
 
 
 class _Preset:
-    """A model whose centred NASA rises with what prompt and negative share."""
+    """A model whose centred NASA rises with what prompt and negative share, and has a limit."""
 
     def guidance(self, method: str = "nasa", scale: float | None = None) -> Guidance:
         if method not in GUIDANCE:
             raise InputError(f"no method {method}")
-        settings: dict[str, float] = {"conflict": 1.0} if method == "nasa-centred" else {}
+        settings: dict[str, float] = {"conflict": 1.0, "limit": 0.4} if method == "nasa-centred" else {}
         return GUIDANCE[method](**settings | ({} if scale is None else {"scale": scale}))
 
 
 def test_methods_are_read_with_their_switches():
     text = (
-        "none, nasa:0.8, nasa+nopad:0.1, nasa-centred:0.5, nasa-centred+conflict2.5:1, nasa-centred+conflict0+nopad:1"
+        "none, nasa:0.8, nasa+nopad:0.1, nasa-centred:0.5, nasa-centred+conflict2.5+nolimit:1, "
+        "nasa-centred+conflict0+nopad+limit0.2:1"
     )
     methods = parse_methods(text, _Preset())
     assert [method.guidance for method in methods] == [
         None,
         Nasa(0.8),
         Nasa(0.1, negative_padding=False),
-        CentredNasa(0.5, conflict=1.0),
+        CentredNasa(0.5, conflict=1.0, limit=0.4),
         CentredNasa(1.0, conflict=2.5),
-        CentredNasa(1.0, negative_padding=False),
+        CentredNasa(1.0, limit=0.2, negative_padding=False),
     ]
 
 
@@ -203,6 +204,9 @@ def test_methods_are_read_with_their_switches():
         "nasa+conflict2:1",
         "nasa-centred+conflict:1",
         "nasa-centred+conflict99999:1",
+        "nasa-centred+limit:1",
+        "nasa-centred+limit99999:1",
+        "nasa+nolimit:1",
         "nasa+loud",
         "apg",
         "nasa:x",

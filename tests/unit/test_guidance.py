@@ -105,6 +105,28 @@ def test_centred_nasa_rises_where_the_prompt_says_what_the_negative_names() -> N
     torch.testing.assert_close(subtracted(along, 0.1), subtracted(along))
 
 
+def test_centred_nasa_limits_what_does_not_rise() -> None:
+    """Token by token, heads together: here one negative says nothing, little, a lot, and a lot that the prompt says."""
+    padding = torch.zeros(1, 1, 2, 4)
+    prompt, negative = torch.zeros(1, 4, 2, 4), torch.zeros(1, 4, 2, 4)
+    prompt[..., 0], prompt[:, 3, 0, 1] = 1.0, 2.0  # lengths sqrt(2), and sqrt(6)
+    negative[:, 1, 0, 2], negative[:, 2, :, 3], negative[:, 3, 0, 1] = 0.1, 5.0, 2.0
+    keys = replace(padded(keys_of(3, 2), 5), padding_v=padding)
+
+    def subtracted(**settings: float) -> Tensor:
+        method = CentredNasa(0.5, **settings)
+        guided = method(prompt, keys_of(4, 1), [(keys, 1.0)], lambda q, asked: negative if asked is keys else prompt)
+        return guided.z_pos - guided.z
+
+    lengths = subtracted(limit=0.3).norm(dim=(-2, -1))[0].tolist()
+    assert lengths == pytest.approx([0, 0.05, 0.3 * 2**0.5, 0.3 * 6**0.5])
+    torch.testing.assert_close(subtracted(limit=100.0), subtracted())
+    assert not subtracted(limit=0.0).any()
+    more = subtracted(limit=0.3, conflict=2.0) - subtracted(limit=0.3)
+    torch.testing.assert_close(more, subtracted(conflict=2.0) - subtracted()), "the rise has none"
+    assert more[:, 3].norm() > 1.9 > 0.2 > more[:, :3].norm()
+
+
 def test_what_the_prompt_says_already_is_nothing_where_the_negative_finds_nothing() -> None:
     prompt = torch.randn(2, 5, 3, 4)
     for tiny in (0.0, 1e-6, 1e-3):
@@ -376,6 +398,7 @@ def test_the_meter_averages_what_layers_did() -> None:
     [
         Nasa(0.8, schedule=ScaleSchedule(step_scales=(1, 0.5), layer_scales=(0, 1))),
         CentredNasa(),
+        CentredNasa(0.5, conflict=2.0, limit=0.3),
         Nag(),
         Vsf(),
         ClassifierFree(),
