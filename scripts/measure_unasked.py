@@ -51,7 +51,7 @@ def unasked(case: Case, labels: dict[str, str]) -> set[str]:
 def main(
     methods: Annotated[
         str, typer.Option(help="As in eval removal.")
-    ] = "none,nasa:1.25,nasa-centred+conflict2:0.5,vsf:1.4",
+    ] = "none,nasa:1.25,nasa-centred+nolimit:0.5,nasa-centred:0.5,vsf:1.4",
     steps: Annotated[int, typer.Option(help="Steps of a chunk.")] = 4,
     n: Annotated[int, typer.Option(help="Videos of each attribute.", min=1)] = 48,
 ) -> None:
