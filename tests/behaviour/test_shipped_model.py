@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
@@ -69,3 +70,18 @@ def test_the_models_own_guidance_removes_and_holds(pipeline: VideoPipeline, judg
 
 def test_value_sign_flip_removes_too(pipeline: VideoPipeline, judge: SpritesJudge) -> None:
     assert removed(pipeline, judge, Method("vsf", Vsf(1.4))) >= 0.6
+
+
+def test_the_limit_keeps_what_was_asked_for_where_nothing_contradicts(
+    pipeline: VideoPipeline, judge: SpritesJudge
+) -> None:
+    """Without it, steering away from a dim that nobody asked for turns striped and checkered backgrounds plain."""
+    own = pipeline.guidance()
+    assert isinstance(own, CentredNasa)
+    cases = build_cases("dim", "unmentioned", 2 * NUM, "choose")
+    held = {}
+    for guidance in (own, replace(own, limit=None)):
+        verdicts = run_cases(pipeline, Method("own", guidance), 2, cases, judge, frames=21, batch=NUM)
+        assert all(verdict.removed for verdict in verdicts)
+        held[guidance.limit] = sum(verdict.held for verdict in verdicts)
+    assert held[own.limit] >= held[None] + 2
