@@ -58,8 +58,13 @@ CANDIDATES = {
     + _at("nasa-centred+conflict2+limit0.2", 0.5)
     + _at("nasa-centred+conflict2+limit0.3", 0.4, 0.5, 0.6)
     + _at("nasa-centred+conflict2+limit0.4", 0.5),
-    "nag": _at("nag", 2, 3, 5, 9) + _at("nag+nopad", 1.5, 2, 3, 4, 6),
-    "vsf": _at("vsf", 0.7, 1, 1.4, 2) + _at("vsf+pad", 1, 1.4),
+    "nag": _at("nag", 2, 3, 5, 9)
+    + _at("nag+alpha0.5", 5, 9)
+    + _at("nag+nopad", 1.5, 2, 3, 4, 6)
+    + _at("nag+nopad+tau1.5", 3, 6)
+    + _at("nag+nopad+tau4", 3)
+    + _at("nag+nopad+alpha0.5", 2),
+    "vsf": _at("vsf", 0.7, 1, 1.4, 2) + _at("vsf+pad", 1, 1.4) + _at("vsf+bias-1", 2, 3) + _at("vsf+bias1", 1),
 }
 KINDS: tuple[CaseKind, ...] = ("conflict", "stated", "unmentioned")
 OPENING = 4

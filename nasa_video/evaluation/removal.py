@@ -22,7 +22,7 @@ from nasa_video.errors import InputError
 from nasa_video.evaluation.cases import Case, CaseKind, Split, attributes_of, build_cases
 from nasa_video.evaluation.quality import Quality, mean_quality, quality
 from nasa_video.evaluation.statistics import wilson
-from nasa_video.guidance import CentredNasa, Guidance
+from nasa_video.guidance import Guidance
 from nasa_video.pipeline import VideoPipeline
 from nasa_video.video.frames import Frames
 
@@ -60,7 +60,7 @@ def parse_methods(text: str, pipeline: Guides) -> list[Method]:
 
     ``+nopad`` takes padding out of the negative branch, ``+pad`` takes it in; ``+conflict2`` is centred NASA's
     rise where prompt and negative contradict each other, of which 0 is none; ``+limit0.3`` is its limit elsewhere,
-    ``+nolimit`` is without.
+    ``+nolimit`` is without; ``+tau1.5`` and ``+alpha0.5`` are NAG's, ``+bias-1`` is VSF's.
 
     Raises:
         InputError: an unknown method or a scale that it cannot take.
@@ -77,24 +77,33 @@ def parse_methods(text: str, pipeline: Guides) -> list[Method]:
         except ValueError as error:
             raise InputError(f"method {label!r}: {error}") from error
         for switch in switches:
-            if isinstance(guidance, CentredNasa) and (own := _of_centred_nasa(switch)):
+            if not (own := _own_setting(guidance.name, switch)):
+                raise InputError(
+                    f"method {label!r}: unknown switch {switch!r}; all but cfg take nopad and pad, "
+                    + ", ".join(f"{name} {' and '.join(settings)} with a number" for name, settings in _OWN.items())
+                )
+            try:
                 guidance = dataclasses.replace(guidance, **own)
-                continue
-            if switch not in ("nopad", "pad") or guidance.name == "cfg":
-                raise InputError(f"method {label!r}: unknown switch {switch!r}; all but cfg take nopad and pad")
-            guidance = dataclasses.replace(guidance, negative_padding=switch == "pad")  # type: ignore[arg-type, call-arg]
+            except ValueError as error:
+                raise InputError(f"method {label!r}: {error}") from error
         methods.append(Method(label, guidance))
     if not methods:
         raise InputError("give at least one method, such as none,cfg:3,nasa")
     return methods
 
 
-def _of_centred_nasa(switch: str) -> dict[str, Any]:
-    """The setting that a switch names; empty for a switch that is not one of its own."""
-    if switch == "nolimit":
+_OWN = {"nasa-centred": ("conflict", "limit"), "nag": ("tau", "alpha"), "vsf": ("bias",)}
+"""By method, the settings that a switch can name beside padding."""
+
+
+def _own_setting(method: str, switch: str) -> dict[str, Any]:
+    """The setting of a method that a switch names; empty for a switch that is not one of its own."""
+    if switch in ("nopad", "pad"):
+        return {} if method == "cfg" else {"negative_padding": switch == "pad"}
+    if method == "nasa-centred" and switch == "nolimit":
         return {"limit": None}
-    found = re.fullmatch(r"(conflict|limit)(\d+(?:\.\d+)?)", switch)
-    return {found[1]: float(found[2])} if found else {}
+    found = re.fullmatch(r"([a-z]+)(-?\d+(?:\.\d+)?)", switch)
+    return {found[1]: float(found[2])} if found and found[1] in _OWN.get(method, ()) else {}
 
 
 class Judge(Protocol):

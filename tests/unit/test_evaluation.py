@@ -16,7 +16,7 @@ from nasa_video.evaluation.quality import Quality, quality
 from nasa_video.evaluation.removal import Cell, Method, Verdict, cells, parse_methods, row_of, verdict
 from nasa_video.evaluation.report import markdown, summary
 from nasa_video.evaluation.statistics import wilson
-from nasa_video.guidance import GUIDANCE, CentredNasa, Guidance, Nasa
+from nasa_video.guidance import GUIDANCE, CentredNasa, Guidance, Nag, Nasa, Vsf
 from nasa_video.sprites.captions import TERMS
 
 ANY = Quality(100.0, 1.0, 0.0, 50.0, 0.0, 1.0)
@@ -185,7 +185,7 @@ class _Preset:
 def test_methods_are_read_with_their_switches():
     text = (
         "none, nasa:0.8, nasa+nopad:0.1, nasa-centred:0.5, nasa-centred+conflict2.5+nolimit:1, "
-        "nasa-centred+conflict0+nopad+limit0.2:1"
+        "nasa-centred+conflict0+nopad+limit0.2:1, nag+nopad+tau1.5+alpha0.5:3, vsf+bias-1.5:2"
     )
     methods = parse_methods(text, _Preset())
     assert [method.guidance for method in methods] == [
@@ -195,6 +195,8 @@ def test_methods_are_read_with_their_switches():
         CentredNasa(0.5, conflict=1.0, limit=0.4),
         CentredNasa(1.0, conflict=2.5),
         CentredNasa(1.0, limit=0.2, negative_padding=False),
+        Nag(3.0, tau=1.5, alpha=0.5, negative_padding=False),
+        Vsf(2.0, bias=-1.5),
     ]
 
 
@@ -208,6 +210,12 @@ def test_methods_are_read_with_their_switches():
         "nasa-centred+limit99999:1",
         "nasa+nolimit:1",
         "nasa+loud",
+        "nasa+tau2:1",
+        "nag+alpha1.5:3",
+        "nag+bias1:3",
+        "nag+name2:3",
+        "vsf+bias--1:1",
+        "cfg+nopad:2",
         "apg",
         "nasa:x",
         "nasa:-1",
