@@ -47,24 +47,25 @@ def _at(name: str, *scales: float) -> tuple[str, ...]:
 
 CANDIDATES = {
     "none": ("none",),
-    "cfg": _at("cfg", 1.5, 2, 3, 4, 6),
-    "nasa": _at("nasa", 0.5, 0.75, 1, 1.25, 1.5) + _at("nasa+nopad", 0.05, 0.1, 0.2),
-    "nasa-centred": _at("nasa-centred+conflict0+nolimit", 0.5, 0.75, 1, 1.25, 1.5),
-    "nasa-centred+conflict": _at("nasa-centred+conflict1+nolimit", 0.4, 0.5, 0.6, 0.75, 0.9)
-    + _at("nasa-centred+conflict2+nolimit", 0.5, 0.6)
-    + _at("nasa-centred+conflict4+nolimit", 0.3, 0.4)
+    "cfg": _at("cfg", 1.5, 2, 3, 4),
+    "nasa": _at("nasa", 0.75, 1, 1.25, 1.5) + _at("nasa+nopad", 0.1),
+    "nasa-centred": _at("nasa-centred+conflict0+nolimit", 1, 1.5, 2),
+    "nasa-centred+conflict": _at("nasa-centred+conflict1+nolimit", 0.75)
+    + _at("nasa-centred+conflict2+nolimit", 0.5)
+    + _at("nasa-centred+conflict4+nolimit", 0.3)
     + _at("nasa-centred+conflict6.5+nolimit", 0.2),
     "nasa-centred+conflict+limit": _at("nasa-centred+conflict1+limit0.3", 0.75)
     + _at("nasa-centred+conflict2+limit0.2", 0.5)
     + _at("nasa-centred+conflict2+limit0.3", 0.4, 0.5, 0.6)
     + _at("nasa-centred+conflict2+limit0.4", 0.5),
-    "nag": _at("nag", 2, 3, 5, 9)
-    + _at("nag+alpha0.5", 5, 9)
+    "nag": _at("nag", 2, 3, 9)
     + _at("nag+nopad", 1.5, 2, 3, 4, 6)
-    + _at("nag+nopad+tau1.5", 3, 6)
-    + _at("nag+nopad+tau4", 3)
-    + _at("nag+nopad+alpha0.5", 2),
-    "vsf": _at("vsf", 0.7, 1, 1.4, 2) + _at("vsf+pad", 1, 1.4) + _at("vsf+bias-1", 2, 3) + _at("vsf+bias1", 1),
+    + _at("nag+nopad+tau1.5", 3)
+    + _at("nag+nopad+tau4", 4)
+    + _at("nag+nopad+alpha0.25", 4, 8)
+    + _at("nag+nopad+alpha0.75", 4)
+    + _at("nag+nopad+alpha1", 2),
+    "vsf": _at("vsf", 0.7, 1, 1.4, 2) + _at("vsf+pad", 1) + _at("vsf+bias-1", 2) + _at("vsf+bias1", 1),
 }
 KINDS: tuple[CaseKind, ...] = ("conflict", "stated", "unmentioned")
 OPENING = 4

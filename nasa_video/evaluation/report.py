@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Removed against held, one curve a method over its scales, one panel a case and step count."""
+    """Removed against held, one curve a method and variant over its scales, one panel a case and step count."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -70,8 +71,17 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     # most steps first, and of as many those that open with more
     found = {(row["steps"], row["first_steps"] or 0): steps_text(row) for row in means}
     steps = [text for _, text in sorted(found.items(), reverse=True)]
-    families = list(dict.fromkeys(_family(row) for row in means))
-    colours = dict(zip(families, colormaps["tab10" if len(families) <= 10 else "tab20"].colors, strict=False))  # type: ignore[attr-defined]
+    families: dict[str, list[str]] = defaultdict(list)
+    for row in means:
+        if _family(row) not in families[row["method"]]:
+            families[row["method"]].append(_family(row))
+    tab10 = cycle(colormaps["tab10"].colors)  # type: ignore[attr-defined]
+    # a colour for each method and a marker for each variant of it: colours alone run out
+    looks = {
+        family: {"color": colour, "marker": marker}
+        for colour, variants in zip(tab10, families.values(), strict=False)
+        for family, marker in zip(variants, cycle("os^Dv*Ph<X>p"), strict=False)
+    }
     lines: dict[str, Any] = {}
     # from a round number on: good methods differ by little
     lowest = max(0.0, math.floor(10 * min(row["held"] for row in means) - 0.2) / 10)
@@ -84,7 +94,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             for method in dict.fromkeys(_family(row) for row in here):
                 points = sorted((r for r in here if _family(r) == method), key=lambda r: r["scale"] or 0)
                 shares = [p["removed"] for p in points], [p["held"] for p in points]
-                (lines[method],) = panel.plot(*shares, "o-", color=colours[method], label=method, ms=4)
+                (lines[method],) = panel.plot(*shares, **looks[method], label=method, ms=4)
                 for point in points:
                     if point["scale"] is not None:
                         panel.annotate(f"{point['scale']:g}", (point["removed"], point["held"]), fontsize=7)
@@ -92,7 +102,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             panel.set(ylim=(lowest - margin, 1 + margin))
             panel.set(xlabel="unwanted feature removed", ylabel="what was asked for held")
             panel.grid(alpha=0.3)
-    figure.legend(handles=[lines[method] for method in families], loc="outside lower center", ncols=6, fontsize=8)
+    figure.legend(handles=[lines[family] for family in looks], loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(path, dpi=130)
 
 

@@ -167,6 +167,15 @@ def test_the_report_has_every_cell(tmp_path: Path) -> None:
     assert json.loads(json.dumps(rows)) is not None
 
 
+def test_any_number_of_variants_is_drawn(tmp_path: Path) -> None:
+    from nasa_video.evaluation.report import plot
+
+    variants = [Method(f"nag+tau{tau}:3", Nasa(1.0)) for tau in range(30)]
+    verdicts = [Verdict(True, True, 0.0, ANY)]
+    plot([row_of(Cell(one, 4, "colour", "conflict"), verdicts) for one in variants], tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 5000
+
+
 def test_kinds_cover_the_world() -> None:
     assert {"blurry", "watermark"} <= set(STATED) & set(UNMENTIONED)
     assert set(CONFLICT) == {"shape", "colour", "background", "motion", "size"}
