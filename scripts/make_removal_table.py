@@ -23,6 +23,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,6 +68,15 @@ CANDIDATES = {
     + _at("nag+nopad+alpha1", 2),
     "vsf": _at("vsf", 0.7, 1, 1.4, 2) + _at("vsf+pad", 1) + _at("vsf+bias-1", 2) + _at("vsf+bias1", 1),
 }
+CANDIDATES_OF_TEACHER = {
+    "none": ("none",),
+    "cfg": _at("cfg", 2, 3, 5),
+    "nasa": _at("nasa", 0.75, 1.25),
+    "nasa-centred+conflict+limit": _at("nasa-centred+conflict2+limit0.3", 0.3, 0.5),
+    "nag": _at("nag+nopad", 2, 4),
+    "vsf": _at("vsf", 1, 1.4),
+}
+"""Fewer, because its videos take five times as long: around what was best on the student."""
 KINDS: tuple[CaseKind, ...] = ("conflict", "stated", "unmentioned")
 OPENING = 4
 """Steps of a first chunk where the others have fewer (``--opened``)."""
@@ -108,6 +118,9 @@ class _Kept:
     def __contains__(self, asked: _Asked) -> bool:
         return asked in self._rows
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def add(self, asked: _Asked, row: Row) -> None:
         """Keep a finished cell."""
         self._rows[asked] = row
@@ -131,11 +144,51 @@ class _Kept:
 def _place(row: Row) -> tuple[Any, ...]:
     """Where a row stands in its table."""
     kinds = ("unmentioned", "stated", "conflict")
-    labels = [label for labels in CANDIDATES.values() for label in labels] + [row["label"]]  # of an earlier list
+    labels = list(
+        chain(*CANDIDATES.values(), *CANDIDATES_OF_TEACHER.values(), [row["label"]])
+    )  # that of an earlier list
     return (
         row["model"], row["split"], -row["steps"], row["first_steps"] or 0, kinds.index(row["case"]),
         attributes_of(row["case"]).index(row["attribute"]), labels.index(row["label"]), row["n"],
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One model's part of the table: what is tried on it and how, at which numbers of steps it is reported."""
+
+    model: str
+    candidates: dict[str, tuple[str, ...]]
+    choose_steps: int
+    choose_attributes: str
+    choose_n: int
+    counts: list[tuple[int, int | None]]
+    best: str
+
+    def to_choose(self) -> list[_Asked]:
+        """The cells that settings are chosen on."""
+        return [
+            _Asked(self.model, "choose", label, self.choose_steps, None, kind, attribute, self.choose_n)
+            for kind, attribute in _cases(self.choose_attributes)
+            for labels in self.candidates.values()
+            for label in labels
+        ]
+
+    def choose(self, kept: _Kept) -> dict[str, str]:
+        """The best setting of each family; none where not all have been tried."""
+        if not all(asked in kept for asked in self.to_choose()):
+            return {}
+        rows = kept.rows(self.model, "choose", self.choose_n)
+        return {family: _best(rows, labels) for family, labels in self.candidates.items()}
+
+    def to_report(self, n: int, labels: list[str], cases: list[tuple[CaseKind, str]]) -> list[_Asked]:
+        """The reported cells, at numbers of steps, each with that of the first chunk."""
+        return [
+            _Asked(self.model, "report", label, count, first, kind, attribute, n)
+            for count, first in self.counts
+            for kind, attribute in cases
+            for label in labels
+        ]
 
 
 @dataclass(frozen=True)
@@ -167,8 +220,13 @@ def main(
     settings: Annotated[str, typer.Option(help="Report these, such as none,nasa-centred:0.5, and choose none.")] = "",
     steps: Annotated[str, typer.Option(help="Step counts that are reported, the first made first.")] = "4,2,1",
     opened: Annotated[str, typer.Option(help=f"And with a first chunk in {OPENING} steps; empty: none.")] = "2,1",
-    teacher_steps: Annotated[int, typer.Option(help="Steps of the multi-step teacher; 0: it is not reported.")] = 20,
-    also: Annotated[str, typer.Option(help="Reported beside the best of every method.")] = "cfg:1.5,cfg:3,cfg:6",
+    teacher_steps: Annotated[int, typer.Option(help="Steps of the multi-step teacher; 0: it is left out.")] = 20,
+    teacher_choose_attributes: Annotated[
+        str, typer.Option(help="Attributes that settings of the teacher are chosen on.")
+    ] = "colour,dim",
+    also: Annotated[
+        str, typer.Option(help="Reported beside the best of every method on the student.")
+    ] = "cfg:1.5,cfg:3,cfg:6",
     processes: Annotated[int, typer.Option(help="Processes side by side.")] = os.cpu_count() or 1,
     device: Annotated[str, typer.Option(help="cpu or cuda; all processes share one GPU.")] = "cpu",
     batch: Annotated[int, typer.Option(help="Videos made at once.")] = 24,
@@ -188,42 +246,53 @@ def main(
     making = _Making(device, batch, time.monotonic() + seconds, compiled)
     kept = _Kept(docs / "removal.json")
     threads = max(1, (os.cpu_count() or 1) // processes)
-    to_choose = _to_choose(choose_n, choose_attributes)
+    counts = [(int(count), None) for count in _words(steps)] + [(int(count), OPENING) for count in _words(opened)]
+    student = _Part("sprites", CANDIDATES, 4, choose_attributes, choose_n, counts, "best")
+    teacher = _Part(
+        "sprites-teacher", CANDIDATES_OF_TEACHER, teacher_steps, teacher_choose_attributes, choose_n,
+        [(teacher_steps, None)], "best_of_teacher",
+    )  # fmt: skip
+    parts = [student, teacher] if teacher_steps else [student]
+    those = list(_cases(attributes, _words(cases)))
+    unchosen, complete = [], True
     with ProcessPoolExecutor(processes, get_context("spawn"), _set_threads, (threads,)) as workers:
-        if not settings and not _make(workers, making, kept, to_choose):
-            print("not all choosing cells are there; run again to go on")
-            raise typer.Exit(1)
-        chosen_on, chosen = kept.rows("sprites", "choose", choose_n), all(asked in kept for asked in to_choose)
-        best = {family: _best(chosen_on, labels) for family, labels in CANDIDATES.items() if chosen}
-        kept.facts |= {"commit": _commit(), "choose_n": choose_n, "n": n, "best": best}
-        labels = _words(settings) or list(dict.fromkeys([*best.values(), *_words(also)]))
-        if methods:
-            labels = [label for name in _words(methods) for label in labels if _family(label) == name]
-        counts = [(int(count), None) for count in _words(steps)] + [(int(count), OPENING) for count in _words(opened)]
-        those = list(_cases(attributes, _words(cases)))
-        reported = _to_report("sprites", n, labels, those, counts)
-        if teacher_steps:
-            reported += _to_report("sprites-teacher", n, labels, those, [(teacher_steps, None)])
-        complete = _make(workers, making, kept, reported)
-    kept.write()
-    rows, of_teacher = (kept.rows(model, "report", n) for model in ("sprites", "sprites-teacher"))
-    (docs / "images").mkdir(exist_ok=True)
-    if chosen:
-        plot(chosen_on, docs / "images" / "removal-choosing.png")
-    if rows:
-        plot(rows, docs / "images" / "removal.png")
-    (docs / "removal-table.md").write_text(_document(kept.facts, chosen_on, rows, of_teacher), encoding="utf-8")
+        for part in parts:
+            if not settings and not _make(workers, making, kept, part.to_choose()):
+                unchosen.append(part.model)
+                continue
+            best = {} if settings else part.choose(kept)
+            every = [*best.values(), *(_words(also) if part is student else [])]
+            labels = _words(settings) or [best[name] for name in _words(methods)] or list(dict.fromkeys(every))
+            complete &= _make(workers, making, kept, part.to_report(n, labels, those))
+    if len(kept):
+        kept.facts |= {"commit": _commit(), "choose_n": choose_n, "n": n}
+        kept.facts |= {part.best: part.choose(kept) for part in (student, teacher)}
+        kept.write()
+        _write_report(docs, kept)
+    if unchosen:
+        print(f"not all choosing cells of {', '.join(unchosen)} are there; run again to go on")
+        raise typer.Exit(1)
     if not complete:
         print("not all cells are there: the time was up; run again to go on")
 
 
+def _write_report(docs: Path, kept: _Kept) -> None:
+    """The plots and the table of what is kept."""
+    facts = kept.facts
+    n, choose_n = facts["n"], facts["choose_n"]
+    chosen_on, rows = kept.rows("sprites", "choose", choose_n), kept.rows("sprites", "report", n)
+    of_teacher = kept.rows("sprites-teacher", "choose", choose_n), kept.rows("sprites-teacher", "report", n)
+    (docs / "images").mkdir(exist_ok=True)
+    if facts["best"]:
+        plot(chosen_on, docs / "images" / "removal-choosing.png")
+    if rows:
+        plot(rows, docs / "images" / "removal.png")
+    document = _document(facts, chosen_on, rows, *of_teacher)
+    (docs / "removal-table.md").write_text(document, encoding="utf-8")
+
+
 def _words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
-
-
-def _family(label: str) -> str:
-    """The method's name in ``--methods``, such as "nag" of "nag+nopad:3"."""
-    return next(family for family, labels in CANDIDATES.items() if label in labels)
 
 
 def _cases(attributes: str, kinds: Sequence[str] = KINDS) -> Iterator[tuple[CaseKind, str]]:
@@ -232,28 +301,6 @@ def _cases(attributes: str, kinds: Sequence[str] = KINDS) -> Iterator[tuple[Case
         for attribute in attributes_of(kind):
             if not attributes or attribute in _words(attributes):
                 yield kind, attribute
-
-
-def _to_choose(n: int, attributes: str) -> list[_Asked]:
-    """The cells that settings are chosen on."""
-    return [
-        _Asked("sprites", "choose", label, 4, None, kind, attribute, n)
-        for kind, attribute in _cases(attributes)
-        for labels in CANDIDATES.values()
-        for label in labels
-    ]
-
-
-def _to_report(
-    model: str, n: int, labels: list[str], cases: list[tuple[CaseKind, str]], counts: list[tuple[int, int | None]]
-) -> list[_Asked]:
-    """The reported cells of a model at numbers of steps, each with that of the first chunk."""
-    return [
-        _Asked(model, "report", label, count, first, kind, attribute, n)
-        for count, first in counts
-        for kind, attribute in cases
-        for label in labels
-    ]
 
 
 def _make(workers: Executor, making: _Making, kept: _Kept, wanted: list[_Asked]) -> bool:
@@ -339,8 +386,9 @@ def _commit() -> str:
     return found.stdout.strip() or "unknown (no repository)"
 
 
-def _document(facts: dict[str, Any], chosen_on: list[Row], rows: list[Row], of_teacher: list[Row]) -> str:
-    teacher = ["## The multi-step teacher, same settings, prompts and seeds", "", markdown(of_teacher)]
+def _document(
+    facts: dict[str, Any], chosen_on: list[Row], rows: list[Row], teacher_chosen_on: list[Row], of_teacher: list[Row]
+) -> str:
     lines = [
         "# The removal table",
         "",
@@ -355,15 +403,22 @@ def _document(facts: dict[str, Any], chosen_on: list[Row], rows: list[Row], of_t
         "![Removed against held](images/removal.png)",
         "",
         markdown(rows),
-        *(teacher if of_teacher else []),
     ]
-    return "\n".join([*lines, *(_choosing(facts, chosen_on) if chosen_on else [])])
+    if of_teacher:
+        lines += ["## The multi-step teacher, same prompts and seeds", "", markdown(of_teacher)]
+    if chosen_on:
+        lines += _choosing("settings", facts["best"], chosen_on)
+        if facts["best"]:
+            lines += ["![Choosing: removed against held](images/removal-choosing.png)", ""]
+    if teacher_chosen_on:
+        lines += _choosing("the teacher's settings", facts["best_of_teacher"], teacher_chosen_on)
+    return "\n".join(lines)
 
 
-def _choosing(facts: dict[str, Any], chosen_on: list[Row]) -> list[str]:
-    title = "How the settings were chosen" if facts["best"] else "Settings to choose from, not all of them yet"
+def _choosing(what: str, best: dict[str, str], chosen_on: list[Row]) -> list[str]:
+    title = f"How {what} were chosen" if best else f"Cells to choose {what} from, not all of them yet"
     lines = [
-        f"## {title} (4 steps, other prompts and seeds)",
+        f"## {title} ({chosen_on[0]['steps']} steps, other prompts and seeds)",
         "",
         "Most videos with both, removed and held, mean over the kinds of case.",
         "",
@@ -375,11 +430,9 @@ def _choosing(facts: dict[str, Any], chosen_on: list[Row]) -> list[str]:
         both[row["label"]][row["case"]] = row["both"]
     for label in dict.fromkeys(row["label"] for row in chosen_on):
         shares = " | ".join(f"{100 * both[label].get(kind, 0):.1f}" for kind in ("unmentioned", "stated", "conflict"))
-        chosen = "yes" if label in facts["best"].values() else ""
+        chosen = "yes" if label in best.values() else ""
         lines.append(f"| {label} | {shares} | {100 * _mean_both(chosen_on, label):.1f} | {chosen} |")
-    if not facts["best"]:
-        return [*lines, ""]
-    return [*lines, "", "![Choosing: removed against held](images/removal-choosing.png)", ""]
+    return [*lines, ""]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -83,11 +83,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         for family, marker in zip(variants, cycle("os^Dv*Ph<X>p"), strict=False)
     }
     lines: dict[str, Any] = {}
-    # from a round number on: good methods differ by little
-    lowest = max(0.0, math.floor(10 * min(row["held"] for row in means) - 0.2) / 10)
-    margin = 0.02 * (1 - lowest)
-    figure = Figure(figsize=(4.2 * len(cases), 3.8 * len(steps)), layout="constrained")
-    panels = figure.subplots(len(steps), len(cases), squeeze=False, sharex=True, sharey=True)
+    held = _range(row["held"] for row in means)
+    removed = {case: _range(row["removed"] for row in means if row["case"] == case) for case in cases}
+    figure = Figure(figsize=(5 * len(cases), 4.4 * len(steps)), layout="constrained")
+    panels = figure.subplots(len(steps), len(cases), squeeze=False, sharex="col", sharey=True)
     for row_of_panels, count in zip(panels, steps, strict=True):
         for panel, case in zip(row_of_panels, cases, strict=True):
             here = [row for row in means if (steps_text(row), row["case"]) == (count, case)]
@@ -98,12 +97,18 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 for point in points:
                     if point["scale"] is not None:
                         panel.annotate(f"{point['scale']:g}", (point["removed"], point["held"]), fontsize=7)
-            panel.set(title=f"{case}, steps: {count}", xlim=(-0.02, 1.02))
-            panel.set(ylim=(lowest - margin, 1 + margin))
+            panel.set(title=f"{case}, steps: {count}", xlim=removed[case], ylim=held)
             panel.set(xlabel="unwanted feature removed", ylabel="what was asked for held")
             panel.grid(alpha=0.3)
     figure.legend(handles=[lines[family] for family in looks], loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(path, dpi=130)
+
+
+def _range(shares: Iterable[float]) -> tuple[float, float]:
+    """An axis from a round number to 1, because good methods differ by little."""
+    lowest = max(0.0, math.floor(10 * min(shares) - 0.2) / 10)
+    margin = 0.02 * (1 - lowest)
+    return lowest - margin, 1 + margin
 
 
 def _family(row: Row) -> str:

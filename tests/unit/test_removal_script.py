@@ -13,6 +13,7 @@ OPTIONS = {
     "cases": "conflict,unmentioned", "methods": "", "settings": "", "steps": "4",
     "opened": "1", "teacher_steps": 0, "also": "cfg:3", "processes": 1, "device": "cpu", "batch": 2,
     "compiled": False,
+    "teacher_choose_attributes": "colour",
 }  # fmt: skip
 
 
@@ -38,6 +39,30 @@ def test_a_removal_table_whose_settings_cannot_be_chosen_yet_is_not_written(tmp_
         removal_script.main(**OPTIONS, docs=tmp_path, seconds=0)
     assert "run again to go on" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_the_teacher_has_settings_of_its_own(tmp_path, removal_script):
+    kept = removal_script._Kept(tmp_path / "removal.json")
+    tried = {"sprites": removal_script.CANDIDATES, "sprites-teacher": removal_script.CANDIDATES_OF_TEACHER}
+    for kind, attribute in removal_script._cases("colour"):
+        for model, best, steps in (("sprites", "cfg:2", 4), ("sprites-teacher", "cfg:3", 1)):
+            for label in (label for labels in tried[model].values() for label in labels):
+                asked = removal_script._Asked(model, "choose", label, steps, None, kind, attribute, 1)
+                kept.add(asked, removal_row(asked, 0.9 if label == best else 0.5))
+    removal_script.main(**OPTIONS | {"methods": "cfg", "steps": "", "teacher_steps": 1}, docs=tmp_path)
+    stored = json.loads((tmp_path / "removal.json").read_text())
+    assert (stored["best"]["cfg"], stored["best_of_teacher"]["cfg"]) == ("cfg:2", "cfg:3")
+    made = [row for row in stored["rows"] if row["split"] == "report"]
+    assert [(row["model"], row["label"], row["steps"], row["first_steps"], row["case"]) for row in made] == [
+        ("sprites", "cfg:2", 1, 4, "unmentioned"),
+        ("sprites", "cfg:2", 1, 4, "conflict"),
+        ("sprites-teacher", "cfg:3", 1, None, "unmentioned"),
+        ("sprites-teacher", "cfg:3", 1, None, "conflict"),
+    ]
+    table = (tmp_path / "removal-table.md").read_text()
+    assert "## How settings were chosen (4 steps" in table
+    assert "## How the teacher's settings were chosen (1 steps" in table
+    assert "| cfg:3 | 90.0 | 0.0 | 90.0 | 90.0 | yes |" in table
 
 
 def test_a_removal_table_is_made_in_parts(tmp_path, removal_script, capsys):
@@ -91,7 +116,7 @@ def test_settings_that_are_not_all_tried_are_shown_and_none_is_chosen(tmp_path, 
     kept.add(asked, removal_row(asked, 0.5))
     removal_script.main(**OPTIONS | {"settings": "none"}, docs=tmp_path, seconds=0)
     table = (tmp_path / "removal-table.md").read_text()
-    assert "## Settings to choose from, not all of them yet" in table
+    assert "## Cells to choose settings from, not all of them yet" in table
     assert "| nasa:1 | 0.0 | 0.0 | 50.0 | 50.0 |  |" in table
     assert json.loads((tmp_path / "removal.json").read_text())["best"] == {}
     assert not list((tmp_path / "images").iterdir())
@@ -105,7 +130,7 @@ def test_the_table_in_docs_is_that_of_its_json(removal_script):
     def part(model, split):
         return [row for row in rows if (row["model"], row["split"]) == (model, split)]
 
-    parts = (part("sprites", "choose"), part("sprites", "report"), part("sprites-teacher", "report"))
+    parts = [part(model, split) for model in ("sprites", "sprites-teacher") for split in ("choose", "report")]
     assert removal_script._document(facts, *parts) == (docs / "removal-table.md").read_text()
 
 
