@@ -59,7 +59,7 @@ CANDIDATES = {
     + _at("nasa-centred+conflict2+limit0.2", 0.5)
     + _at("nasa-centred+conflict2+limit0.3", 0.4, 0.5, 0.6)
     + _at("nasa-centred+conflict2+limit0.4", 0.5),
-    "nag": _at("nag", 2, 3, 9)
+    "nag": _at("nag+pad", 2, 3, 9)
     + _at("nag+nopad", 1.5, 2, 3, 4, 6)
     + _at("nag+nopad+tau1.5", 3)
     + _at("nag+nopad+tau4", 4)
