@@ -9,6 +9,7 @@ import sys
 
 import environment
 
+MOST_WORKERS = 4
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -46,7 +47,12 @@ def main() -> None:
         environment.run([*module, "ruff", "check", "."])
         environment.run([*module, "ruff", "format", "--check", "."])
         environment.run([*module, "mypy"])
-    environment.run([*module, "pytest", *sys.argv[1:]])
+        # what is played and watched needs the machine for itself; a worker takes up to 2 GB
+        workers = ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS)), "--dist", "worksteal"]
+        environment.run([*module, "pytest", *workers, "--ignore", "tests/web"])
+        environment.run([*module, "pytest", "tests/web"])
+    else:
+        environment.run([*module, "pytest", *sys.argv[1:]])
 
 
 if __name__ == "__main__":
