@@ -70,11 +70,11 @@ CANDIDATES = {
 }
 CANDIDATES_OF_TEACHER = {
     "none": ("none",),
-    "cfg": _at("cfg", 2, 3, 5),
-    "nasa": _at("nasa", 0.75, 1.25),
-    "nasa-centred+conflict+limit": _at("nasa-centred+conflict2+limit0.3", 0.3, 0.5),
-    "nag": _at("nag+nopad", 2, 4),
-    "vsf": _at("vsf", 1, 1.4),
+    "cfg": _at("cfg", 1.5, 2, 3, 5),
+    "nasa": _at("nasa", 0.75, 1.25, 1.5),
+    "nasa-centred+conflict+limit": _at("nasa-centred+conflict2+limit0.3", 0.3, 0.5, 0.6),
+    "nag": _at("nag+nopad", 1.5, 2, 4),
+    "vsf": _at("vsf", 1, 1.4, 2),
 }
 """Fewer, because its videos take five times as long: around what was best on the student."""
 KINDS: tuple[CaseKind, ...] = ("conflict", "stated", "unmentioned")
