@@ -76,7 +76,7 @@ CANDIDATES_OF_TEACHER = {
     "nag": _at("nag+nopad", 1.5, 2, 4),
     "vsf": _at("vsf", 1, 1.4, 2),
 }
-"""Fewer, because its videos take five times as long: around what was best on the student."""
+"""Fewer, because its videos take four times as long: around what was best on the student."""
 KINDS: tuple[CaseKind, ...] = ("conflict", "stated", "unmentioned")
 OPENING = 4
 """Steps of a first chunk where the others have fewer (``--opened``)."""
@@ -144,9 +144,8 @@ class _Kept:
 def _place(row: Row) -> tuple[Any, ...]:
     """Where a row stands in its table."""
     kinds = ("unmentioned", "stated", "conflict")
-    labels = list(
-        chain(*CANDIDATES.values(), *CANDIDATES_OF_TEACHER.values(), [row["label"]])
-    )  # that of an earlier list
+    # its own label last, which may be of an earlier list
+    labels = list(chain(*CANDIDATES.values(), *CANDIDATES_OF_TEACHER.values(), [row["label"]]))
     return (
         row["model"], row["split"], -row["steps"], row["first_steps"] or 0, kinds.index(row["case"]),
         attributes_of(row["case"]).index(row["attribute"]), labels.index(row["label"]), row["n"],
@@ -242,6 +241,8 @@ def main(
     """Chooses, reports, writes."""
     if settings and methods:
         raise typer.BadParameter("--settings names what is reported, --methods picks from the chosen: give one of them")
+    if unknown := [name for name in _words(methods) if name not in CANDIDATES]:
+        raise typer.BadParameter(f"--methods takes some of {', '.join(CANDIDATES)}, got {unknown[0]}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     making = _Making(device, batch, time.monotonic() + seconds, compiled)
     kept = _Kept(docs / "removal.json")
@@ -260,13 +261,19 @@ def main(
             if not settings and not _make(workers, making, kept, part.to_choose()):
                 unchosen.append(part.model)
                 continue
-            best = {} if settings else part.choose(kept)
-            every = [*best.values(), *(_words(also) if part is student else [])]
-            labels = _words(settings) or [best[name] for name in _words(methods)] or list(dict.fromkeys(every))
+            best = part.choose(kept)
+            if settings:
+                labels = _words(settings)
+            elif methods:  # the teacher has fewer
+                labels = [best[name] for name in _words(methods) if name in best]
+            else:
+                labels = list(dict.fromkeys([*best.values(), *(_words(also) if part is student else [])]))
             complete &= _make(workers, making, kept, part.to_report(n, labels, those))
     if len(kept):
+        # what was chosen for a part that is left out now still is
+        kept.facts = {part.best: {} for part in (student, teacher)} | kept.facts
         kept.facts |= {"commit": _commit(), "choose_n": choose_n, "n": n}
-        kept.facts |= {part.best: part.choose(kept) for part in (student, teacher)}
+        kept.facts |= {part.best: part.choose(kept) for part in parts}
         kept.write()
         _write_report(docs, kept)
     if unchosen:

@@ -47,7 +47,7 @@ def main() -> None:
         environment.run([*module, "ruff", "check", "."])
         environment.run([*module, "ruff", "format", "--check", "."])
         environment.run([*module, "mypy"])
-        # what is played and watched needs the machine for itself; a worker takes up to 2 GB
+        # not too many: each holds torch and models; what is played and watched needs the machine for itself
         workers = ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS)), "--dist", "worksteal"]
         environment.run([*module, "pytest", *workers, "--ignore", "tests/web"])
         environment.run([*module, "pytest", "tests/web"])

@@ -49,13 +49,20 @@ def test_the_teacher_has_settings_of_its_own(tmp_path, removal_script):
             for label in (label for labels in tried[model].values() for label in labels):
                 asked = removal_script._Asked(model, "choose", label, steps, None, kind, attribute, 1)
                 kept.add(asked, removal_row(asked, 0.9 if label == best else 0.5))
-    removal_script.main(**OPTIONS | {"methods": "cfg", "steps": "", "teacher_steps": 1}, docs=tmp_path)
+    options = {
+        "methods": "cfg,nasa-centred",
+        "steps": "",
+        "teacher_steps": 1,
+    }  # the latter is not in the teacher's list
+    removal_script.main(**OPTIONS | options, docs=tmp_path)
     stored = json.loads((tmp_path / "removal.json").read_text())
     assert (stored["best"]["cfg"], stored["best_of_teacher"]["cfg"]) == ("cfg:2", "cfg:3")
     made = [row for row in stored["rows"] if row["split"] == "report"]
     assert [(row["model"], row["label"], row["steps"], row["first_steps"], row["case"]) for row in made] == [
         ("sprites", "cfg:2", 1, 4, "unmentioned"),
+        ("sprites", "nasa-centred+conflict0+nolimit:1", 1, 4, "unmentioned"),
         ("sprites", "cfg:2", 1, 4, "conflict"),
+        ("sprites", "nasa-centred+conflict0+nolimit:1", 1, 4, "conflict"),
         ("sprites-teacher", "cfg:3", 1, None, "unmentioned"),
         ("sprites-teacher", "cfg:3", 1, None, "conflict"),
     ]
@@ -63,6 +70,11 @@ def test_the_teacher_has_settings_of_its_own(tmp_path, removal_script):
     assert "## How settings were chosen (4 steps" in table
     assert "## How the teacher's settings were chosen (1 steps" in table
     assert "| cfg:3 | 90.0 | 0.0 | 90.0 | 90.0 | yes |" in table
+
+    # the student alone leaves the teacher's part as it is
+    removal_script.main(**OPTIONS | {"steps": "", "opened": ""}, docs=tmp_path)
+    assert (tmp_path / "removal-table.md").read_text() == table
+    assert json.loads((tmp_path / "removal.json").read_text()) == stored
 
 
 def test_a_removal_table_is_made_in_parts(tmp_path, removal_script, capsys):
@@ -93,9 +105,11 @@ def test_a_removal_table_is_made_in_parts(tmp_path, removal_script, capsys):
     assert not removal_script._Kept(tmp_path / "removal.json").rows("sprites", "choose", 1)
 
 
-def test_settings_and_methods_exclude_each_other(tmp_path, removal_script):
+def test_methods_that_are_not_there_or_beside_settings_are_refused(tmp_path, removal_script):
     with pytest.raises(typer.BadParameter, match="give one of them"):
         removal_script.main(**OPTIONS | {"settings": "none", "methods": "nasa"}, docs=tmp_path)
+    with pytest.raises(typer.BadParameter, match=r"some of none, cfg, .* got nasal"):
+        removal_script.main(**OPTIONS | {"methods": "cfg,nasal"}, docs=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
