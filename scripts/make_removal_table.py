@@ -341,9 +341,15 @@ def _pipeline(model: str, device: str, compiled: bool) -> VideoPipeline:
     # the detectors say the same of what a bfloat16 decoder makes (docs/removal.md)
     placement = Placement(half_decoder=compiled or device != "cpu")
     dtype = torch.bfloat16 if compiled else None
-    return VideoPipeline.from_pretrained(
+    pipeline = VideoPipeline.from_pretrained(
         model, device, dtype, placement=placement, compiled="on" if compiled else "off"
     )
+    if compiled:
+        # all videos are short and of one length: a graph for every chunk attends to what is there, one for all of them
+        # to a full window each time (a quarter more work)
+        pipeline.model.static_cache = False
+        torch._dynamo.config.automatic_dynamic_shapes = False
+    return pipeline
 
 
 @cache

@@ -23,7 +23,7 @@ from causvid_adapter import (
 )
 from causvid_adapter.kv_cache import RopeMode
 from causvid_adapter.offload import offload_blocks
-from nasa_video.attention import SdpaAttend
+from nasa_video.attention import FOLDED_TILE, SdpaAttend
 from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.guidance import AttentionGuidance, Nag, Nasa
 from nasa_video.steering import Steering
@@ -87,6 +87,17 @@ def test_one_graph_serves_every_chunk_and_is_the_eager_video(
     again = torch.cat(list(stream(model, steering, 6, window, sink, rope)), dim=1)
     assert torch.equal(again, torch.cat(chunks, dim=1))
     assert counter.frame_count == 1, "the next video of the size takes the same graph"
+
+
+def test_prompts_of_other_lengths_take_the_same_graph(new_wan: NewWan, new_context: NewContext) -> None:
+    model = CausalWan(new_wan())
+    steering = steering_of(model.transformer, Nasa(0.1), new_context)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compile_generator(model, backend=counter)
+    for length in (5, 2, FOLDED_TILE - 1):
+        steering.positive = prompt_keys(model.transformer, new_context([length], tokens=FOLDED_TILE))
+        list(stream(model, steering, 1, None))
+    assert counter.frame_count == 1
 
 
 def test_a_session_may_change_its_guidance_more_often_than_torch_compiles_by_itself(

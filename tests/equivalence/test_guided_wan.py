@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, ModelCall, SeededNoise
 from causvid_adapter.model import IMAGE_MODEL_TEXT_TOKENS
-from nasa_video.attention import SdpaAttend
+from nasa_video.attention import FOLDED_TILE, SdpaAttend
 from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.guidance import AttentionGuidance, CentredNasa, Nag, Nasa, ScaleSchedule, Vsf
 from nasa_video.steering import Steering
@@ -426,9 +426,10 @@ def test_folded_text_is_padded_text(
 
 
 def test_folding_makes_text_keys_as_few_as_the_prompt_has_tokens(new_wan: NewWan, new_context: NewContext) -> None:
-    keys = prompt_keys(new_wan(), new_context([3, 2], tokens=8))
-    assert [layer.k.shape[1] for layer in keys.layers] == [4, 4]
-    whole = prompt_keys(new_wan(), new_context([3, 2], tokens=8), fold=False)
+    tokens = 4 * FOLDED_TILE
+    keys = prompt_keys(new_wan(), new_context([FOLDED_TILE, 2], tokens=tokens))
+    assert [layer.k.shape[1] for layer in keys.layers] == [2 * FOLDED_TILE] * 2
+    whole = prompt_keys(new_wan(), new_context([FOLDED_TILE, 2], tokens=tokens), fold=False)
     assert keys.num_bytes * 2 == whole.num_bytes
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nasa_video.attention import (
+    FOLDED_TILE,
     AttentionError,
     SdpaAttend,
     TextKeys,
@@ -52,7 +53,7 @@ def test_sdpa_is_softmax_attention(biased: bool) -> None:
 
 
 def test_sdpa_in_bfloat16_keeps_the_dtype_and_the_log_sum_exp_in_float32() -> None:
-    q, k, v = (x.bfloat16() for x in random_case())
+    q, k, v = (x.bfloat16() for x in random_case(keys=FOLDED_TILE))
     bias = key_bias(torch.tensor([3, 1]), 8, fold=True, padding=True)
     out, lse = SdpaAttend().with_lse(q, TextKeys(k, v, bias))
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
@@ -60,9 +61,9 @@ def test_sdpa_in_bfloat16_keeps_the_dtype_and_the_log_sum_exp_in_float32() -> No
 
 
 def test_m_equal_keys_are_one_with_log_m() -> None:
-    q, k, v = random_case(keys=3)
+    q, k, v = random_case(keys=FOLDED_TILE)
     lengths, total = torch.tensor([2, 2]), 7
-    padded_k, padded_v = (torch.cat([x[:, :2], x[:, 2:].expand(-1, total - 2, -1, -1)], dim=1) for x in (k, v))
+    padded_k, padded_v = (torch.cat([x[:, :2], x[:, -1:].expand(-1, total - 2, -1, -1)], dim=1) for x in (k, v))
     bias = key_bias(lengths, total, fold=True, padding=True)
     folded = SdpaAttend()(q, TextKeys(k, v, bias))
     assert torch.allclose(folded, SdpaAttend()(q, TextKeys(padded_k, padded_v)), atol=1e-6)
@@ -73,7 +74,12 @@ def test_bias_of_prompts_of_different_length_in_one_batch() -> None:
     bias = key_bias(torch.tensor([2, 0, 3]), 3, fold=True, padding=True)
     assert bias is not None
     off = -math.inf
-    assert bias[:, 0, 0].tolist() == [[0, 0, off, 0], [off, off, off, pytest.approx(math.log(3))], [0, 0, 0, off]]
+    between = [off] * (FOLDED_TILE - 4)
+    assert bias[:, 0, 0].tolist() == [
+        [0, 0, off, *between, 0],
+        [off, off, off, *between, pytest.approx(math.log(3))],
+        [0, 0, 0, *between, off],
+    ]
 
 
 def test_bias_without_padding_leaves_the_real_tokens() -> None:
@@ -81,7 +87,8 @@ def test_bias_without_padding_leaves_the_real_tokens() -> None:
     folded, whole = (key_bias(lengths, 4, fold=fold, padding=False) for fold in (True, False))
     assert folded is not None
     assert whole is not None
-    assert folded[:, 0, 0].tolist() == [[0, 0, off], [0, off, off]]
+    between = [off] * (FOLDED_TILE - 3)
+    assert folded[:, 0, 0].tolist() == [[0, 0, *between, off], [0, off, *between, off]]
     assert whole[:, 0, 0].tolist() == [[0, 0, off, off], [0, off, off, off]]
     assert key_bias(lengths, 4, fold=False, padding=True) is None
 
@@ -93,10 +100,12 @@ def test_a_prompt_without_tokens_and_padding_is_refused(fold: bool) -> None:
 
 
 def test_folding_keeps_the_longest_prompt_and_one_padding_token() -> None:
-    embeds = torch.ones(2, 5, 3)
-    folded = folded_embeds(embeds, torch.tensor([2, 1]))
-    assert folded.shape == (2, 3, 3)
-    assert torch.equal(folded[:, 2], torch.zeros(2, 3))
+    embeds = torch.ones(2, 40, 3)
+    for longest, keys in ((2, 1), (15, 1), (16, 2)):
+        folded = folded_embeds(embeds, torch.tensor([longest, 1]))
+        assert folded.shape == (2, keys * FOLDED_TILE, 3)
+        assert torch.equal(folded[:, :longest], embeds[:, :longest])
+        assert not folded[:, longest:].any()
 
 
 def test_an_unknown_backend_is_refused() -> None:
@@ -177,7 +186,9 @@ def test_guidance_over_xformers_interface_is_guidance_over_sdpa(
     fake_xformers: FakeXformers, method: AttentionGuidance, num_keys: int, dtype: torch.dtype
 ) -> None:
     q, k, v = (x.to(dtype) for x in random_case(queries=5, keys=num_keys))
-    bias = key_bias(torch.tensor([num_keys - 1, 1]), 40, fold=True, padding=True)
+    bias = key_bias(torch.tensor([num_keys - 1, 1]), num_keys, fold=False, padding=False)
+    assert bias is not None
+    bias[..., -1] = math.log(30)
     positive, negative = TextKeys(k, v, bias), TextKeys(v, k)
     over_xformers = method(q, positive, [(negative, 0.7)], make_attend("xformers"))
     over_sdpa = method(q, positive, [(negative, 0.7)], SdpaAttend())
@@ -243,7 +254,8 @@ def test_folding_in_half_precision_is_as_exact_as_padding(real: int) -> None:
     bias = key_bias(torch.tensor([real]), 512, fold=True, padding=True)
     assert bias is not None
     rounded, shift = shifted_bias(bias, torch.bfloat16)
-    folded = TextKeys(torch.cat([k, pad_k], dim=1), torch.cat([v, pad_v], dim=1), bias, rounded)
+    padded_k, padded_v = (x[:, : bias.shape[-1]] for x in padded)
+    folded = TextKeys(padded_k, padded_v, bias, rounded)
 
     def error(out: Tensor) -> float:
         return float((out.double() - exact).norm() / exact.norm())
@@ -251,7 +263,8 @@ def test_folding_in_half_precision_is_as_exact_as_padding(real: int) -> None:
     assert error(SdpaAttend()(q, folded)) <= error(SdpaAttend()(q, TextKeys(*padded)))
     weights = (rounded.double() + shift.double()).exp().flatten()
     torch.testing.assert_close(float(weights[-1]), 512.0 - real, rtol=2e-4, atol=0)
-    torch.testing.assert_close(weights[:-1], torch.ones(real, dtype=torch.double), rtol=2e-4, atol=0)
+    torch.testing.assert_close(weights[:real], torch.ones(real, dtype=torch.double), rtol=2e-4, atol=0)
+    assert not weights[real:-1].any()
 
 
 def test_a_gradient_is_wanted_and_no_fused_kernel_loses_it(monkeypatch: pytest.MonkeyPatch) -> None:
