@@ -195,7 +195,7 @@ def key_bias(lengths: Tensor, num_tokens: int, *, fold: bool, padding: bool) -> 
         padding: whether padding takes part at all.
 
     Returns:
-        (B, 1, 1, N) float32 with N of :func:`folded_embeds` or L, or None where no bias is needed.
+        (B, 1, 1, N) float32 with N of :func:`folded_tokens` or L, or None where no bias is needed.
 
     Raises:
         InputError: a prompt has no tokens, and padding takes no part: nothing is left to attend to.
@@ -206,7 +206,7 @@ def key_bias(lengths: Tensor, num_tokens: int, *, fold: bool, padding: bool) -> 
         raise InputError(
             "a prompt without tokens has only padding to attend to; leave it out, or let padding take part"
         )
-    index = torch.arange(_folded_tokens(lengths) if fold else num_tokens, device=lengths.device)
+    index = torch.arange(folded_tokens(lengths) if fold else num_tokens, device=lengths.device)
     real = index[None, :] < lengths[:, None]
     bias = torch.where(real, 0.0, -math.inf).float()
     if fold and padding:
@@ -217,11 +217,12 @@ def key_bias(lengths: Tensor, num_tokens: int, *, fold: bool, padding: bool) -> 
 def folded_embeds(embeds: Tensor, lengths: Tensor) -> Tensor:
     """The longest prompt's real tokens and, last, one padding token, (B, N, E), from (B, L, E).
 
-    N is the next multiple of ``FOLDED_TILE``; what is between the two is padding of which :func:`key_bias` takes none.
+    N is that of :func:`folded_tokens`; what is between the two is padding of which :func:`key_bias` takes none.
     """
     longest = int(lengths.max())
-    return F.pad(embeds[:, :longest], (0, 0, 0, _folded_tokens(lengths) - longest))
+    return F.pad(embeds[:, :longest], (0, 0, 0, folded_tokens(lengths) - longest))
 
 
-def _folded_tokens(lengths: Tensor) -> int:
+def folded_tokens(lengths: Tensor) -> int:
+    """Keys of folded prompts of these lengths: the longest and one for its padding, in tiles of ``FOLDED_TILE``."""
     return math.ceil((int(lengths.max()) + 1) / FOLDED_TILE) * FOLDED_TILE

@@ -19,7 +19,7 @@ from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 from true_sizes import SUBJECTS, Subject, randn
 
-from nasa_video.attention import SdpaAttend
+from nasa_video.attention import SdpaAttend, folded_tokens
 from nasa_video.backbones.joint import JointFormula, NegativeMass, PositiveMass, WholeOutput
 from nasa_video.bench.flops import ChunkLoop, WanSizes, mean_chunk_flops, pass_flops, prompt_flops, text_flops
 from nasa_video.guidance import Guidance, Nag, Nasa, Vsf
@@ -100,16 +100,16 @@ def wan_table() -> list[str]:
     sampler = preset.sampler
     tokens = sizes.tokens_per_frame(preset.video.height // 8, preset.video.width // 8)
     loop = ChunkLoop(tokens, sampler.frames_per_chunk, sampler.default_steps, sampler.window_frames)
-    positive, short = 21, 11  # 20 real tokens and 10, each with one key for all of its padding
+    positive = folded_tokens(torch.tensor([20]))
     cases = {
         "none, padded (the public model)": ((512,),),
         "none, folded": ((positive,),),
         "NASA, padded": ((512, 512),),
-        "NASA, folded": ((positive, short),),
-        "NAG, folded": ((positive, short),),
-        "VSF, folded, negative without padding": ((positive, short - 1),),
+        "NASA, folded": ((positive, WAN_NEGATIVE),),
+        "NAG, folded": ((positive, WAN_NEGATIVE),),
+        "VSF, folded, negative without padding": ((positive, WAN_NEGATIVE),),
         "CFG, padded": ((512,), (512,)),
-        "CFG, folded": ((positive,), (short,)),
+        "CFG, folded": ((positive,), (WAN_NEGATIVE,)),
     }
     base = mean_chunk_flops(sizes, loop, 7, cases["none, padded (the public model)"])
     lines = ["| Wan 2.1 1.3B, causal, a chunk | TFLOP | against the public model |", "|---|---|---|"]
@@ -117,12 +117,12 @@ def wan_table() -> list[str]:
         flops = mean_chunk_flops(sizes, loop, 7, branches)
         lines.append(f"| {name} | {flops / 1e12:.2f} | {per_cent(flops, base)} |")
     lines.append(f"\nKeys of one 512-token prompt, once: {prompt_flops(sizes, 512) / 1e12:.2f} TFLOP; ")
-    lines[-1] += f"of 11 folded tokens: {prompt_flops(sizes, 11) / 1e9:.1f} GFLOP."
+    lines[-1] += f"of {WAN_NEGATIVE} folded keys: {prompt_flops(sizes, WAN_NEGATIVE) / 1e9:.1f} GFLOP."
     return lines
 
 
-WAN_FRAMES, WAN_TEXT, WAN_NEGATIVE = 21, 512, 11
-"""Latent frames of 81; text tokens of the public model; 10 real tokens of a negative and one for its padding."""
+WAN_FRAMES, WAN_TEXT, WAN_NEGATIVE = 21, 512, folded_tokens(torch.tensor([10]))
+"""Latent frames of 81; text tokens of the public model; keys of a negative of 10 tokens."""
 
 
 def wan_config(size: str) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def bidirectional_table() -> list[str]:
         seen = count_wan(config)
         if abs(seen - plain) > 1e-3 * seen:
             raise RuntimeError(f"Wan {size}: {plain:,} operations by formula, {seen:,} by the counter")
-        cells = [per_cent(step(number), plain) for number in (WAN_NEGATIVE, WAN_NEGATIVE, WAN_NEGATIVE - 1)]
+        cells = [per_cent(step(number), plain) for number in [WAN_NEGATIVE] * 3]
         cells += [per_cent(2 * plain, plain), per_cent(step(WAN_TEXT) + keys, plain)]
         lines.append(f"| {size} | {plain / 1e12:.2f} | {' | '.join(cells)} |")
     return lines

@@ -36,7 +36,7 @@ def subject_of(transformer: WanTransformer3DModel, window: int | None = None) ->
     sampler = SamplerSettings(
         shift=8, steps={2: (1000.0, 757.0)}, default_steps=2, frames_per_chunk=3, window_frames=window
     )
-    return Subject(CausalWan(transformer), SdpaAttend(), sampler, GUIDANCE, (4, 4, 6), RandomText(16, 10), (5, 3))
+    return Subject(CausalWan(transformer), SdpaAttend(), sampler, GUIDANCE, (4, 4, 6), RandomText(32, 10), (5, 3))
 
 
 def nothing(frames: range, step: int) -> torch.Tensor:
@@ -52,7 +52,7 @@ def folder(tmp_path: Path, new_wan: NewWan, new_vae: NewVae) -> Path:
         "name": "small", "kind": "video", "title": "small", "licence": "none",
         "components": {
             "transformer": {"path": "transformer"}, "vae": {"path": "vae"},
-            "text_encoder": {"kind": "wordllama", "max_tokens": 16},
+            "text_encoder": {"kind": "wordllama", "max_tokens": 32},
         },
         "sampler": {"shift": 8.0, "steps": {2: [1000, 757]}, "default_steps": 2, "frames_per_chunk": 3},
         "video": {"width": 96, "height": 64, "fps": 12, "frames": 33},
@@ -114,7 +114,7 @@ def test_the_formula_gives_what_the_facts_say_of_causvid() -> None:
 
 def test_a_prompts_keys_cost_what_the_formula_says(new_wan: NewWan) -> None:
     subject = subject_of(new_wan())
-    for fold, tokens in ((True, 6), (False, 16)):
+    for fold, tokens in ((True, 16), (False, 32)):
         with flop_counter() as counter:
             subject.make_keys(RandomText.prompt(5), fold, True)
         assert counter.get_total_flops() == prompt_flops(subject.sizes, tokens)
@@ -142,7 +142,7 @@ def test_a_present_model_is_measured_in_every_method(folder: Path) -> None:
     assert result["order"] == "chunk by chunk"
     assert (result["layers"], result["model_layers"], result["weights"]) == (3, 3, "loaded")
     assert [rows[name]["keys"] for name in ("none-padded", "nasa-folded", "nasa-padded", "cfg")] == [
-        [[16]], [[6, 4]], [[16, 16]], [[6], [4]],
+        [[32]], [[16, 16]], [[32, 32]], [[16], [16]],
     ]  # fmt: skip
     for row in rows.values():
         assert row["ms_per_chunk"] > 0
@@ -161,7 +161,7 @@ def test_a_present_model_is_measured_in_every_method(folder: Path) -> None:
     # Two chunks of 72 tokens, 3 layers, width 48, float32.
     history = 2 * 144 * 3 * 48 * 4
     assert rows["nasa-padded"]["memory"] == {
-        "history": history, "text_keys": 32 * 2 * 3 * 48 * 4, "peak_beside_weights": None, "extra": 16 * 2 * 3 * 48 * 4,
+        "history": history, "text_keys": 64 * 2 * 3 * 48 * 4, "peak_beside_weights": None, "extra": 32 * 2 * 3 * 48 * 4,
     }  # fmt: skip
     assert rows["cfg"]["memory"]["history"] == 2 * history
     assert heard[-1][0].startswith("counting")
@@ -182,7 +182,7 @@ def test_cut_layers_are_stated_and_extrapolated_apart(folder: Path, capsys: pyte
     assert "EXTRAPOLATED to all 3 layers" in text
     assert "all 3 layers, 3 chunks" in text
     assert "NASA, folded" in text
-    assert "6+4" in text
+    assert "16+16" in text
 
 
 def test_videos_that_do_not_fit_side_by_side_are_measured_one_after_another(
@@ -221,7 +221,7 @@ def test_a_compiled_model_is_measured_and_left_as_it_was(folder: Path, monkeypat
         ({"chunks": 0}, "chunks must be from 1"),
         ({"repeats": 0}, "repeats must be from 1"),
         ({"methods": ("nasa",)}, "no method 'nasa' to measure; use some of none-padded"),
-        ({"positive_tokens": 17}, "positive_tokens must be from 1 to the 16"),
+        ({"positive_tokens": 33}, "positive_tokens must be from 1 to the 32"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
