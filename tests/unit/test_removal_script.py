@@ -1,9 +1,11 @@
 """The script of the removal table: made in parts, kept in one file."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo
 import typer
 
 from nasa_video import VideoPipeline
@@ -151,10 +153,17 @@ def test_the_table_in_docs_is_that_of_its_json(removal_script):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_compiled_pipeline_computes_in_bfloat16_and_rows_say_so(monkeypatch, removal_script, compiled):
     made = {}
-    monkeypatch.setattr(
-        VideoPipeline, "from_pretrained", lambda model, device, dtype, **rest: made.update(dtype=dtype, **rest)
-    )
-    removal_script._pipeline.__wrapped__("sprites", "cpu", compiled)
+    loaded = SimpleNamespace(model=SimpleNamespace(static_cache=compiled))
+
+    def from_pretrained(model, device, dtype, **rest):
+        made.update(dtype=dtype, **rest)
+        return loaded
+
+    monkeypatch.setattr(VideoPipeline, "from_pretrained", from_pretrained)
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=True):
+        assert removal_script._pipeline.__wrapped__("sprites", "cpu", compiled) is loaded
+        assert torch._dynamo.config.automatic_dynamic_shapes != compiled
+    assert not loaded.model.static_cache
     assert made["dtype"] == (torch.bfloat16 if compiled else None)
     assert made["compiled"] == ("on" if compiled else "off")
     assert made["placement"].half_decoder == compiled
