@@ -346,7 +346,7 @@ def _pipeline(model: str, device: str, compiled: bool) -> VideoPipeline:
     )
     if compiled:
         # all videos are short and of one length: a graph for every chunk attends to what is there, one for all of them
-        # to a full window each time (a quarter more work)
+        # to a full window each time
         pipeline.model.static_cache = False
         torch._dynamo.config.automatic_dynamic_shapes = False
     return pipeline

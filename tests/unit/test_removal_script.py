@@ -51,11 +51,8 @@ def test_the_teacher_has_settings_of_its_own(tmp_path, removal_script):
             for label in (label for labels in tried[model].values() for label in labels):
                 asked = removal_script._Asked(model, "choose", label, steps, None, kind, attribute, 1)
                 kept.add(asked, removal_row(asked, 0.9 if label == best else 0.5))
-    options = {
-        "methods": "cfg,nasa-centred",
-        "steps": "",
-        "teacher_steps": 1,
-    }  # the latter is not in the teacher's list
+    # nasa-centred is not in the teacher's list
+    options = {"methods": "cfg,nasa-centred", "steps": "", "teacher_steps": 1}
     removal_script.main(**OPTIONS | options, docs=tmp_path)
     stored = json.loads((tmp_path / "removal.json").read_text())
     assert (stored["best"]["cfg"], stored["best_of_teacher"]["cfg"]) == ("cfg:2", "cfg:3")
