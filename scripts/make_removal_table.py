@@ -225,7 +225,7 @@ def main(
     ] = "colour,dim",
     also: Annotated[
         str, typer.Option(help="Reported beside the best of every method on the student.")
-    ] = "cfg:1.5,cfg:3,cfg:6",
+    ] = "cfg:1.5,cfg:3",
     processes: Annotated[int, typer.Option(help="Processes side by side.")] = os.cpu_count() or 1,
     device: Annotated[str, typer.Option(help="cpu or cuda; all processes share one GPU.")] = "cpu",
     batch: Annotated[int, typer.Option(help="Videos made at once.")] = 24,
