@@ -13,7 +13,7 @@ from diffusers.models.attention_dispatch import SeqAllToAllDim
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor
 
-from causvid_adapter.kv_cache import KVCache
+from causvid_adapter.cache import KVCache
 from causvid_adapter.rope import RotaryTable, rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from causvid_adapter.cache import check_window
 from causvid_adapter.errors import ShapeError
-from causvid_adapter.kv_cache import check_window
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query index, key index) -> may attend; the form that ``torch.nn.attention.flex_attention`` takes."""

@@ -9,12 +9,12 @@ from diffusers import WanTransformer3DModel
 from einops import rearrange
 from torch import Tensor, nn
 
+from causvid_adapter.accelerate.static_cache import StaticKVCache
 from causvid_adapter.attention import Attend, CausalSelfAttention, SelfAttentionCall, sdpa
+from causvid_adapter.cache import KVCache, RopeMode
 from causvid_adapter.errors import ShapeError
-from causvid_adapter.kv_cache import KVCache, RopeMode
 from causvid_adapter.mask import block_causal_mask
 from causvid_adapter.rope import FrameRope
-from causvid_adapter.static_cache import StaticKVCache
 
 # diffusers' Wan processor takes the last 512 tokens for text and what is in front of them for the image.
 IMAGE_MODEL_TEXT_TOKENS = 512

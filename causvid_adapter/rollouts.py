@@ -18,7 +18,7 @@ from torch import Tensor
 
 from causvid_adapter.errors import ShapeError
 from causvid_adapter.noise import NoiseSource
-from causvid_adapter.vae_stream import StreamingEncoder, normalize
+from causvid_adapter.vae import StreamingEncoder, normalize
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from causvid_adapter.cache import RopeMode, check_window
 from causvid_adapter.errors import ShapeError
-from causvid_adapter.kv_cache import RopeMode, check_window
 from causvid_adapter.noise import GivenNoise, NoiseSource
 from causvid_adapter.schedule import FlowMatchSchedule
 

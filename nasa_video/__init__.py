@@ -4,9 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nasa_video.guidance import CentredNasa, ClassifierFree, Nag, Nasa, Negative, ScaleSchedule, Vsf
-    from nasa_video.integration.guided import guided
-    from nasa_video.pipeline import VideoPipeline
+    from nasa_video.guidance.methods import CentredNasa, ClassifierFree, Nag, Nasa, Negative, ScaleSchedule, Vsf
+    from nasa_video.integrations.diffusers.guided import guided
+    from nasa_video.video.pipeline import VideoPipeline
 
 try:
     __version__ = version("nasa-video")
@@ -14,15 +14,15 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 _HOMES = {
-    "CentredNasa": "guidance",
-    "ClassifierFree": "guidance",
-    "Nag": "guidance",
-    "Nasa": "guidance",
-    "Negative": "guidance",
-    "ScaleSchedule": "guidance",
-    "Vsf": "guidance",
-    "VideoPipeline": "pipeline",
-    "guided": "integration.guided",
+    "CentredNasa": "guidance.methods",
+    "ClassifierFree": "guidance.methods",
+    "Nag": "guidance.methods",
+    "Nasa": "guidance.methods",
+    "Negative": "guidance.methods",
+    "ScaleSchedule": "guidance.methods",
+    "Vsf": "guidance.methods",
+    "VideoPipeline": "video.pipeline",
+    "guided": "integrations.diffusers.guided",
 }
 __all__ = [
     "CentredNasa",
@@ -44,7 +44,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    from nasa_video.misfit import misfit
+    from nasa_video.import_errors import misfit
 
     try:
         home = importlib.import_module(f"{__name__}.{_HOMES[name]}")

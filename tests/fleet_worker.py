@@ -15,12 +15,12 @@ from diffusers import WanTransformer3DModel
 from causvid_adapter import CausalWan
 from causvid_adapter.checkpoint import _cast
 from nasa_video.models.presets import find_preset
-from nasa_video.training.nasa_t.dry_run import NEGATIVES, PROMPTS, HashEncoder
-from nasa_video.training.nasa_t.fleet import Fleet
-from nasa_video.training.nasa_t.run import resume, save
-from nasa_video.training.nasa_t.settings import VideoSettings, parse_settings
-from nasa_video.training.nasa_t.video import VideoGame
-from nasa_video.training.nasa_t.video_parts import VideoParts
+from nasa_video.train.dry_run import NEGATIVES, PROMPTS, HashEncoder
+from nasa_video.train.fleet import Fleet
+from nasa_video.train.run import resume, save
+from nasa_video.train.settings import VideoSettings, parse_settings
+from nasa_video.train.video import VideoGame
+from nasa_video.train.video_parts import VideoParts
 
 STEPS = 3
 LORA = {"rank": 2, "scaling": 2}

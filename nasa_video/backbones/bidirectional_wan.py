@@ -13,12 +13,12 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 
 from causvid_adapter import CausalWan
-from nasa_video.attention import Attend
 from nasa_video.backbones import wan
 from nasa_video.backbones.scope import NegativeContext, new_steering, place_keys
 from nasa_video.errors import InputError
-from nasa_video.guidance import AttentionGuidance
-from nasa_video.steering import EffectMeter, PromptKeys
+from nasa_video.guidance.attention import Attend
+from nasa_video.guidance.methods import AttentionGuidance
+from nasa_video.guidance.state import EffectMeter, PromptKeys
 from nasa_video.text import TextContext
 
 WanModel: TypeAlias = WanTransformer3DModel | WanVACETransformer3DModel | CausalWan

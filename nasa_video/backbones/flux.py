@@ -17,13 +17,13 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor, cat
 
-from nasa_video.attention import Attend, TextKeys
 from nasa_video.backbones.flux_streams import EmbedText, EmbedTime, FluxRun, TextStream, enter_block, leave_block
 from nasa_video.backbones.joint import JointFormula, join_keys
 from nasa_video.backbones.scope import NegativeContext, expand_keys, new_steering
 from nasa_video.errors import InputError
-from nasa_video.guidance import AttentionGuidance
-from nasa_video.steering import EffectMeter, PromptKeys
+from nasa_video.guidance.attention import Attend, TextKeys
+from nasa_video.guidance.methods import AttentionGuidance
+from nasa_video.guidance.state import EffectMeter, PromptKeys
 
 Rotary = tuple[Tensor, Tensor]
 _NO_KEYS = (PromptKeys(()), 1.0)

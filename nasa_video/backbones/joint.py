@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nasa_video.attention import Attend, TextKeys
 from nasa_video.errors import InputError
-from nasa_video.guidance import AttentionGuidance, GuidedAttention, Nag, Nasa, Vsf, WeightedKeys
+from nasa_video.guidance.attention import Attend, TextKeys
+from nasa_video.guidance.methods import AttentionGuidance, GuidedAttention, Nag, Nasa, Vsf, WeightedKeys
 
 
 class JointFormula(Protocol):

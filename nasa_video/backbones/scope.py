@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from causvid_adapter import ModelCall
-from nasa_video.attention import Attend, TextKeys
 from nasa_video.errors import InputError
-from nasa_video.guidance import AttentionGuidance
-from nasa_video.steering import EffectMeter, PromptKeys, Steering
+from nasa_video.guidance.attention import Attend, TextKeys
+from nasa_video.guidance.methods import AttentionGuidance
+from nasa_video.guidance.state import EffectMeter, PromptKeys, Steering
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class NegativeContext:
         embeds: (B, L, E); B = 1 serves every sample of a batch, otherwise B must divide the batch.
         mask: (B, L), True where a token is real; None where that is not known.
         pooled: (B, P), where the model has a pooled text embedding (FLUX).
-        weight: its share of the scale, see :class:`~nasa_video.guidance.Negative`.
+        weight: its share of the scale, see :class:`~nasa_video.guidance.methods.Negative`.
     """
 
     embeds: Tensor

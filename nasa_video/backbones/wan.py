@@ -14,10 +14,10 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor
 
+from causvid_adapter.accelerate.offload import resident
 from causvid_adapter.model import IMAGE_MODEL_TEXT_TOKENS
-from causvid_adapter.offload import resident
-from nasa_video.attention import TextKeys, folded_embeds, key_bias, shifted_bias
-from nasa_video.steering import PromptKeys, Steering
+from nasa_video.guidance.attention import TextKeys, folded_embeds, key_bias, shifted_bias
+from nasa_video.guidance.state import PromptKeys, Steering
 from nasa_video.text import TextContext
 
 

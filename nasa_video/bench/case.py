@@ -13,13 +13,13 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from causvid_adapter import load_generator
-from nasa_video.attention import AttentionError, Backend, SdpaAttend, make_attend
 from nasa_video.bench.flops import ChunkLoop, WanSizes, mean_chunk_flops
 from nasa_video.bench.random_model import RandomText, random_generator
 from nasa_video.bench.subject import Method, Subject, find_methods
 from nasa_video.errors import InputError
-from nasa_video.memory.estimate import Run
+from nasa_video.guidance.attention import AttentionError, Backend, SdpaAttend, make_attend
 from nasa_video.models.loading import choose_device
+from nasa_video.models.memory_estimate import Run
 from nasa_video.models.presets import Source, VideoPreset, find_preset
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

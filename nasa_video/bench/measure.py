@@ -19,8 +19,8 @@ from nasa_video.bench.operations import Operations, Report, analytic_flops, coun
 from nasa_video.bench.random_model import random_vae
 from nasa_video.bench.subject import BASELINE, Method, Rollout, Subject
 from nasa_video.errors import NasaVideoError
-from nasa_video.memory.estimate import estimate, require
-from nasa_video.memory.free import available
+from nasa_video.models.free_memory import available
+from nasa_video.models.memory_estimate import estimate, require
 
 
 @torch.no_grad()

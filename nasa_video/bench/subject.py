@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, KVCache, ModelCall, NoiseSource
-from causvid_adapter.kv_cache import RopeMode
-from nasa_video.attention import Attend
+from causvid_adapter.cache import RopeMode
 from nasa_video.backbones import wan
 from nasa_video.bench.flops import Branches, ChunkLoop, WanSizes
 from nasa_video.bench.random_model import RandomText
-from nasa_video.classifier_free import BranchCaches, ClassifierFreeDenoiser
 from nasa_video.errors import InputError
-from nasa_video.guidance import GUIDANCE, AttentionGuidance, ClassifierFree, Guidance
+from nasa_video.guidance.attention import Attend
+from nasa_video.guidance.methods import GUIDANCE, AttentionGuidance, ClassifierFree, Guidance
+from nasa_video.guidance.state import PromptKeys, Steering
 from nasa_video.models.presets import SamplerSettings
-from nasa_video.steering import PromptKeys, Steering
+from nasa_video.video.classifier_free import BranchCaches, ClassifierFreeDenoiser
 
 
 @dataclass(frozen=True)

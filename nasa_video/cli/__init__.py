@@ -18,7 +18,7 @@ def _run() -> None:
     _quiet_libraries()
     from nasa_video.cli.app import app
     from nasa_video.cli.console import emit_json, fail, is_user_error, message_of
-    from nasa_video.misfit import misfit
+    from nasa_video.import_errors import misfit
 
     try:
         app()

@@ -50,8 +50,8 @@ def batch(
 ) -> None:
     """Make every video of JOBS that is not in the folder yet. Under torchrun each process takes its share and GPU."""
     from nasa_video.cli.generation import Request
-    from nasa_video.distributed import Processes
-    from nasa_video.evaluation.jobs import Shard
+    from nasa_video.jobs.processes import Processes
+    from nasa_video.jobs.store import Shard
 
     own = Shard.choose(shard).of(named_jobs(jobs))
     shared = Request(**load.asked | {"device": Processes.of_environment().device(load.device)})
@@ -101,7 +101,7 @@ def run_batch(
     """Make what is missing, as ``shared`` says; a job that cannot be made is told of, and the next is begun."""
     from nasa_video.cli.console import is_user_error
     from nasa_video.cli.generation import run
-    from nasa_video.pipeline import VideoPipeline
+    from nasa_video.video.pipeline import VideoPipeline
 
     loaded: dict[str, VideoPipeline] = {}
 

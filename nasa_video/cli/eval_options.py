@@ -12,10 +12,10 @@ import typer
 from nasa_video.cli.console import console, emit_json, say, shown_warnings
 
 if TYPE_CHECKING:
-    from nasa_video.evaluation.jobs import Engine, Shard, Tell
     from nasa_video.evaluation.picture_scores import Benchmark
     from nasa_video.evaluation.results import Results
     from nasa_video.evaluation.sampling import Model
+    from nasa_video.jobs.store import Engine, Shard, Tell
 
 MethodsOption = Annotated[str, typer.Option(help="Comma list of METHOD[:SCALE], side by side.")]
 FolderOption = Annotated[Path, typer.Option("-o", "--output", help="Folder of everything; a rerun goes on there.")]
@@ -55,7 +55,7 @@ def check_engine(engine: str) -> Engine:
         InputError: there is none such.
     """
     from nasa_video.errors import InputError
-    from nasa_video.evaluation.jobs import ENGINES
+    from nasa_video.jobs.store import ENGINES
 
     for known in ENGINES:
         if engine == known:
@@ -99,8 +99,8 @@ def run_benchmark(
     as_json: bool,
 ) -> None:
     """Make, measure, and where everything is there, write the results and say the table."""
-    from nasa_video.evaluation.jobs import Shard
     from nasa_video.evaluation.measuring import make_and_measure
+    from nasa_video.jobs.store import Shard
 
     part, how = Shard.choose(shard), check_engine(engine)
     counts = whole_numbers(steps, "steps") if steps else [None]

@@ -27,9 +27,9 @@ from nasa_video.cli.options import FirstStepsOption
 
 if TYPE_CHECKING:
     from nasa_video.evaluation.cases import CaseKind, Split
-    from nasa_video.evaluation.jobs import Record
     from nasa_video.evaluation.removal import Cell
     from nasa_video.evaluation.removal_jobs import Draw
+    from nasa_video.jobs.store import Record
 
 
 def removal(
@@ -120,11 +120,11 @@ class _Asked:
     def with_judge(self, judge: str, prompts: Path | None, seeds: int, base: Path | None, weights: Path | None) -> None:
         """Prompts of a file, or the sprites' cases, before any judge."""
         from nasa_video.errors import InputError
-        from nasa_video.evaluation.jobs import file_sha256
         from nasa_video.evaluation.judges import parse_judge
         from nasa_video.evaluation.picture_scores import feature_removal, sprites_removal
         from nasa_video.evaluation.prompt_files import removal_prompts
         from nasa_video.evaluation.sampling import VideoModel, model_of
+        from nasa_video.jobs.store import file_sha256
 
         if self.output is None:
             raise InputError("give a folder with -o: what is judged is kept there, and a rerun goes on there")
@@ -149,10 +149,10 @@ class _Asked:
 
     def _table(self, folder: Path) -> None:
         from nasa_video.errors import InputError
-        from nasa_video.evaluation.jobs import Shard, Store, run_jobs, write_manifest
         from nasa_video.evaluation.removal import cells
         from nasa_video.evaluation.removal_jobs import CellWorker, Draw, plan_cells
         from nasa_video.evaluation.video_jobs import methods_of, model_dtype
+        from nasa_video.jobs.store import Shard, Store, run_jobs, write_manifest
         from nasa_video.models.presets import find_preset
 
         preset = find_preset(self.model)

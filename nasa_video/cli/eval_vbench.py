@@ -119,11 +119,11 @@ def vbench(
 ) -> None:
     """VBench and VBench-Long: videos of its prompts for every method, scored in an environment of its own."""
     from nasa_video.errors import InputError
-    from nasa_video.evaluation.jobs import Shard
     from nasa_video.evaluation.vbench_run import VBenchOptions, VBenchRun
     from nasa_video.evaluation.vbench_setup import default_venv
     from nasa_video.evaluation.vbench_weights import cache_folder
-    from nasa_video.timeline import parse_negative
+    from nasa_video.jobs.store import Shard
+    from nasa_video.video.timeline import parse_negative
 
     negatives = tuple(parse_negative(text) for text in neg or () if text.strip())
     if not negatives and words(methods) != ["none"]:

@@ -25,7 +25,7 @@ def extend(
 ) -> None:
     """Continue CLIP: its frames fill the model's memory, and what comes after them is written behind them."""
     from nasa_video.cli.generation import Request, run
-    from nasa_video.start import StoredStart
+    from nasa_video.video.inputs import StoredStart
 
     with shown_warnings():
         start = StoredStart.of_file("extend", clip, new_frames=frames)

@@ -16,7 +16,7 @@ from nasa_video.cli.option_groups import LoadOptions, VideoOptions, grouped
 from nasa_video.cli.options import AsJsonOption, OnChangeOption, OutputOption
 
 if TYPE_CHECKING:
-    from nasa_video.start import StoredStart
+    from nasa_video.video.inputs import StoredStart
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class StartOptions:
 
     def stored(self, frames: int | None) -> StoredStart | None:
         """The start of a video of so many (new) frames."""
-        from nasa_video.start import StoredStart
+        from nasa_video.video.inputs import StoredStart
 
         if self.image is not None and self.video is not None:
             raise typer.BadParameter("a video starts from one of them", param_hint="--image, --video")
@@ -138,7 +138,7 @@ def generate(
     with shown_warnings(), ExitStack() as stack:
         watch = None
         if split:
-            from nasa_video.distributed import process_group
+            from nasa_video.jobs.processes import process_group
 
             own = stack.enter_context(process_group(load.device))
             request = dataclasses.replace(request, device=own.device(load.device), rank=own.rank)

@@ -14,20 +14,22 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from causvid_adapter.parallel import parallelise
+from causvid_adapter.accelerate.parallel import parallelise
 from nasa_video import __version__
-from nasa_video.attention import AttentionError, Backend
 from nasa_video.cli.writing import guarded, report, take_part, write
-from nasa_video.director import PromptWarning
-from nasa_video.distributed import Processes
 from nasa_video.errors import InputError
-from nasa_video.guidance import Guidance, ScaleSchedule
-from nasa_video.memory.placement import Placement, WeightKind
-from nasa_video.memory.planning import PlanRequest, check_plan, make_plan
+from nasa_video.files.metadata import read_metadata
+from nasa_video.guidance.attention import AttentionError, Backend
+from nasa_video.guidance.methods import Guidance, ScaleSchedule
+from nasa_video.jobs.processes import Processes
 from nasa_video.models.loading import DecoderKind, choose_device, default_dtype
+from nasa_video.models.memory_plan import PlanRequest, check_plan, make_plan
+from nasa_video.models.placement import Placement, WeightKind
 from nasa_video.models.presets import DEFAULT_MODEL, OnChange, find_preset
-from nasa_video.pipeline import Chunk, CompileKind, VideoPipeline
-from nasa_video.recipe import (
+from nasa_video.video.controller import PromptWarning
+from nasa_video.video.inputs import Start, StoredStart, read_start
+from nasa_video.video.pipeline import Chunk, CompileKind, VideoPipeline
+from nasa_video.video.recipe import (
     Recipe,
     StoredLora,
     StoredWindow,
@@ -37,10 +39,8 @@ from nasa_video.recipe import (
     store_guidance,
     store_negatives,
 )
-from nasa_video.resume import ResumeLog
-from nasa_video.start import Start, StoredStart, read_start
-from nasa_video.timeline import Cue, CueOf, Timeline, parse_negative
-from nasa_video.video.metadata import read_metadata
+from nasa_video.video.resume import ResumeLog
+from nasa_video.video.timeline import Cue, CueOf, Timeline, parse_negative
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from nasa_video.cli.console import emit_json, say
 from nasa_video.cli.options import AsJsonOption, DeviceOption, GuidanceOption, NegOption, ScaleOption
 
 if TYPE_CHECKING:
-    from nasa_video.guidance import Guidance, Negative
-    from nasa_video.image.pipeline import ImagePipeline
-    from nasa_video.steering import Effect
+    from nasa_video.guidance.methods import Guidance, Negative
+    from nasa_video.guidance.state import Effect
+    from nasa_video.images.pipeline import ImagePipeline
 
 
 def image(
@@ -49,9 +49,9 @@ def image(
 ) -> None:
     """Draw a picture that shows PROMPT and steers away from every --neg, with a one-step or few-step model."""
     from nasa_video.errors import InputError
-    from nasa_video.image.pipeline import ImagePipeline
-    from nasa_video.image.presets import DEFAULT_IMAGE_MODEL, find_image_preset
-    from nasa_video.timeline import parse_negative
+    from nasa_video.images.pipeline import ImagePipeline
+    from nasa_video.images.presets import DEFAULT_IMAGE_MODEL, find_image_preset
+    from nasa_video.video.timeline import parse_negative
 
     if not prompt.strip():
         raise InputError("the prompt is empty; say what the picture should show")
@@ -88,7 +88,7 @@ class _Run:
 
     def single(self, pipeline: ImagePipeline, path: Path) -> dict[str, Any]:
         """Draw and write; returns what ``--json`` prints."""
-        from nasa_video.image.grid import save_picture
+        from nasa_video.images.grid import save_picture
 
         pictures = self._draw(pipeline, self.guidance)
         paths = [path if self.count == 1 else path.with_stem(f"{path.stem}-{i}") for i in range(self.count)]
@@ -100,7 +100,7 @@ class _Run:
 
     def sweep(self, pipeline: ImagePipeline, columns: list[Guidance], path: Path) -> dict[str, Any]:
         """Draw every scale and write one picture."""
-        from nasa_video.image.grid import label_grid, save_picture
+        from nasa_video.images.grid import label_grid, save_picture
 
         drawn = [self._draw(pipeline, one) for one in columns]
         rows = [[pictures.images[row] for pictures in drawn] for row in range(self.count)]
@@ -128,7 +128,7 @@ class _Run:
 
     def _metadata(self, guidance: Guidance | None, seed: int, effect: Effect | None) -> dict[str, Any]:
         from nasa_video import __version__
-        from nasa_video.recipe import store_guidance, store_negatives
+        from nasa_video.video.recipe import store_guidance, store_negatives
 
         stored = store_guidance(guidance)
         return {

@@ -18,7 +18,7 @@ def list_models(context: typer.Context, as_json: AsJsonOption = False) -> None:
     """List the presets: what each needs, its licence, whether it is on this machine."""
     from rich.table import Table
 
-    from nasa_video.image.presets import ImagePreset, image_presets
+    from nasa_video.images.presets import ImagePreset, image_presets
     from nasa_video.models.presets import VideoPreset, video_presets
 
     if context.invoked_subcommand is not None:
@@ -62,7 +62,7 @@ def pull(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from nasa_video.errors import InputError
-    from nasa_video.models import downloads
+    from nasa_video.models import download as downloads
 
     preset = _preset(name)
     absent = downloads.missing(preset.components.sources)
@@ -99,7 +99,7 @@ def check(
     as_json: AsJsonOption = False,
 ) -> None:
     """Say what is missing, and whether this machine can run it. Exit status 1 when something is missing."""
-    from nasa_video.image.presets import image_presets
+    from nasa_video.images.presets import image_presets
     from nasa_video.models.presets import find_preset
     from nasa_video.models.readiness import readiness
 
@@ -119,7 +119,7 @@ def check(
 def _check_image(name: str, options: tuple[Any, ...], as_json: bool) -> None:
     """What an image model lacks; its memory is not estimated."""
     from nasa_video.errors import InputError
-    from nasa_video.image.presets import image_presets
+    from nasa_video.images.presets import image_presets
 
     if any(option is not None for option in options):
         raise InputError(f"{name} is an image model, for which only missing files are checked: leave out the options")
@@ -152,7 +152,7 @@ def _check_image(name: str, options: tuple[Any, ...], as_json: bool) -> None:
 
 def _preset(name: str) -> Any:
     from nasa_video.errors import InputError
-    from nasa_video.image.presets import image_presets
+    from nasa_video.images.presets import image_presets
     from nasa_video.models.presets import find_preset
 
     if name in image_presets():

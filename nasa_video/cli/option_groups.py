@@ -74,7 +74,7 @@ class VideoOptions:
     @property
     def asked(self) -> dict[str, Any]:
         """As the fields of a ``generation.Request``."""
-        from nasa_video.recipe import StoredWindow
+        from nasa_video.video.recipe import StoredWindow
 
         asked = dict(vars(self))
         negatives = tuple(asked.pop("neg") or ())

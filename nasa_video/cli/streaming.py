@@ -14,17 +14,17 @@ from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
 from nasa_video.errors import InputError, OutputError
-from nasa_video.memory.placement import Placement, WeightKind
-from nasa_video.memory.planning import PlanRequest, check_plan, make_plan
+from nasa_video.files import ffmpeg
+from nasa_video.files.base import VideoSink
+from nasa_video.files.push_sink import CONTAINERS, PushSink, is_push_url
+from nasa_video.files.sinks import open_sink
 from nasa_video.models.loading import DecoderKind, choose_device, default_dtype
+from nasa_video.models.memory_plan import PlanRequest, check_plan, make_plan
+from nasa_video.models.placement import Placement, WeightKind
 from nasa_video.models.presets import DEFAULT_MODEL, OnChange, find_preset
-from nasa_video.pipeline import Chunk, CompileKind, VideoPipeline
-from nasa_video.recipe import parse_lora
-from nasa_video.timeline import Cue, CueOf, Timeline, parse_negative
-from nasa_video.video import ffmpeg
-from nasa_video.video.base import VideoSink
-from nasa_video.video.push_sink import CONTAINERS, PushSink, is_push_url
-from nasa_video.video.sinks import open_sink
+from nasa_video.video.pipeline import Chunk, CompileKind, VideoPipeline
+from nasa_video.video.recipe import parse_lora
+from nasa_video.video.timeline import Cue, CueOf, Timeline, parse_negative
 
 _SRT_SECONDS = 0.5
 """Several times SRT's own latency of 120 ms."""

@@ -12,9 +12,9 @@ from nasa_video.cli.console import console, emit_json, say
 from nasa_video.cli.options import AsJsonOption
 
 if TYPE_CHECKING:
-    from nasa_video.training.nasa_t.fleet import Fleet
-    from nasa_video.training.nasa_t.run import Report
-    from nasa_video.training.nasa_t.settings import Settings
+    from nasa_video.train.fleet import Fleet
+    from nasa_video.train.run import Report
+    from nasa_video.train.settings import Settings
 
 
 class _RunByDefault(TyperGroup):
@@ -64,7 +64,7 @@ def run(
     --nproc-per-node N -m nasa_video train CONFIG --cpu.
     """
     settings = _with_options(_load(config), prompts, negatives, iterations, shard)
-    from nasa_video.training.nasa_t.fleet import Fleet
+    from nasa_video.train.fleet import Fleet
 
     fleet = Fleet(settings.run.shard and not dry_run, settings.run.precision, cpu)
     if dry_run:
@@ -86,8 +86,8 @@ def negatives(
     groups: Annotated[str | None, typer.Option(help="Comma list of groups of terms.", show_default="all")] = None,
 ) -> None:
     """Write negative prompts made by the grammar of common terms."""
-    from nasa_video.training.nasa_t.lists import write_texts
-    from nasa_video.training.nasa_t.terms import GROUPS, negative_list
+    from nasa_video.train.lists import write_texts
+    from nasa_video.train.terms import GROUPS, negative_list
 
     chosen = tuple(word.strip() for word in groups.split(",") if word.strip()) if groups else tuple(GROUPS)
     write_texts(output, negative_list(count, seed, chosen), f"{count} negatives, seed {seed}: {', '.join(chosen)}")
@@ -103,7 +103,7 @@ def prompts(
     seed: Annotated[int, typer.Option(help="Of the order.")] = 0,
 ) -> None:
     """Write a prompt list from any text files: cleaned, each prompt once, in a seeded order."""
-    from nasa_video.training.nasa_t.lists import build_prompts, write_texts
+    from nasa_video.train.lists import build_prompts, write_texts
 
     texts = build_prompts(sources, longest, limit, seed)
     write_texts(output, texts)
@@ -111,7 +111,7 @@ def prompts(
 
 
 def _load(config: Path) -> Settings:
-    from nasa_video.training.nasa_t.settings import load_settings
+    from nasa_video.train.settings import load_settings
 
     return load_settings(config)
 
@@ -120,7 +120,7 @@ def _with_options(
     settings: Settings, prompts: Path | None, negatives: Path | None, iterations: int | None, shard: bool | None
 ) -> Settings:
     """The settings with what the command line says instead, checked anew."""
-    from nasa_video.training.nasa_t.settings import FileList, parse_settings
+    from nasa_video.train.settings import FileList, parse_settings
 
     update: dict[str, Any] = {}
     if prompts is not None:
@@ -143,8 +143,8 @@ def _train(settings: Settings, fleet: Fleet, folder: Path) -> Path:
         TimeRemainingColumn,
     )
 
-    from nasa_video.training.nasa_t.run import train as run_game
-    from nasa_video.training.nasa_t.start import start_game
+    from nasa_video.train.run import train as run_game
+    from nasa_video.train.start import start_game
 
     game = start_game(settings, fleet, folder)
     columns = (
@@ -170,7 +170,7 @@ def _dry_run(settings: Settings, fleet: Fleet, as_json: bool) -> None:
     """Sizes of the true networks, and the values of a step of the tiny ones."""
     from rich.table import Table
 
-    from nasa_video.training.nasa_t.dry_run import dry_run, sizes
+    from nasa_video.train.dry_run import dry_run, sizes
 
     rows = sizes(settings)
     values = dry_run(settings, fleet)

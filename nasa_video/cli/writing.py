@@ -13,15 +13,15 @@ import torch
 from rich.progress import Progress
 
 from nasa_video.errors import NasaVideoError
-from nasa_video.pipeline import Chunk, VideoPipeline
-from nasa_video.recipe import Recipe
-from nasa_video.resume import ResumeLog
-from nasa_video.start import Start
-from nasa_video.steering import Effect
-from nasa_video.video.compare import Excerpt, contact_sheet, side_by_side
-from nasa_video.video.frames import Frames
-from nasa_video.video.sheet import save_sheet, sheet_path
-from nasa_video.video.sinks import open_sink
+from nasa_video.files.compare import Excerpt, contact_sheet, side_by_side
+from nasa_video.files.frames import Frames
+from nasa_video.files.sheet import save_sheet, sheet_path
+from nasa_video.files.sinks import open_sink
+from nasa_video.guidance.state import Effect
+from nasa_video.video.inputs import Start
+from nasa_video.video.pipeline import Chunk, VideoPipeline
+from nasa_video.video.recipe import Recipe
+from nasa_video.video.resume import ResumeLog
 
 
 @dataclass(frozen=True)

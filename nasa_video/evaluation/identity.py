@@ -13,8 +13,8 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from nasa_video.errors import OutputError
-from nasa_video.evaluation.jobs import file_sha256, write_atomically
-from nasa_video.models.downloads import missing
+from nasa_video.jobs.store import file_sha256, write_atomically
+from nasa_video.models.download import missing
 from nasa_video.models.presets import VideoPreset
 from nasa_video.text.embedding_cache import FOLDER_VARIABLE
 

@@ -30,7 +30,7 @@ from pydantic import JsonValue
 
 from nasa_video.errors import InputError, NasaVideoError
 from nasa_video.evaluation.clip import Backbone, Clip
-from nasa_video.video.frames import Frames, check_frames
+from nasa_video.files.frames import Frames, check_frames
 
 DEFAULT_CLIP = "ViT-L-14:openai"
 FRAMES_LOOKED_AT = 4

@@ -11,7 +11,9 @@ from typing import Any
 from pydantic import Field, JsonValue
 
 from nasa_video.evaluation.clip import Backbone, Clip, Resize
-from nasa_video.evaluation.jobs import (
+from nasa_video.evaluation.judges import FRAMES_LOOKED_AT, Judge, Question, parse_judge
+from nasa_video.evaluation.sampling import Planned, pictures_of
+from nasa_video.jobs.store import (
     Engine,
     Job,
     Measured,
@@ -24,8 +26,6 @@ from nasa_video.evaluation.jobs import (
     run_jobs,
     write_manifest,
 )
-from nasa_video.evaluation.judges import FRAMES_LOOKED_AT, Judge, Question, parse_judge
-from nasa_video.evaluation.sampling import Planned, pictures_of
 
 
 class CosineJob(Job):

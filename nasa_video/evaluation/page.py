@@ -8,11 +8,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from nasa_video.evaluation import plots
-from nasa_video.evaluation.jobs import write_atomically
 from nasa_video.evaluation.results import Arm, Difference, Metric, Results, Score
 from nasa_video.evaluation.sheets import Pick, picks, sheet_metric, thumbnail
 from nasa_video.evaluation.statistics import Interval
 from nasa_video.evaluation.tables import INTERVALS, all_settings, markdown
+from nasa_video.jobs.store import write_atomically
 
 PROMPTS_SHOWN = 400
 """Rows of the table by prompt; the rest is in results.json."""

@@ -15,7 +15,6 @@ from nasa_video.errors import InputError
 from nasa_video.evaluation.assets import Asset
 from nasa_video.evaluation.cases import CaseKind, Split, attributes_of, build_cases
 from nasa_video.evaluation.clip import Backbone, Clip
-from nasa_video.evaluation.jobs import file_sha256
 from nasa_video.evaluation.judges import Judge, Question
 from nasa_video.evaluation.measuring import Measurement, Measurements, answers, cosines
 from nasa_video.evaluation.prompt_files import (
@@ -30,6 +29,7 @@ from nasa_video.evaluation.prompt_files import (
 from nasa_video.evaluation.removal_jobs import QUALITY_METRICS, REMOVAL_METRICS
 from nasa_video.evaluation.results import Item, Metric, Results
 from nasa_video.evaluation.sampling import Planned, Sample
+from nasa_video.jobs.store import file_sha256
 
 # 986 million parameters in float16.
 HPS_ASSETS = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nasa_video.video.frames import Frames, check_frames
+from nasa_video.files.frames import Frames, check_frames
 
 Luma = NDArray[np.float32]
 # ITU-R BT.601, as video codecs weigh the channels of standard definition.

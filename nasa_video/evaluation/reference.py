@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 
 from nasa_video.errors import InputError
-from nasa_video.video import ffmpeg
-from nasa_video.video.source import probe
+from nasa_video.files import ffmpeg
+from nasa_video.files.source import probe
 
 # Infinite for equal pictures; JSON has no infinity, and no codec comes near this.
 PSNR_OF_EQUALS = 100.0

@@ -22,9 +22,9 @@ from nasa_video.errors import InputError
 from nasa_video.evaluation.cases import Case, CaseKind, Split, attributes_of, build_cases
 from nasa_video.evaluation.quality import Quality, mean_quality, quality
 from nasa_video.evaluation.statistics import wilson
-from nasa_video.guidance import Guidance
-from nasa_video.pipeline import VideoPipeline
-from nasa_video.video.frames import Frames
+from nasa_video.files.frames import Frames
+from nasa_video.guidance.methods import Guidance
+from nasa_video.video.pipeline import VideoPipeline
 
 KINDS: tuple[CaseKind, ...] = ("unmentioned", "stated", "conflict")
 
@@ -124,7 +124,7 @@ class SpritesJudge:
         self._detector.network.to(device)
 
     def __call__(self, videos: Sequence[Frames]) -> list[dict[str, str]]:
-        from nasa_video.video.frames import tensor_from_frames
+        from nasa_video.files.frames import tensor_from_frames
 
         labels = self._detector.detect(torch.stack([tensor_from_frames(video) for video in videos]))
         return [{name: column[i] for name, column in labels.items()} for i in range(len(videos))]
@@ -134,7 +134,7 @@ def detector_hash() -> str:
     """SHA-256 of the shipped detectors' weights."""
     from importlib.resources import as_file, files
 
-    from nasa_video.evaluation.jobs import file_sha256
+    from nasa_video.jobs.store import file_sha256
 
     with as_file(files("nasa_video.sprites") / "weights" / "detector.safetensors") as path:
         return file_sha256(path)

@@ -16,15 +16,15 @@ from pydantic import Field, JsonValue
 from nasa_video import __version__
 from nasa_video.evaluation.cases import Case, CaseKind, Split, build_cases
 from nasa_video.evaluation.identity import checkpoint_hash
-from nasa_video.evaluation.jobs import Job, Measured, Record
 from nasa_video.evaluation.removal import Cell, SpritesJudge, Verdict, detector_hash, row_of, run_cases
 from nasa_video.evaluation.results import Arm, Item, Metric, Results
 from nasa_video.evaluation.sampling import arm_of
 from nasa_video.evaluation.video_jobs import check_dtype, stored_sampler, with_sampler_of
+from nasa_video.files.frames import Frames
+from nasa_video.jobs.store import Job, Measured, Record
 from nasa_video.models.presets import VideoPreset
-from nasa_video.pipeline import VideoPipeline
-from nasa_video.recipe import StoredGuidance, restore_guidance, store_guidance
-from nasa_video.video.frames import Frames
+from nasa_video.video.pipeline import VideoPipeline
+from nasa_video.video.recipe import StoredGuidance, restore_guidance, store_guidance
 
 SHOWN = 4
 """Cases of a cell that are kept as a strip of frames for the report: the same ones under every method."""

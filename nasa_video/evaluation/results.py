@@ -16,8 +16,8 @@ from typing import Literal
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from nasa_video.errors import InputError
-from nasa_video.evaluation.jobs import write_atomically
 from nasa_video.evaluation.statistics import Interval, bootstrap_mean, paired_shares, wilson
+from nasa_video.jobs.store import write_atomically
 from nasa_video.models.presets import Strict
 
 RESULTS_FILE = "results.json"

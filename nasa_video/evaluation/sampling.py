@@ -24,18 +24,18 @@ from pydantic import JsonValue
 from nasa_video import __version__
 from nasa_video.errors import InputError
 from nasa_video.evaluation.identity import digest_of, tell_download
-from nasa_video.evaluation.jobs import GenerationJob, Measured, Worker
 from nasa_video.evaluation.quality import quality
 from nasa_video.evaluation.removal import Method, parse_methods
 from nasa_video.evaluation.results import Arm
 from nasa_video.evaluation.video_jobs import Prompt, VideoWorker, methods_of, model_dtype, plan_videos
-from nasa_video.guidance import Guidance, Negative
+from nasa_video.files.frames import Frames
+from nasa_video.guidance.methods import Guidance, Negative
+from nasa_video.jobs.store import GenerationJob, Measured, Worker
 from nasa_video.models.presets import Source, find_preset
-from nasa_video.recipe import restore_guidance, restore_negatives, store_guidance, store_negatives
-from nasa_video.video.frames import Frames
+from nasa_video.video.recipe import restore_guidance, restore_negatives, store_guidance, store_negatives
 
 if TYPE_CHECKING:
-    from nasa_video.image.presets import ImagePreset
+    from nasa_video.images.presets import ImagePreset
 
 # The paper's, for HPSv2 (section 6 of arXiv 2412.02687).
 QUALITY_NEGATIVE = "worst quality, low quality, ugly, duplicate, out of frame, deformed, blurry, bad anatomy, watermark"
@@ -166,13 +166,13 @@ class ImageWorker:
     """Draws the pictures of jobs with one loaded model."""
 
     def __init__(self, preset: ImagePreset, device: str | None, base: Path | None, weights: Path | None) -> None:
-        from nasa_video.image.pipeline import ImagePipeline
+        from nasa_video.images.pipeline import ImagePipeline
 
         self._pipeline = ImagePipeline.from_preset(preset, base=base, weights=weights, device=device)
 
     def __call__(self, job: GenerationJob, path: Path) -> Measured:
         """Write the picture as PNG; measured are ``quality`` (see Quality) and, guided, ``effect``."""
-        from nasa_video.image.grid import save_picture
+        from nasa_video.images.grid import save_picture
 
         steps = None if job.steps == self._pipeline.preset.sampling.steps else job.steps
         drawn = self._pipeline.draw(
@@ -209,7 +209,7 @@ def model_of(
     Raises:
         InputError: there is none, or an option is for the other kind.
     """
-    from nasa_video.image.presets import find_image_preset, image_presets
+    from nasa_video.images.presets import find_image_preset, image_presets
     from nasa_video.models.presets import read_yaml, video_presets
 
     path = Path(model)
@@ -306,7 +306,7 @@ def pictures_of(path: Path, count: int | None) -> Frames:
     """
     if path.suffix.lower() in PICTURES:
         return read_picture(path)[None]
-    from nasa_video.video.source import VideoSource
+    from nasa_video.files.source import VideoSource
 
     frames = VideoSource(path).read()
     if count is None:

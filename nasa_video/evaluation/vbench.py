@@ -16,12 +16,12 @@ from pydantic import Field, JsonValue
 
 from nasa_video.errors import NasaVideoError
 from nasa_video.evaluation import vbench_runner
-from nasa_video.evaluation.jobs import GenerationJob, Job, Measured, Record, Store
 from nasa_video.evaluation.removal import Method
 from nasa_video.evaluation.results import Arm, Item, Metric, Results
 from nasa_video.evaluation.vbench_runner import read_answer
 from nasa_video.evaluation.vbench_setup import Environment
 from nasa_video.evaluation.vbench_weights import CACHE_VARIABLE, fingerprints, missing_weights
+from nasa_video.jobs.store import GenerationJob, Job, Measured, Record, Store
 
 Mode = Literal["standard", "long"]
 # Enough that loading a judge's weights does not count, few enough that a kill loses minutes.

@@ -17,15 +17,15 @@ from pydantic import JsonValue
 from nasa_video import __version__
 from nasa_video.errors import InputError
 from nasa_video.evaluation.identity import checkpoint_hash
-from nasa_video.evaluation.jobs import GenerationJob, Measured
 from nasa_video.evaluation.quality import quality
 from nasa_video.evaluation.removal import Method, parse_methods
-from nasa_video.guidance import Negative
+from nasa_video.files.ffmpeg_sink import FfmpegSink
+from nasa_video.guidance.methods import Negative
+from nasa_video.jobs.store import GenerationJob, Measured
 from nasa_video.models.loading import choose_device
 from nasa_video.models.presets import SamplerSettings, VideoPreset
-from nasa_video.pipeline import VideoPipeline
-from nasa_video.recipe import restore_guidance, restore_negatives, store_guidance, store_negatives
-from nasa_video.video.ffmpeg_sink import FfmpegSink
+from nasa_video.video.pipeline import VideoPipeline
+from nasa_video.video.recipe import restore_guidance, restore_negatives, store_guidance, store_negatives
 
 DTYPES = ("float32", "bfloat16", "float16")
 VIDEO_CRF = 10

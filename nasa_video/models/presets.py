@@ -144,8 +144,8 @@ class SamplerSettings(Strict):
         Raises:
             InputError: no such positions, or the window cannot hold its sink and a chunk.
         """
+        from causvid_adapter.cache import check_window
         from causvid_adapter.errors import ShapeError
-        from causvid_adapter.kv_cache import check_window
 
         window = self.window_frames if window_frames is None else window_frames or None
         given = self.sink_frames if sink_frames is None else sink_frames

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nasa_video.memory.estimate import (
+from nasa_video.models.memory_estimate import (
     COMMON_CARDS,
     Estimate,
     Run,
@@ -17,8 +17,8 @@ from nasa_video.memory.estimate import (
     fitting_placement,
     fitting_sizes,
 )
-from nasa_video.memory.placement import Placement
-from nasa_video.memory.planning import Plan, PlanRequest, gigabytes, make_plan, text_encoder_bytes
+from nasa_video.models.memory_plan import Plan, PlanRequest, gigabytes, make_plan, text_encoder_bytes
+from nasa_video.models.placement import Placement
 from nasa_video.models.presets import VideoPreset
 
 
@@ -128,7 +128,7 @@ def readiness(
     if any(source.repo for source in (*absent, *preset.components.extras) if source.find() is None):
         remedies.append(f"bring them with: nasa-video models pull {preset.name}")
     if any(source.package for source in absent):
-        remedies.append("train them with: python scripts/train_sprites.py")
+        remedies.append("train them with: python research/train_sprites.py")
     plan = make_plan(preset, place, dtype, PlanRequest(width, height, frames, memory=memory))
     fits = None
     if plan is not None and plan.free is not None and not plan.enough:

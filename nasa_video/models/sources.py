@@ -99,7 +99,7 @@ class Source(Strict):
 
     def _remedy(self) -> str:
         if self.package is not None:
-            return "train it with: python scripts/train_sprites.py"
+            return "train it with: python research/train_sprites.py"
         return "give a path that exists"
 
 

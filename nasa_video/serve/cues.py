@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 import warnings
 
-from nasa_video.director import PromptWarning
 from nasa_video.errors import InputError
-from nasa_video.guidance import ClassifierFree
-from nasa_video.pipeline import VideoPipeline
+from nasa_video.guidance.methods import ClassifierFree
 from nasa_video.serve.outgoing import Gone
 from nasa_video.serve.protocol import Wanted
 from nasa_video.serve.settings import MAX_CHANGES
-from nasa_video.timeline import Cue, Timeline, TimelineEntry, format_negative
+from nasa_video.video.controller import PromptWarning
+from nasa_video.video.pipeline import VideoPipeline
+from nasa_video.video.timeline import Cue, Timeline, TimelineEntry, format_negative
 
 
 class LiveCues:

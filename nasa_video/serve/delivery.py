@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from nasa_video.errors import OutputError
-from nasa_video.pipeline import Chunk
+from nasa_video.files.compare import side_by_side
+from nasa_video.files.frames import Frames, enlarge
+from nasa_video.files.stream_sink import StreamSink
 from nasa_video.serve.media import KINDS, MediaEncoder, open_encoder
 from nasa_video.serve.outgoing import Gone, Outgoing
 from nasa_video.serve.protocol import describe_cue
 from nasa_video.serve.recorder import Recorder
-from nasa_video.video.compare import side_by_side
-from nasa_video.video.frames import Frames, enlarge
-from nasa_video.video.stream_sink import StreamSink
+from nasa_video.video.pipeline import Chunk
 
 MAX_RESTARTS = 5
 LABELS = ("without NASA", "with NASA")

@@ -11,17 +11,17 @@ from typing import Any, Literal
 
 from nasa_video import __version__
 from nasa_video.errors import InputError, OutputError
-from nasa_video.pipeline import Chunk, VideoPipeline
-from nasa_video.recipe import Recipe, store_guidance, store_negatives
+from nasa_video.files.ffmpeg_sink import FfmpegSink
+from nasa_video.guidance.state import Effect
 from nasa_video.serve.feeder import Feeder
 from nasa_video.serve.library import Library
 from nasa_video.serve.messages import message_of
 from nasa_video.serve.outgoing import Gone
 from nasa_video.serve.protocol import VideoRequest
 from nasa_video.serve.settings import ServeSettings
-from nasa_video.steering import Effect
-from nasa_video.timeline import Cue
-from nasa_video.video.ffmpeg_sink import FfmpegSink
+from nasa_video.video.pipeline import Chunk, VideoPipeline
+from nasa_video.video.recipe import Recipe, store_guidance, store_negatives
+from nasa_video.video.timeline import Cue
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 

@@ -7,12 +7,12 @@ import threading
 from typing import Any
 
 from nasa_video.errors import InputError
-from nasa_video.memory.placement import RESIDENT
-from nasa_video.memory.planning import check_plan
+from nasa_video.models.memory_plan import check_plan
+from nasa_video.models.placement import RESIDENT
 from nasa_video.models.presets import find_preset, video_presets
-from nasa_video.pipeline import VideoPipeline
 from nasa_video.serve.places import plan_streams
 from nasa_video.serve.settings import ServeSettings
+from nasa_video.video.pipeline import VideoPipeline
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol, cast
 
+from nasa_video.files.frames import Frames
+from nasa_video.files.stream_sink import LOW_LATENCY_MP4, StreamSink
 from nasa_video.serve.outgoing import MediaPipe, Outgoing
-from nasa_video.video.frames import Frames
-from nasa_video.video.stream_sink import LOW_LATENCY_MP4, StreamSink
 
 FRAME_NUMBER = struct.Struct(">I")
 """Before every JPEG: the frame's number in the stream, from 0."""

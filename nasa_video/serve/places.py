@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable
 
 from nasa_video.errors import InputError
-from nasa_video.memory.estimate import fitting_card
-from nasa_video.memory.planning import Plan, PlanRequest, check_plan, gigabytes, make_plan
 from nasa_video.models.loading import choose_device, default_dtype
+from nasa_video.models.memory_estimate import fitting_card
+from nasa_video.models.memory_plan import Plan, PlanRequest, check_plan, gigabytes, make_plan
 from nasa_video.models.presets import find_preset
 from nasa_video.serve.settings import ServeSettings
 

@@ -9,8 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from nasa_video.pipeline import Chunk, VideoPipeline
-from nasa_video.recipe import Recipe
 from nasa_video.serve.delivery import Picture
 from nasa_video.serve.hub import Hub
 from nasa_video.serve.outgoing import Outgoing
@@ -18,6 +16,8 @@ from nasa_video.serve.protocol import Start, Update
 from nasa_video.serve.server import Server
 from nasa_video.serve.settings import ServeSettings
 from nasa_video.serve.stream import LiveStream, Pair
+from nasa_video.video.pipeline import Chunk, VideoPipeline
+from nasa_video.video.recipe import Recipe
 
 MAX_HELD_BYTES = 256 * 1024 * 1024
 _SECONDS_FOR_A_BROWSER = 20.0

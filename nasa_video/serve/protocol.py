@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from nasa_video.guidance import Guidance, Negative
+from nasa_video.guidance.methods import Guidance, Negative
 from nasa_video.models.presets import MethodName, OnChange, Strict
-from nasa_video.pipeline import VideoPipeline
 from nasa_video.serve.settings import MAX_NEGATIVE, MAX_NEGATIVES, MAX_PROMPT
-from nasa_video.timeline import Cue
+from nasa_video.video.pipeline import VideoPipeline
+from nasa_video.video.timeline import Cue
 
 PROTOCOL = 2
 """Raised when a client written for the last one would no longer understand the server."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from nasa_video.errors import OutputError
-from nasa_video.video import ffmpeg
-from nasa_video.video.ffmpeg_sink import FfmpegSink
-from nasa_video.video.frames import Frames
-from nasa_video.video.metadata import to_ffmetadata, to_json
+from nasa_video.files import ffmpeg
+from nasa_video.files.ffmpeg_sink import FfmpegSink
+from nasa_video.files.frames import Frames
+from nasa_video.files.metadata import to_ffmetadata, to_json
 
 
 class Recorder:

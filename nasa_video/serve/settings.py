@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nasa_video.attention import Backend
+from nasa_video.guidance.attention import Backend
 from nasa_video.models.presets import DEFAULT_MODEL
 
 MAX_MESSAGE_BYTES = 64 * 1024

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from nasa_video.errors import InputError
-from nasa_video.pipeline import Chunk
+from nasa_video.files.frames import Frames
 from nasa_video.serve.cues import LiveCues
 from nasa_video.serve.delivery import Delivery, Made, Picture
 from nasa_video.serve.feeder import Feeder
@@ -22,8 +22,8 @@ from nasa_video.serve.outgoing import Gone, Outgoing
 from nasa_video.serve.protocol import Command, Media, Position, Start, Update, Wanted
 from nasa_video.serve.recorder import Recorder
 from nasa_video.serve.settings import MAX_PENDING, ServeSettings
-from nasa_video.timeline import CueOf, Timeline
-from nasa_video.video.frames import Frames
+from nasa_video.video.pipeline import Chunk
+from nasa_video.video.timeline import CueOf, Timeline
 
 log = logging.getLogger(__name__)
 Reason = Literal["finished", "stopped", "turn over", "failed", "left"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "research"))
 from measure_live_change import chunks_of, measure
 
 from nasa_video import Nasa, VideoPipeline

@@ -13,7 +13,7 @@ import pytest
 from tiny_wan import write_parts
 
 from nasa_video.cli import main
-from nasa_video.pipeline import VideoPipeline
+from nasa_video.video.pipeline import VideoPipeline
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from nasa_video.files.source import read_frames
 from nasa_video.models.presets import video_presets
-from nasa_video.video.source import read_frames
 
 Run = Callable[..., Any]
 MODEL = ("--model", "{model}")
@@ -175,8 +175,8 @@ def test_missing_weights_of_the_shipped_model_say_how_to_train_them(
     monkeypatch.setattr("nasa_video.models.sources.package_root", lambda: Path("/nonexistent"))
     done = nasa_video("generate", "a red ball", "-o", "a.mp4")
     assert done.status == 1
-    assert "is missing; train it with: python scripts/train_sprites.py" in " ".join(done.stderr.split())
-    assert (Path(__file__).parents[2] / "scripts" / "train_sprites.py").is_file()
+    assert "is missing; train it with: python research/train_sprites.py" in " ".join(done.stderr.split())
+    assert (Path(__file__).parents[2] / "research" / "train_sprites.py").is_file()
 
 
 def _start(model_folder: Path, folder: Path, *options: str) -> subprocess.Popen[str]:

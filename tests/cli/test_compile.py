@@ -13,8 +13,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from causvid_adapter import CausvidAdapterError, compile_generator
-from causvid_adapter.compiled import has_compiler
-from nasa_video.pipeline import VideoPipeline
+from causvid_adapter.accelerate.compile import has_compiler
+from nasa_video.video.pipeline import VideoPipeline
 
 Run = Callable[..., Any]
 

@@ -16,8 +16,8 @@ from hub_server import Hub, serving
 from safetensors.torch import save_file
 from tiny_wan import any_wan, preset_file, write_generator, write_transformer, write_wan22_vae
 
+from nasa_video.files.source import read_frames
 from nasa_video.models.stored import MODELS_FOLDER
-from nasa_video.video.source import read_frames
 
 Run = Callable[..., Any]
 SMALL = ("--width", "32", "--height", "16", "--frames", "9")
@@ -60,7 +60,7 @@ def test_a_hub_id_is_planned_before_its_weights_come(
     write_transformer(tmp_path / "published")
     hub.add("me/causal", tmp_path / "published")
     hub.add("me/causal", parts)
-    monkeypatch.setattr("nasa_video.memory.planning.available", lambda device: 1_000_000)
+    monkeypatch.setattr("nasa_video.models.memory_plan.available", lambda device: 1_000_000)
     words = ("generate", "a fox", "--neg", "blurry", "--model", "me/causal", *SMALL, "-o", "a.mp4")
     done = nasa_video(*words)
     assert done.status == 1
@@ -69,7 +69,7 @@ def test_a_hub_id_is_planned_before_its_weights_come(
         request.split("/")[-1] for request in hub.requests if request.startswith("GET") and "/resolve/" in request
     }
     assert fetched <= {"config.json"}, "nothing but configs was downloaded"
-    monkeypatch.setattr("nasa_video.memory.planning.available", lambda device: 10_000_000_000)
+    monkeypatch.setattr("nasa_video.models.memory_plan.available", lambda device: 10_000_000_000)
     done = nasa_video(*words)
     assert done.status == 0, done.stderr
     # The same weights, in a folder.

@@ -14,10 +14,10 @@ from PIL import Image
 from causvid_adapter import CausalWan
 from nasa_video import VideoPipeline
 from nasa_video.errors import InputError
-from nasa_video.guidance import Nasa
+from nasa_video.files.source import read_frames
+from nasa_video.guidance.methods import Nasa
 from nasa_video.models.presets import SamplerSettings, find_preset
-from nasa_video.timeline import Cue
-from nasa_video.video.source import read_frames
+from nasa_video.video.timeline import Cue
 
 Run = Callable[..., Any]
 STAR = ("generate", "a red star", "--frames", "33", "--model", "{model}")

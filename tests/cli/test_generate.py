@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nasa_video.video.metadata import read_metadata
-from nasa_video.video.source import probe, read_frames
+from nasa_video.files.metadata import read_metadata
+from nasa_video.files.source import probe, read_frames
 
 Run = Callable[..., Any]
 

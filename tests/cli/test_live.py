@@ -20,10 +20,10 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from nasa_video.files.source import read_frames
 from nasa_video.serve.places import plan_streams
 from nasa_video.serve.server import Server
 from nasa_video.serve.settings import ServeSettings
-from nasa_video.video.source import read_frames
 
 Run = Callable[..., Any]
 
@@ -76,7 +76,7 @@ def test_serve_offers_the_places_that_there_is_memory_for(
     monkeypatch.setattr(Server, "serve_until_stopped", lambda server: offered.append(server.settings.max_streams))
     common = ("serve", "--model", "{model}", "--port", "0", "--device", "cpu")
 
-    monkeypatch.setattr("nasa_video.memory.planning.available", lambda device: needs[2])
+    monkeypatch.setattr("nasa_video.models.memory_plan.available", lambda device: needs[2])
     outcome = nasa_video(*common)
     assert (outcome.status, offered) == (0, [2])
     assert "memory for 2 of 4 streams" in outcome.stderr
@@ -84,11 +84,11 @@ def test_serve_offers_the_places_that_there_is_memory_for(
     assert outcome.status == 1
     assert "with 3 streams needs" in outcome.stderr
     assert "--streams 2 would fit" in outcome.stderr
-    monkeypatch.setattr("nasa_video.memory.planning.available", lambda device: needs[1] - 1)
+    monkeypatch.setattr("nasa_video.models.memory_plan.available", lambda device: needs[1] - 1)
     outcome = nasa_video(*common)
     assert outcome.status == 1
     assert "loading" not in outcome.stderr, "before anything is loaded"
-    monkeypatch.setattr("nasa_video.memory.planning.available", lambda device: 10**12)
+    monkeypatch.setattr("nasa_video.models.memory_plan.available", lambda device: 10**12)
     outcome = nasa_video(*common, "--memory", "auto")
     assert "memory on cpu" in outcome.stderr
     assert offered == [2, 4]

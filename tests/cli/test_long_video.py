@@ -18,8 +18,8 @@ from causvid_adapter import ShapeError, StreamingDecoder, denormalize, normalize
 from causvid_adapter.rollouts import Rollout, overlap_latents, overlap_pictures, rollouts
 from nasa_video import Nasa, VideoPipeline
 from nasa_video.errors import InputError
+from nasa_video.files.source import read_frames
 from nasa_video.models.loading import FullDecoder
-from nasa_video.video.source import read_frames
 
 Run = Callable[..., Any]
 STAR = "a red star"
@@ -89,7 +89,7 @@ def test_a_long_video_by_overlap_is_its_rollouts(pipeline: VideoPipeline) -> Non
 
 
 def test_a_cue_holds_across_the_border_of_a_rollout(pipeline: VideoPipeline) -> None:
-    from nasa_video.timeline import Cue
+    from nasa_video.video.timeline import Cue
 
     cues = [Cue.of(STAR)] * 4 + [Cue.of("a blue heart", "red", Nasa(0.5))] * 2
     asked: list[int] = []
@@ -253,7 +253,7 @@ def test_a_run_that_does_not_fit_is_refused_before_the_first_download(
 
     monkeypatch.setattr("nasa_video.models.sources.hf_hub_download", no_network)
     monkeypatch.setattr("nasa_video.models.sources.snapshot_download", no_network)
-    monkeypatch.setattr("nasa_video.memory.planning.available", lambda device: 20_000_000_000)
+    monkeypatch.setattr("nasa_video.models.memory_plan.available", lambda device: 20_000_000_000)
     done = nasa_video("generate", "a fox", "--model", "causvid", "--device", "cpu")
     text = " ".join(done.stderr.split())
     assert done.status == 1

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan
 from hub_server import Hub, serving
 
 from nasa_video.errors import InputError
-from nasa_video.models import downloads
+from nasa_video.models import download as downloads
 from nasa_video.models.presets import configs_dir, parse_preset
 from nasa_video.models.stored import MODELS_FOLDER
 
@@ -148,7 +148,7 @@ def test_a_full_disk_is_noticed_before_the_download(nasa_video: Run, hub: Hub, m
 
 
 def test_check_says_what_is_missing_and_whether_it_fits(nasa_video: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nasa_video.memory.planning.available", lambda device: 12_000_000_000)
+    monkeypatch.setattr("nasa_video.models.memory_plan.available", lambda device: 12_000_000_000)
     done = nasa_video("models", "check", "causvid", "--device", "cpu", "--json")
     assert done.status == 1
     report = done.json

@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import save_file
 from tiny_wan import any_wan, preset_file, write_generator
 
+from nasa_video.files.source import read_frames
 from nasa_video.models.presets import configs_dir
-from nasa_video.video.source import read_frames
 
 Run = Callable[..., Any]
 
@@ -175,7 +175,7 @@ def test_any_causal_wan_runs_from_its_file_alone(nasa_video: Run, wan_folder: Pa
 
 
 def test_14b_and_wan_22_are_known_by_their_tensors(tmp_path: Path) -> None:
-    from nasa_video.memory.planning import vae_config
+    from nasa_video.models.memory_plan import vae_config
     from nasa_video.models.presets import find_preset
 
     save_file(any_wan(in_channels=48, out_channels=48), tmp_path / "wan22.safetensors")

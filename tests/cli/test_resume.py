@@ -47,7 +47,7 @@ def test_a_killed_run_goes_on_to_the_frames_of_an_uninterrupted_one(
     assert done.status == 0, done.stderr
     assert not Path("a.mp4.resume").exists()
     nasa_video("generate", *options, "--model", "{model}", "-o", "b.mp4")
-    from nasa_video.video.source import read_frames
+    from nasa_video.files.source import read_frames
 
     assert np.array_equal(read_frames("a.mp4"), read_frames("b.mp4"))
 
@@ -72,8 +72,8 @@ def test_another_recipe_does_not_go_on_from_the_log(nasa_video: Run) -> None:
 def test_a_damaged_end_of_the_log_is_made_again(nasa_video: Run) -> None:
     import torch
 
-    from nasa_video.recipe import Recipe
-    from nasa_video.resume import ResumeLog
+    from nasa_video.video.recipe import Recipe
+    from nasa_video.video.resume import ResumeLog
 
     recipe = Recipe(prompt="x", model="m", seed=0, steps=1, frames=9, width=1, height=1, fps=1)
     log = ResumeLog("a.mp4", recipe)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nasa_video.video.source import read_frames
+from nasa_video.files.source import read_frames
 
 Run = Callable[..., Any]
 MODEL = ("--model", "{model}")

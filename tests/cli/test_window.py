@@ -14,8 +14,8 @@ import torch
 
 from nasa_video import Nasa, VideoPipeline
 from nasa_video.errors import InputError
-from nasa_video.video.sinks import open_sink
-from nasa_video.video.source import read_frames
+from nasa_video.files.sinks import open_sink
+from nasa_video.files.source import read_frames
 
 Run = Callable[..., Any]
 MODEL = ("--model", "{model}")

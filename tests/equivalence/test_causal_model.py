@@ -20,7 +20,7 @@ from causvid_adapter import (
     SeededNoise,
     ShapeError,
 )
-from causvid_adapter.kv_cache import RopeMode
+from causvid_adapter.cache import RopeMode
 from nasa_video.text import TextContext
 
 Distance = Callable[[Tensor, Tensor], float]

@@ -10,12 +10,12 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise
-from nasa_video.attention import SdpaAttend
 from nasa_video.backbones.wan import install, prompt_keys
-from nasa_video.classifier_free import ClassifierFreeDenoiser
-from nasa_video.guidance import ClassifierFree
-from nasa_video.steering import Steering
+from nasa_video.guidance.attention import SdpaAttend
+from nasa_video.guidance.methods import ClassifierFree
+from nasa_video.guidance.state import Steering
 from nasa_video.text import TextContext
+from nasa_video.video.classifier_free import ClassifierFreeDenoiser
 
 Distance = Callable[[Tensor, Tensor], float]
 NewContext = Callable[..., TextContext]

@@ -21,12 +21,12 @@ from causvid_adapter import (
     StaticKVCache,
     compile_generator,
 )
-from causvid_adapter.kv_cache import RopeMode
-from causvid_adapter.offload import offload_blocks
-from nasa_video.attention import FOLDED_TILE, SdpaAttend
+from causvid_adapter.accelerate.offload import offload_blocks
+from causvid_adapter.cache import RopeMode
 from nasa_video.backbones.wan import install, prompt_keys
-from nasa_video.guidance import AttentionGuidance, Nag, Nasa
-from nasa_video.steering import Steering
+from nasa_video.guidance.attention import FOLDED_TILE, SdpaAttend
+from nasa_video.guidance.methods import AttentionGuidance, Nag, Nasa
+from nasa_video.guidance.state import Steering
 from nasa_video.text import TextContext
 
 NewWan = Callable[..., WanTransformer3DModel]

@@ -11,10 +11,10 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise
-from nasa_video.attention import SdpaAttend
 from nasa_video.backbones.wan import install, prompt_keys
-from nasa_video.guidance import AttentionGuidance, CentredNasa, Nag, Nasa, ScaleSchedule, Vsf
-from nasa_video.steering import Steering
+from nasa_video.guidance.attention import SdpaAttend
+from nasa_video.guidance.methods import AttentionGuidance, CentredNasa, Nag, Nasa, ScaleSchedule, Vsf
+from nasa_video.guidance.state import Steering
 from nasa_video.text import TextContext
 
 NewWan = Callable[..., WanTransformer3DModel]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, ModelCall, SeededNoise
 from causvid_adapter.model import IMAGE_MODEL_TEXT_TOKENS
-from nasa_video.attention import FOLDED_TILE, SdpaAttend
 from nasa_video.backbones.wan import install, prompt_keys
-from nasa_video.guidance import AttentionGuidance, CentredNasa, Nag, Nasa, ScaleSchedule, Vsf
-from nasa_video.steering import Steering
+from nasa_video.guidance.attention import FOLDED_TILE, SdpaAttend
+from nasa_video.guidance.methods import AttentionGuidance, CentredNasa, Nag, Nasa, ScaleSchedule, Vsf
+from nasa_video.guidance.state import Steering
 from nasa_video.text import TextContext
 
 Distance = Callable[[Tensor, Tensor], float]

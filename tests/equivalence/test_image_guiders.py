@@ -23,8 +23,8 @@ import image_tiny as tiny
 
 from nasa_video import Nag, Nasa, Vsf, guided
 from nasa_video.errors import InputError
-from nasa_video.integration.flux_modular import guided_flux_blocks
-from nasa_video.integration.guider import NagGuidance, NasaGuidance, VsfGuidance
+from nasa_video.integrations.diffusers.flux_modular import guided_flux_blocks
+from nasa_video.integrations.diffusers.guiders import NagGuidance, NasaGuidance, VsfGuidance
 
 BLOCKS = {"sdxl": StableDiffusionXLAutoBlocks, "wan": WanBlocks, "flux": guided_flux_blocks}
 METHODS = [

@@ -18,8 +18,8 @@ from diffusers import WanTransformer3DModel
 from PIL import Image
 
 from causvid_adapter import CausalWan, CausvidAdapterError
-from causvid_adapter.parallel import parallelise
-from nasa_video.video.source import read_frames
+from causvid_adapter.accelerate.parallel import parallelise
+from nasa_video.files.source import read_frames
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -64,7 +64,7 @@ WORKER = """
 import sys, torch, torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise
-from causvid_adapter.parallel import parallelise
+from causvid_adapter.accelerate.parallel import parallelise
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 model = CausalWan(WanTransformer3DModel.from_pretrained(sys.argv[1]).eval().requires_grad_(False))

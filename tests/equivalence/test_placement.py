@@ -13,17 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise
-from causvid_adapter.offload import offload_blocks
-from nasa_video.attention import SdpaAttend
+from causvid_adapter.accelerate.offload import offload_blocks
 from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.errors import InputError
-from nasa_video.guidance import Nasa
-from nasa_video.memory.estimate import Run, budget_of, estimate, fitting_card, fitting_placement, require
-from nasa_video.memory.placement import LADDER, Placement, place
-from nasa_video.memory.planning import PlanRequest, make_plan
+from nasa_video.guidance.attention import SdpaAttend
+from nasa_video.guidance.methods import Nasa
+from nasa_video.guidance.state import Steering
+from nasa_video.models.memory_estimate import Run, budget_of, estimate, fitting_card, fitting_placement, require
+from nasa_video.models.memory_plan import PlanRequest, make_plan
+from nasa_video.models.placement import LADDER, Placement, place
 from nasa_video.models.presets import find_preset
 from nasa_video.models.readiness import cards_of, readiness
-from nasa_video.steering import Steering
 from nasa_video.text import TextContext
 
 NewWan = Callable[..., WanTransformer3DModel]
@@ -83,7 +83,7 @@ def test_offloaded_is_resident(
 
 
 def test_a_part_that_is_used_by_itself_is_there_and_goes_again(new_wan: NewWan, tmp_path: Path) -> None:
-    from causvid_adapter.offload import is_offloaded, resident
+    from causvid_adapter.accelerate.offload import is_offloaded, resident
 
     plain, model = CausalWan(new_wan()), CausalWan(new_wan())
     offload_blocks(model, CPU, tmp_path)
@@ -197,7 +197,7 @@ def test_a_refusal_names_the_memory_that_fits() -> None:
 
 def request_on(monkeypatch: pytest.MonkeyPatch, device: int, host: int, **settings: object) -> object:
     sizes = {"cuda": device, "cpu": host}
-    monkeypatch.setattr("nasa_video.memory.planning.available", lambda place: sizes[place.type])
+    monkeypatch.setattr("nasa_video.models.memory_plan.available", lambda place: sizes[place.type])
     return make_plan(find_preset("causvid"), torch.device("cuda"), torch.bfloat16, PlanRequest(**settings))  # type: ignore[arg-type]
 
 

@@ -13,14 +13,14 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise
-from nasa_video.attention import Attend, Backend, SdpaAttend, TextKeys, key_bias, make_attend, shifted_bias
 from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.bench.case import BenchSettings
 from nasa_video.bench.measure import bench
-from nasa_video.fused_lse import SMALL_SCORES
-from nasa_video.guidance import AttentionGuidance, Nag, Nasa, Vsf
-from nasa_video.memory.free import available
-from nasa_video.steering import Steering
+from nasa_video.guidance.attention import Attend, Backend, SdpaAttend, TextKeys, key_bias, make_attend, shifted_bias
+from nasa_video.guidance.fused_lse import SMALL_SCORES
+from nasa_video.guidance.methods import AttentionGuidance, Nag, Nasa, Vsf
+from nasa_video.guidance.state import Steering
+from nasa_video.models.free_memory import available
 from nasa_video.text import TextContext
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -13,9 +13,9 @@ import torch
 
 from nasa_video import Nasa, VideoPipeline
 from nasa_video.bench.random_model import RandomText, random_generator, random_vae
-from nasa_video.memory.estimate import estimate
-from nasa_video.memory.placement import Placement
-from nasa_video.memory.planning import PlanRequest, make_plan, transformer_config, vae_config
+from nasa_video.models.memory_estimate import estimate
+from nasa_video.models.memory_plan import PlanRequest, make_plan, transformer_config, vae_config
+from nasa_video.models.placement import Placement
 from nasa_video.models.presets import find_preset
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

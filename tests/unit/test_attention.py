@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nasa_video.attention import (
+from nasa_video.errors import InputError
+from nasa_video.guidance.attention import (
     FOLDED_TILE,
     AttentionError,
     SdpaAttend,
@@ -20,8 +21,7 @@ from nasa_video.attention import (
     make_attend,
     shifted_bias,
 )
-from nasa_video.errors import InputError
-from nasa_video.guidance import AttentionGuidance, Nag, Nasa, Vsf
+from nasa_video.guidance.methods import AttentionGuidance, Nag, Nasa, Vsf
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -271,7 +271,7 @@ def test_a_gradient_is_wanted_and_no_fused_kernel_loses_it(monkeypatch: pytest.M
     q, k, v = random_case(queries=6)
     expected = [x.clone().requires_grad_() for x in (q, k, v)]
     softmax_attention(*expected)[1].sum().backward()  # type: ignore[misc]
-    monkeypatch.setattr("nasa_video.fused_lse.SMALL_SCORES", 0)
+    monkeypatch.setattr("nasa_video.guidance.fused_lse.SMALL_SCORES", 0)
     q.requires_grad_()
     k.requires_grad_()
     SdpaAttend().with_lse(q, TextKeys(k, v))[1].sum().backward()

@@ -14,7 +14,6 @@ import yaml
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from causvid_adapter import CausalWan
-from nasa_video.attention import SdpaAttend
 from nasa_video.bench import measure as measuring
 from nasa_video.bench.case import BenchSettings, Case
 from nasa_video.bench.flops import chunk_flops, flop_counter, mean_chunk_flops, prompt_flops
@@ -24,6 +23,7 @@ from nasa_video.bench.random_model import RandomText
 from nasa_video.bench.subject import BASELINE, METHODS, Method, Rollout, Subject
 from nasa_video.cli import bench as command
 from nasa_video.errors import InputError
+from nasa_video.guidance.attention import SdpaAttend
 from nasa_video.models.presets import SamplerSettings
 
 NewWan = Callable[..., WanTransformer3DModel]

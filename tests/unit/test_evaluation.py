@@ -16,7 +16,7 @@ from nasa_video.evaluation.quality import Quality, quality
 from nasa_video.evaluation.removal import Cell, Method, Verdict, cells, parse_methods, row_of, verdict
 from nasa_video.evaluation.report import markdown, summary
 from nasa_video.evaluation.statistics import wilson
-from nasa_video.guidance import GUIDANCE, CentredNasa, Guidance, Nag, Nasa, Vsf
+from nasa_video.guidance.methods import GUIDANCE, CentredNasa, Guidance, Nag, Nasa, Vsf
 from nasa_video.sprites.captions import TERMS
 
 ANY = Quality(100.0, 1.0, 0.0, 50.0, 0.0, 1.0)

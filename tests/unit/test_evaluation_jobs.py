@@ -17,7 +17,7 @@ import pytest
 
 from nasa_video.errors import InputError, OutputError
 from nasa_video.evaluation import whole_files
-from nasa_video.evaluation.jobs import (
+from nasa_video.jobs.store import (
     GenerationJob,
     Outcome,
     Shard,
@@ -27,7 +27,7 @@ from nasa_video.evaluation.jobs import (
     write_atomically,
     write_manifest,
 )
-from nasa_video.recipe import StoredGuidance, StoredNegative
+from nasa_video.video.recipe import StoredGuidance, StoredNegative
 
 
 def job(seed: int = 0, **changes: Any) -> GenerationJob:
@@ -307,7 +307,7 @@ RAY_SCRIPT = """
 import sys
 from pathlib import Path
 from nasa_video.errors import InputError
-from nasa_video.evaluation.jobs import GenerationJob, Store, read_manifest, run_jobs
+from nasa_video.jobs.store import GenerationJob, Store, read_manifest, run_jobs
 
 class Writer:
     def __call__(self, job, path):

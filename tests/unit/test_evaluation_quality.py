@@ -16,7 +16,7 @@ from nasa_video.cli.evaluate import evaluate
 from nasa_video.errors import InputError
 from nasa_video.evaluation import reference
 from nasa_video.evaluation.reference import PSNR_OF_EQUALS, has_vmaf, likeness
-from nasa_video.video.ffmpeg_sink import FfmpegSink
+from nasa_video.files.ffmpeg_sink import FfmpegSink
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from test_evaluation import ANY
 
 from nasa_video.evaluation import removal_jobs
 from nasa_video.evaluation.cases import Case
-from nasa_video.evaluation.jobs import Outcome, Shard, Store, run_jobs
 from nasa_video.evaluation.removal import Cell, Method, Verdict, cells, row_of
 from nasa_video.evaluation.removal_jobs import CellJob, CellWorker, Draw, plan_cells, removal_results, rows_of
 from nasa_video.evaluation.report import markdown, plot
-from nasa_video.guidance import Nasa
+from nasa_video.guidance.methods import Nasa
+from nasa_video.jobs.store import Outcome, Shard, Store, run_jobs
 from nasa_video.models.presets import VideoPreset, find_preset
 
 DRAW = Draw(n=6, split="report", seed=0, frames=9)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from causvid_adapter import ModelCall
-from nasa_video.attention import SdpaAttend, TextKeys
 from nasa_video.errors import InputError
-from nasa_video.guidance import (
+from nasa_video.guidance.attention import SdpaAttend, TextKeys
+from nasa_video.guidance.methods import (
     GUIDANCE,
     AttentionGuidance,
     CentredNasa,
@@ -31,8 +31,8 @@ from nasa_video.guidance import (
     vsf,
     weakened,
 )
-from nasa_video.recipe import StoredGuidance, restore_guidance, store_guidance
-from nasa_video.steering import EffectMeter, PromptKeys, Steering, check_negative
+from nasa_video.guidance.state import EffectMeter, PromptKeys, Steering, check_negative
+from nasa_video.video.recipe import StoredGuidance, restore_guidance, store_guidance
 
 SHAPE = (2, 5, 3, 8)
 

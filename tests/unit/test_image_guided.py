@@ -20,12 +20,12 @@ import image_tiny as tiny
 
 from causvid_adapter import CausalWan
 from nasa_video import ClassifierFree, Nasa, ScaleSchedule, guided
-from nasa_video.attention import SdpaAttend
-from nasa_video.backbones.legacy_attention import GuidedLegacyAttention
 from nasa_video.backbones.scope import NegativeContext, ScopedSteering
+from nasa_video.backbones.unet import GuidedLegacyAttention
 from nasa_video.errors import InputError
-from nasa_video.guidance import EVERYWHERE, GuidedAttention
-from nasa_video.steering import PromptKeys
+from nasa_video.guidance.attention import SdpaAttend
+from nasa_video.guidance.methods import EVERYWHERE, GuidedAttention
+from nasa_video.guidance.state import PromptKeys
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def test_legacy_layer_is_diffusers_own(settings: dict[str, Any], grid: bool) -> 
     steering.negatives = []
     attn.set_processor(GuidedLegacyAttention(0, steering, AttnProcessor2_0()))
     assert torch.equal(attn(x, encoder_hidden_states=text, attention_mask=mask, temb=temb), plain)
-    from nasa_video.backbones.legacy_attention import project_text
+    from nasa_video.backbones.unet import project_text
 
     steering.negatives = [(PromptKeys((project_text(attn, text[:1], None),)), 1.0)]
     torch.testing.assert_close(attn(x, encoder_hidden_states=text, attention_mask=mask, temb=temb), plain)

@@ -21,10 +21,10 @@ import image_tiny as tiny
 from nasa_video import ClassifierFree, Nasa, Negative
 from nasa_video.cli.image import image as image_command
 from nasa_video.errors import InputError, OutputError
-from nasa_video.image.grid import label_grid, save_picture
-from nasa_video.image.pipeline import ImagePipeline
-from nasa_video.image.presets import configs_dir, find_image_preset, image_presets, parse_image_preset
-from nasa_video.image.straight_flow import StraightFlowScheduler
+from nasa_video.images.grid import label_grid, save_picture
+from nasa_video.images.pipeline import ImagePipeline
+from nasa_video.images.presets import configs_dir, find_image_preset, image_presets, parse_image_preset
+from nasa_video.images.straight_flow import StraightFlowScheduler
 
 NAMES = sorted(path.stem for path in (configs_dir() / "image").glob("*.yaml"))
 NEGATIVES = [Negative("blurry")]

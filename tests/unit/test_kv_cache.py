@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from causvid_adapter import ChunkSampler, FlowMatchSchedule, KVCache, ShapeError
-from causvid_adapter.kv_cache import RopeMode
+from causvid_adapter.cache import RopeMode
 
 TOKENS = 2
 

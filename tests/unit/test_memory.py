@@ -12,12 +12,12 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise, StreamingDecoder
 from nasa_video.bench.random_model import RandomText
 from nasa_video.errors import InputError
-from nasa_video.guidance import ClassifierFree
-from nasa_video.memory.estimate import Fit, Run, cache_frames, estimate, fitting_sizes, require
-from nasa_video.memory.free import available
-from nasa_video.memory.part_sizes import vae_sizes
+from nasa_video.guidance.methods import ClassifierFree
+from nasa_video.models.free_memory import available
+from nasa_video.models.memory_estimate import Fit, Run, cache_frames, estimate, fitting_sizes, require
+from nasa_video.models.part_sizes import vae_sizes
 from nasa_video.models.presets import find_preset
-from nasa_video.pipeline import VideoPipeline
+from nasa_video.video.pipeline import VideoPipeline
 
 CAUSVID = find_preset("causvid")
 
@@ -130,7 +130,7 @@ def test_a_pipeline_refuses_before_it_encodes_or_generates(
     text = RandomText(8, 10)
     preset = CAUSVID.model_copy(update={"sampler": CAUSVID.sampler.model_copy(update={"window_frames": 3})})
     pipeline = VideoPipeline(CausalWan(new_wan()), new_vae(), text, preset)
-    monkeypatch.setattr("nasa_video.pipeline.available", lambda device: 150_000)
+    monkeypatch.setattr("nasa_video.video.pipeline.available", lambda device: 150_000)
     monkeypatch.setattr(RandomText, "__call__", lambda *_: pytest.fail("encoded before it was checked"))
     sizes = {"width": 64, "height": 32, "frames": 9}
     with pytest.raises(InputError, match=r"not enough memory on cpu: 64 x 32 needs .* what fits"):

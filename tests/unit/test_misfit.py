@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nasa_video.misfit import misfit
+from nasa_video.import_errors import misfit
 
 ROOT = Path(__file__).parents[2]
 

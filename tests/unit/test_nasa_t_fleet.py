@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import fleet_worker as worker
 
 from nasa_video.errors import InputError
-from nasa_video.training.nasa_t.fleet import Fleet
-from nasa_video.training.nasa_t.run import resume
+from nasa_video.train.fleet import Fleet
+from nasa_video.train.run import resume
 
 
 @pytest.fixture(scope="module")

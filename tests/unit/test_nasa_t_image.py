@@ -14,16 +14,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nasa_video import Nasa, guided
-from nasa_video.training.nasa_t.clip_loss import clamped_loss, tiny_clip
-from nasa_video.training.nasa_t.draws import Texts, encode_texts, seeded
-from nasa_video.training.nasa_t.dry_run import NEGATIVES, PROMPTS
-from nasa_video.training.nasa_t.fleet import Fleet
-from nasa_video.training.nasa_t.image import ImageGame
-from nasa_video.training.nasa_t.image_parts import tiny_image_parts
-from nasa_video.training.nasa_t.matching import descend, guided_target, score_direction
-from nasa_video.training.nasa_t.run import train
-from nasa_video.training.nasa_t.settings import PLACEMENTS, ImageSettings, parse_settings
-from nasa_video.training.nasa_t.steering import steered
+from nasa_video.train.clip_loss import clamped_loss, tiny_clip
+from nasa_video.train.draws import Texts, encode_texts, seeded
+from nasa_video.train.dry_run import NEGATIVES, PROMPTS
+from nasa_video.train.fleet import Fleet
+from nasa_video.train.image import ImageGame
+from nasa_video.train.image_parts import tiny_image_parts
+from nasa_video.train.matching import descend, guided_target, score_direction
+from nasa_video.train.run import train
+from nasa_video.train.settings import PLACEMENTS, ImageSettings, parse_settings
+from nasa_video.train.steering import steered
 
 SIZES = {"sd": (77, 24), "pixart": (12, 20)}
 

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 from nasa_video.cli.app import app
 from nasa_video.errors import InputError
 from nasa_video.models.presets import configs_dir
-from nasa_video.training.nasa_t.dry_run import dry_run, sizes
-from nasa_video.training.nasa_t.fleet import Fleet
-from nasa_video.training.nasa_t.lists import build_prompts, content_words, make_texts, read_texts
-from nasa_video.training.nasa_t.settings import FileList, SpritesList, load_settings, shipped_names
-from nasa_video.training.nasa_t.terms import GROUPS, negative_list
+from nasa_video.train.dry_run import dry_run, sizes
+from nasa_video.train.fleet import Fleet
+from nasa_video.train.lists import build_prompts, content_words, make_texts, read_texts
+from nasa_video.train.settings import FileList, SpritesList, load_settings, shipped_names
+from nasa_video.train.terms import GROUPS, negative_list
 
 TRUE_MILLIONS = {
     "nasa-t-sd15": 860,

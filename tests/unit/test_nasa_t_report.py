@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "research"))
 
 import nasa_t_report as report
 
 CFG = "cfg:1.5"
 FACTS: dict[str, Any] = {
     "iterations": 3, "batch": 2, "n": 5, "captions": 7, "attributes": "blurry", "weights": "abc", "commit": "def",
-    "command": "python scripts/measure_nasa_t.py", "steps": (1, 4), "cfg": CFG, "jobs": (2, 16), "minutes": (1.0, 2.0),
+    "command": "python research/measure_nasa_t.py", "steps": (1, 4), "cfg": CFG, "jobs": (2, 16), "minutes": (1.0, 2.0),
     "world": {"sharpness": 0.5, "flicker": 1.5},
 }  # fmt: skip
 

@@ -15,22 +15,22 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule
-from nasa_video.attention import SdpaAttend
 from nasa_video.backbones import wan
 from nasa_video.errors import InputError
-from nasa_video.guidance import Nasa
+from nasa_video.guidance.attention import SdpaAttend
+from nasa_video.guidance.methods import Nasa
+from nasa_video.guidance.state import Steering
 from nasa_video.models.presets import find_preset
-from nasa_video.steering import Steering
 from nasa_video.text import TextContext
-from nasa_video.training.nasa_t.draws import Texts, draw_texts, encode_texts, seeded
-from nasa_video.training.nasa_t.dry_run import HashEncoder
-from nasa_video.training.nasa_t.fleet import Fleet
-from nasa_video.training.nasa_t.rollout import RolloutPlan, roll_out
-from nasa_video.training.nasa_t.run import differences, train
-from nasa_video.training.nasa_t.settings import PLACEMENTS, VideoSettings, parse_settings
-from nasa_video.training.nasa_t.steering import doubled, steer, steered
-from nasa_video.training.nasa_t.video import VideoGame
-from nasa_video.training.nasa_t.video_parts import VideoParts
+from nasa_video.train.draws import Texts, draw_texts, encode_texts, seeded
+from nasa_video.train.dry_run import HashEncoder
+from nasa_video.train.fleet import Fleet
+from nasa_video.train.rollout import RolloutPlan, roll_out
+from nasa_video.train.run import differences, train
+from nasa_video.train.settings import PLACEMENTS, VideoSettings, parse_settings
+from nasa_video.train.steering import doubled, steer, steered
+from nasa_video.train.video import VideoGame
+from nasa_video.train.video_parts import VideoParts
 
 TOKENS, DIM = 8, 10
 LATENT = (4, 4, 6)
@@ -253,7 +253,7 @@ def test_checkpointing_changes_no_gradient(new_wan, new_context, window, rope) -
 
 def test_without_the_guard_a_rolling_cache_gives_other_gradients(new_wan, new_context, monkeypatch) -> None:
     """What the guard is for: the history that the second run of a block sees has moved along."""
-    from nasa_video.training.nasa_t import rollout
+    from nasa_video.train import rollout
 
     monkeypatch.setattr(
         rollout, "FrozenHistory", type("Views", (rollout.FrozenHistory,), {

@@ -21,7 +21,7 @@ OPTIONS = {
 
 @pytest.fixture
 def removal_script(request, monkeypatch):
-    monkeypatch.syspath_prepend(str(request.config.rootpath / "scripts"))
+    monkeypatch.syspath_prepend(str(request.config.rootpath / "research"))
     import make_removal_table
 
     return make_removal_table

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nasa_video.errors import InputError, OutputError
-from nasa_video.guidance import Nag, Nasa, Negative
+from nasa_video.files.push_sink import PushSink
+from nasa_video.guidance.methods import Nag, Nasa, Negative
 from nasa_video.models.presets import OnChange
-from nasa_video.pipeline import Chunk, VideoPipeline
 from nasa_video.serve.cues import LiveCues
 from nasa_video.serve.outgoing import LIMIT_BYTES, Gone, Outgoing
 from nasa_video.serve.preview import Ring
@@ -26,8 +26,8 @@ from nasa_video.serve.security import is_loopback
 from nasa_video.serve.shelf import Shelf
 from nasa_video.serve.throttle import Bucket, Buckets, client_of
 from nasa_video.serve.worker import Busy, Worker
-from nasa_video.timeline import Cue, Timeline, format_negative, parse_negative
-from nasa_video.video.push_sink import PushSink
+from nasa_video.video.pipeline import Chunk, VideoPipeline
+from nasa_video.video.timeline import Cue, Timeline, format_negative, parse_negative
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from nasa_video.sprites.captions import caption_stating, full_caption, things_to
 from nasa_video.sprites.prompt_extension import extend_prompt, stated_in
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS, sample_scenes
 from nasa_video.text import WordLlamaEncoder
-from nasa_video.training.assessment import data_spread
+from research.sprites.assessment import data_spread
 
 GOES_WITHOUT_SAYING = {("texture", "plain"), ("weather", "none"), ("count", "one")}
 

@@ -23,12 +23,15 @@ from nasa_video.sprites.detectors import HEADS, Detector, DetectorNetwork, shows
 from nasa_video.sprites.vocabulary import nearest_known, unknown_words
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS, MOTIONS, Scenes, sample_scenes, sample_switches
 from nasa_video.text import WordLlamaEncoder
-from nasa_video.training.assessment import held_out_prompts, rare_prompts
-from nasa_video.training.attention import matrix_attention
-from nasa_video.training.checkpoint import load_state, save_state
-from nasa_video.training.dataset import LatentClips
-from nasa_video.training.distill import Distillation, DistillTraining, matching_direction, rollout
-from nasa_video.training.flow import (
+from nasa_video.train.attention import matrix_attention
+from nasa_video.train.checkpoint import load_state, save_state
+from nasa_video.train.dry_run import HashEncoder
+from nasa_video.train.journal import Journal
+from nasa_video.train.optimiser import orthogonalise, warm_then_linear
+from research.sprites.assessment import held_out_prompts, rare_prompts
+from research.sprites.dataset import LatentClips
+from research.sprites.distill import Distillation, DistillTraining, matching_direction, rollout
+from research.sprites.flow import (
     FlowDraws,
     FlowTraining,
     draw_noise_levels,
@@ -36,14 +39,11 @@ from nasa_video.training.flow import (
     new_transformer,
     train_flow,
 )
-from nasa_video.training.journal import Journal
-from nasa_video.training.latent_detector import LatentDetector, legible, stated_loss
-from nasa_video.training.nasa_t.dry_run import HashEncoder
-from nasa_video.training.opening import Opening, OpeningDraw, OpeningTraining
-from nasa_video.training.optimiser import orthogonalise, warm_then_linear
-from nasa_video.training.parallel import Team, made_ahead
-from nasa_video.training.plan import load_plan
-from nasa_video.training.reading import VALUES, Reader, left_open
+from research.sprites.latent_detector import LatentDetector, legible, stated_loss
+from research.sprites.opening import Opening, OpeningDraw, OpeningTraining
+from research.sprites.parallel import Team, made_ahead
+from research.sprites.plan import load_plan
+from research.sprites.reading import VALUES, Reader, left_open
 
 TINY = {
     "patch_size": (1, 2, 2),
@@ -180,8 +180,8 @@ def test_a_share_of_the_batches_holds_first_chunks_alone(tmp_path, monkeypatch, 
         weights.append(sprite_weight)
         return flow_loss(model, batch, context, noise, levels, settings, sprite_weight)
 
-    monkeypatch.setattr("nasa_video.training.flow.flow_loss", record)
-    monkeypatch.setattr("nasa_video.training.flow.compile_blocks", lambda model: None)
+    monkeypatch.setattr("research.sprites.flow.flow_loss", record)
+    monkeypatch.setattr("research.sprites.flow.compile_blocks", lambda model: None)
     model = TINY | {"text_dim": 256}
     settings = FlowTraining(model=model, iterations=4, batch_size=2, short_share=short_share, bidirectional_share=0.0)
     journal = Journal(tmp_path, "base", None)
@@ -221,7 +221,7 @@ def test_a_first_chunk_alone_is_the_start_of_a_causal_clip(tiny):
 
 
 def distillation(monkeypatch, **settings) -> Distillation:
-    monkeypatch.setattr("nasa_video.training.distill.compile_blocks", lambda model: None)
+    monkeypatch.setattr("research.sprites.distill.compile_blocks", lambda model: None)
     model = new_transformer(WIDE, torch.device("cpu"))
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1)
     settings = {"batch_size": 2, **settings}
@@ -298,7 +298,7 @@ def test_the_student_rolls_out_first_chunks_alone_at_times(monkeypatch, short_sh
         rolled.append(noise.shape[:2])
         return rollout(student, context, noise, *args)
 
-    monkeypatch.setattr("nasa_video.training.distill.rollout", record)
+    monkeypatch.setattr("research.sprites.distill.rollout", record)
     game = distillation(monkeypatch, short_share=short_share, switched_share=0.0)
     before = game.student.transformer.proj_out.weight.detach().clone()
     game.iterate(1, game.draws[1])
@@ -336,7 +336,7 @@ def lesson_of(stage: Opening, lesson: str, calls: int = 0, open_too: bool = True
 
 @pytest.fixture(autouse=True)
 def _nothing_is_compiled(monkeypatch):
-    monkeypatch.setattr("nasa_video.training.opening.compile_blocks", lambda model: None)
+    monkeypatch.setattr("research.sprites.opening.compile_blocks", lambda model: None)
 
 
 def test_lessons_and_steps_come_as_often_as_the_plan_says():
@@ -654,7 +654,7 @@ def test_weights_are_averaged(tmp_path, repository):
     files = [tmp_path / name for name in ("one.safetensors", "other.safetensors", "longer.safetensors")]
     for path, value in zip(files, (1.0, 3.0, 3.0), strict=True):
         save_file({"w": torch.full((2 + ("longer" in path.name),), value).half()}, path)
-    script = [sys.executable, str(repository / "scripts" / "average_weights.py")]
+    script = [sys.executable, str(repository / "research" / "average_weights.py")]
     mean = tmp_path / "new" / "mean.safetensors"
     subprocess.run([*script, *map(str, files[:2]), "0.25", str(mean)], check=True)
     assert load_file(mean)["w"].tolist() == [1.5, 1.5]
@@ -668,7 +668,7 @@ def test_the_better_weights_are_chosen(tmp_path, repository):
     folder = repository / "nasa_video" / "sprites" / "weights" / "transformer"
     good = load_file(folder / "diffusion_pytorch_model.safetensors")
     save_file({name: value * 0 for name, value in good.items()}, tmp_path / "nothing.safetensors")
-    script = [sys.executable, str(repository / "scripts" / "choose_weights.py"), str(tmp_path / "nothing.safetensors")]
+    script = [sys.executable, str(repository / "research" / "choose_weights.py"), str(tmp_path / "nothing.safetensors")]
     command = [*script, "student", "--share", "0.5", "--prompts", "1", "--output", str(tmp_path / "best.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "best: student" in done.stdout

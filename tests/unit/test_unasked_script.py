@@ -21,7 +21,7 @@ from nasa_video.sprites.world import ATTRIBUTES
 def test_what_a_plain_sprite_is_without_is_unasked_but_what_the_case_is_about(
     request, monkeypatch, attribute, seen, expected
 ):
-    monkeypatch.syspath_prepend(str(request.config.rootpath / "scripts"))
+    monkeypatch.syspath_prepend(str(request.config.rootpath / "research"))
     from measure_unasked import unasked
 
     plain = {name: values[0] for name, values in ATTRIBUTES.items()}

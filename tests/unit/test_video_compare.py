@@ -8,8 +8,8 @@ from PIL import Image
 from test_video_frames import make_clip
 
 from nasa_video.errors import OutputError
-from nasa_video.video.compare import Excerpt, contact_sheet, side_by_side
-from nasa_video.video.sheet import save_sheet, sheet_path
+from nasa_video.files.compare import Excerpt, contact_sheet, side_by_side
+from nasa_video.files.sheet import save_sheet, sheet_path
 
 
 def test_side_by_side_keeps_every_pixel() -> None:

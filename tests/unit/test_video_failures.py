@@ -14,10 +14,10 @@ from test_video_files import decode
 from test_video_frames import assert_same_frames, make_clip
 
 from nasa_video.errors import OutputError
-from nasa_video.video import ffmpeg
-from nasa_video.video.fragments import FragmentIndex
-from nasa_video.video.metadata import read_metadata
-from nasa_video.video.sinks import FfmpegSink, open_sink
+from nasa_video.files import ffmpeg
+from nasa_video.files.fragments import FragmentIndex
+from nasa_video.files.metadata import read_metadata
+from nasa_video.files.sinks import FfmpegSink, open_sink
 
 
 def kill_encoder(sink: FfmpegSink) -> None:
@@ -150,7 +150,7 @@ HELPER = "import numpy as np\n" + inspect.getsource(make_clip)
 CHILD = """
 import sys, time
 {helper}
-from nasa_video.video.sinks import open_sink
+from nasa_video.files.sinks import open_sink
 with open_sink({path!r}, 16) as sink:
     sink.write(make_clip(25))
     print("ready", flush=True)

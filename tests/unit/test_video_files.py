@@ -12,9 +12,9 @@ from PIL import Image
 from test_video_frames import assert_same_frames, make_clip
 
 from nasa_video.errors import OutputError
-from nasa_video.video import ffmpeg
-from nasa_video.video.metadata import read_metadata
-from nasa_video.video.sinks import FfmpegSink, FramesSink, MemorySink, TeeSink, open_sink
+from nasa_video.files import ffmpeg
+from nasa_video.files.metadata import read_metadata
+from nasa_video.files.sinks import FfmpegSink, FramesSink, MemorySink, TeeSink, open_sink
 
 
 def decode(path: Path) -> np.ndarray:

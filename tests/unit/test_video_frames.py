@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nasa_video.video.frames import check_frames, enlarge, frames_from_tensor, tensor_from_frames
+from nasa_video.files.frames import check_frames, enlarge, frames_from_tensor, tensor_from_frames
 
 
 def make_clip(num_frames: int, height: int = 64, width: int = 64, first: int = 0) -> np.ndarray:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from test_video_frames import make_clip
 
 from nasa_video.errors import InputError
-from nasa_video.recipe import Recipe
-from nasa_video.video import ffmpeg
-from nasa_video.video.metadata import from_ffmetadata, read_metadata, to_ffmetadata, to_json
-from nasa_video.video.sinks import FfmpegSink
+from nasa_video.files import ffmpeg
+from nasa_video.files.metadata import from_ffmetadata, read_metadata, to_ffmetadata, to_json
+from nasa_video.files.sinks import FfmpegSink
+from nasa_video.video.recipe import Recipe
 
 NASTY = {
     "prompt": 'a=b; # \\ "quoted" \r\n[STREAM]\n;FFMETADATA1\ncomment=no\\',

@@ -7,9 +7,9 @@ import pytest
 from test_video_frames import assert_same_frames, make_clip
 
 from nasa_video.errors import InputError
-from nasa_video.video import ffmpeg
-from nasa_video.video.sinks import FfmpegSink
-from nasa_video.video.source import VideoInfo, VideoSource, probe, read_frames
+from nasa_video.files import ffmpeg
+from nasa_video.files.sinks import FfmpegSink
+from nasa_video.files.source import VideoInfo, VideoSource, probe, read_frames
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from test_video_files import decode
 from test_video_frames import assert_same_frames, make_clip
 
 from nasa_video.errors import OutputError
-from nasa_video.video.metadata import read_metadata
-from nasa_video.video.sinks import StreamSink, open_sink
+from nasa_video.files.metadata import read_metadata
+from nasa_video.files.sinks import StreamSink, open_sink
 
 
 class Recorder(io.BytesIO):
@@ -121,7 +121,7 @@ def test_a_terminal_is_refused() -> None:
 SCRIPT = """
 import numpy as np
 {helper}
-from nasa_video.video.sinks import open_sink
+from nasa_video.files.sinks import open_sink
 with open_sink("-", 16) as sink:
     for _ in range({chunks}):
         sink.write(make_clip(10))

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from live_client import PATIENCE, Client, eventually
 
-from nasa_video.pipeline import VideoPipeline
 from nasa_video.serve.cues import LiveCues
 from nasa_video.serve.server import Server
 from nasa_video.serve.settings import ServeSettings
-from nasa_video.timeline import Cue
+from nasa_video.video.pipeline import VideoPipeline
+from nasa_video.video.timeline import Cue
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,9 @@ from nasa_video.cli.console import chunk_progress
 from nasa_video.cli.generation import Request, run
 from nasa_video.cli.streaming import StreamRequest, run_stream, seconds_to_arrive
 from nasa_video.errors import OutputError
+from nasa_video.files import ffmpeg
+from nasa_video.files.source import read_frames
 from nasa_video.serve.preview import Preview
-from nasa_video.video import ffmpeg
-from nasa_video.video.source import read_frames
 
 
 def test_a_preview_shows_the_run_to_everybody(model_folder: Path, tmp_path: Path) -> None:

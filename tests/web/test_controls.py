@@ -12,7 +12,7 @@ from live_page import acting_chunk, data, play, ready, until, wait_for_frame
 
 from nasa_video.serve.cues import LiveCues
 from nasa_video.serve.server import Server
-from nasa_video.timeline import Cue
+from nasa_video.video.timeline import Cue
 
 
 def add_negative(page: Any, text: str) -> None:

@@ -14,8 +14,8 @@ import pytest
 from live_client import PATIENCE
 from live_page import data, play, saved, until, wait_for_frame
 
+from nasa_video.files.source import read_frames
 from nasa_video.serve.server import Server
-from nasa_video.video.source import read_frames
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ from live_page import acting_chunk, contrast, data, play, ready, saved, until, w
 
 from nasa_video.cli.console import chunk_progress
 from nasa_video.cli.generation import Request, run
+from nasa_video.files.metadata import read_metadata
+from nasa_video.files.source import read_frames
 from nasa_video.serve.server import Server
-from nasa_video.video.metadata import read_metadata
-from nasa_video.video.source import read_frames
 
 
 @pytest.mark.parametrize("media", ["mp4", "webm", "av1", "jpeg"])

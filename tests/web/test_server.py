@@ -22,20 +22,20 @@ from live_client import PATIENCE, Client, eventually, every_task_had_its_turn, f
 from PIL import Image
 from websockets.exceptions import ConnectionClosed
 
-from nasa_video import director
 from nasa_video.cli.console import chunk_progress
 from nasa_video.cli.generation import Request, run
 from nasa_video.errors import InputError
+from nasa_video.files.frames import enlarge
+from nasa_video.files.metadata import read_metadata
+from nasa_video.files.source import read_frames
 from nasa_video.serve import delivery
 from nasa_video.serve.cues import LiveCues
 from nasa_video.serve.outgoing import LIMIT_BYTES, Gone, MediaPipe, Outgoing
 from nasa_video.serve.protocol import Wanted
 from nasa_video.serve.recorder import Recorder
 from nasa_video.serve.server import Server
-from nasa_video.timeline import Cue
-from nasa_video.video.frames import enlarge
-from nasa_video.video.metadata import read_metadata
-from nasa_video.video.source import read_frames
+from nasa_video.video import controller
+from nasa_video.video.timeline import Cue
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def test_a_change_needs_no_memory_for_another_stream(client: Client, monkeypatch
     def nothing_left(*arguments: Any, **options: Any) -> None:
         raise InputError("there is no memory for one more")
 
-    monkeypatch.setattr("nasa_video.pipeline.require", nothing_left)
+    monkeypatch.setattr("nasa_video.video.pipeline.require", nothing_left)
     client.send("update", negatives=[{"text": "red"}], on_change="remake")
     accepted = client.hear("accepted")["from_chunk"]
     while (chunk := client.watch(1)[0])["index"] < accepted:
@@ -262,7 +262,7 @@ def test_a_change_needs_no_memory_for_another_stream(client: Client, monkeypatch
 def test_moving_the_scale_encodes_no_text(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     client.start(negatives=[{"text": "red"}])
     client.watch(1)
-    monkeypatch.setattr(director, "encode", None)
+    monkeypatch.setattr(controller, "encode", None)
     for scale in (0.5, 0.25, 2.0):
         client.send("update", scale=scale)
         client.hear("accepted")

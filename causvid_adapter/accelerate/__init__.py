@@ -1,0 +1,1 @@
+"""Faster or smaller: compilation with a static cache, offloading, sequence parallelism."""

@@ -1,0 +1,180 @@
+"""Guidance in diffusers' legacy ``Attention``: PixArt, Stable Diffusion 1.5 and 2.1, SDXL."""
+
+# B batch, Q image tokens, C channels, L text tokens, E text dim, H heads, D head dim
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers.models import attention_processor as processors
+from diffusers.models.attention_processor import Attention
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
+from torch import Tensor
+
+from nasa_video.backbones.scope import NegativeContext, ScopedSteering, new_steering, place_keys
+from nasa_video.errors import InputError
+from nasa_video.guidance.attention import Attend, TextKeys
+from nasa_video.guidance.methods import AttentionGuidance
+from nasa_video.guidance.state import EffectMeter, PromptKeys
+
+LegacyModel: TypeAlias = PixArtTransformer2DModel | UNet2DConditionModel
+REPLACEABLE = (
+    processors.AttnProcessor,
+    processors.AttnProcessor2_0,
+    processors.FusedAttnProcessor2_0,
+    processors.SlicedAttnProcessor,
+    processors.XFormersAttnProcessor,
+)
+"""Processors that compute plain softmax attention, so that ours may stand in for them."""
+
+
+class GuidedLegacyAttention:
+    """Processor of a text cross-attention layer (diffusers' processor protocol).
+
+    Where guidance does not act, the processor that was there before does the work.
+    """
+
+    def __init__(self, layer: int, steering: ScopedSteering, before: Callable[..., Tensor]) -> None:
+        self.layer = layer
+        self.steering = steering
+        self.before = before
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """(B, Q, C) or (B, C, height, width) -> the same shape."""
+        if not self.steering.acts(self.layer):
+            return self.before(
+                attn,
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=attention_mask,
+                temb=temb,
+            )
+        if encoder_hidden_states is None:
+            raise InputError("a guided cross-attention layer was called without text; it cannot be guided")
+        x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
+        grid = x.shape[2:] if x.ndim == 4 else None
+        if grid is not None:
+            x = x.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        q = attn.to_q(x).unflatten(2, (attn.heads, -1))
+        if attn.norm_q is not None:
+            q = attn.norm_q(q)
+        bias = None
+        if attention_mask is not None:
+            batch, num_tokens = encoder_hidden_states.shape[:2]
+            bias = attn.prepare_attention_mask(attention_mask, num_tokens, batch).unflatten(0, (batch, attn.heads))
+        positive = project_text(attn, encoder_hidden_states, bias)
+        z = self.steering.guide(self.layer, q, positive).flatten(2).type_as(q)
+        z = attn.to_out[1](attn.to_out[0](z))
+        if grid is not None:
+            z = z.transpose(1, 2).unflatten(2, grid)
+        if attn.residual_connection:
+            z = z + hidden_states
+        return z / attn.rescale_output_factor  # type: ignore[no-any-return]
+
+
+def project_text(attn: Attention, text: Tensor, bias: Tensor | None) -> TextKeys:
+    """Keys and values of embedded text (B, L, E) in one layer, through all that the layer does to its text."""
+    if attn.norm_cross is not None:
+        text = attn.norm_encoder_hidden_states(text)
+    if attn.fused_projections:
+        k, v = attn.to_kv(text).chunk(2, dim=-1)
+    else:
+        k, v = attn.to_k(text), attn.to_v(text)
+    k, v = (x.unflatten(2, (attn.heads, -1)) for x in (k, v))
+    return TextKeys(k if attn.norm_k is None else attn.norm_k(k), v, bias)
+
+
+def cross_attentions(model: LegacyModel) -> list[Attention]:
+    """Text cross-attention layers in the order in which they run.
+
+    Raises:
+        InputError: one of them is of a kind whose output this module would not reproduce.
+    """
+    order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    named = sorted(model.named_modules(), key=lambda item: order.get(item[0].split(".")[0], 3))
+    layers = [module for _, module in named if isinstance(module, Attention) and module.is_cross_attention]
+    for attn in layers:
+        head_dim = attn.to_q.out_features // attn.heads
+        if attn.added_kv_proj_dim is not None or not math.isclose(attn.scale, head_dim**-0.5):
+            raise InputError("layers with added keys or unscaled scores (unCLIP, DeepFloyd) cannot be guided")
+        if not isinstance(attn.processor, REPLACEABLE):
+            name = type(attn.processor).__name__
+            raise InputError(
+                f"attention processor {name} does more than attention over text (an IP-Adapter?); guidance would drop "
+                "that: unload it first, for example with pipe.unload_ip_adapter()"
+            )
+    return layers
+
+
+class LegacyBackbone:
+    """A PixArt transformer or a UNet."""
+
+    def __init__(self, model: LegacyModel, guidance: AttentionGuidance, attend: Attend, meter: EffectMeter) -> None:
+        self.model = model
+        self.layers = cross_attentions(model)
+        self.steering = new_steering(guidance, attend, len(self.layers), meter)
+
+    @torch.no_grad()
+    def use(self, negatives: Sequence[NegativeContext], *, lora_scale: float | None = None) -> None:
+        """Make keys and values of the negatives in every layer: they depend on the prompt alone."""
+        if lora_scale is not None:
+            scale_lora_layers(self.model, lora_scale)
+        try:
+            self.steering.negatives = [(self._keys(negative), negative.weight) for negative in negatives]
+        finally:
+            if lora_scale is not None:
+                unscale_lora_layers(self.model, lora_scale)
+
+    def _keys(self, negative: NegativeContext) -> PromptKeys:
+        weight = self.layers[0].to_q.weight
+        # Offloaded weights have no device of their own; the hooks of their layers move the input.
+        device = negative.embeds.device if weight.device.type == "meta" else weight.device
+        text = self._embed(negative.embeds.to(device, self.model.dtype))
+        bias = negative.bias() if self._masks_padding else None
+        bias = None if bias is None else bias.to(device)
+        layers = (project_text(attn, text, bias) for attn in self.layers)
+        return place_keys(PromptKeys(tuple(layers)), weight.device, negative)
+
+    @property
+    def _masks_padding(self) -> bool:
+        """PixArt never attends to padding; a UNet does, and its negative's padding is the method's choice."""
+        guidance = self.steering.guidance
+        assert guidance is not None
+        return isinstance(self.model, PixArtTransformer2DModel) or not guidance.negative_padding
+
+    def _embed(self, text: Tensor) -> Tensor:
+        if isinstance(self.model, PixArtTransformer2DModel):
+            project = self.model.caption_projection
+            return text if project is None else project(text)
+        kind = self.model.config.encoder_hid_dim_type
+        if kind not in (None, "text_proj", "ip_image_proj"):
+            raise InputError(
+                f"a UNet with encoder_hid_dim_type {kind!r} mixes images into its text; it cannot be guided"
+            )
+        return self.model.encoder_hid_proj(text) if kind == "text_proj" else text
+
+    @contextmanager
+    def install(self) -> Iterator[None]:
+        """Guide the model's cross-attention inside the scope; what was there comes back, also after an error."""
+        before = [attn.processor for attn in self.layers]
+        try:
+            for index, attn in enumerate(self.layers):
+                attn.set_processor(GuidedLegacyAttention(index, self.steering, before[index]))
+            yield
+        finally:
+            for attn, processor in zip(self.layers, before, strict=True):
+                attn.set_processor(processor)

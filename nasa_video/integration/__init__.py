@@ -1,1 +1,0 @@
-"""Guidance for diffusers' own pipelines: one line for classic ones, a guider for modular ones."""

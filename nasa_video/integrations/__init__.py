@@ -1,0 +1,1 @@
+"""Guidance in other people's pipelines and programs."""

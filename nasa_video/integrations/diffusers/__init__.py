@@ -1,0 +1,1 @@
+"""Guidance in diffusers' own pipelines: ``guided`` for ordinary ones, guiders for modular ones."""

@@ -1,0 +1,1 @@
+"""Work that is shared out: stored results by content, shards, engines, processes."""

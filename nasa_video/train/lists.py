@@ -1,0 +1,177 @@
+"""Prompts and negatives: read, made, and drawn so that a batch follows from its seed alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from nasa_video.errors import InputError, OutputError
+from nasa_video.train.settings import FileList, GrammarList, SpritesList, TextList
+from nasa_video.train.terms import GROUPS, STILL_GROUPS, negative_list
+
+_WORD = re.compile(r"[^\W\d_]+")
+# Words that say nothing about what is shown: two texts may share them.
+_EMPTY_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "and",
+        "at",
+        "background",
+        "bad",
+        "by",
+        "extra",
+        "for",
+        "from",
+        "in",
+        "is",
+        "it",
+        "its",
+        "low",
+        "much",
+        "no",
+        "of",
+        "on",
+        "one",
+        "or",
+        "out",
+        "poor",
+        "the",
+        "to",
+        "two",
+        "very",
+        "visibly",
+        "with",
+    ]
+)
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a file, one a line, each once, in order; empty lines and # lines are left out.
+
+    Raises:
+        InputError: it cannot be read, or holds no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text, one prompt a line: {error}") from error
+    texts = list(dict.fromkeys(" ".join(line.split()) for line in lines))
+    texts = [text for text in texts if text and not text.startswith("#")]
+    if not texts:
+        raise InputError(f"{path} holds no text; write one prompt a line")
+    return texts
+
+
+def write_texts(path: Path, texts: Iterable[str], heading: str = "") -> None:
+    """Write one text a line, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines([f"# {heading}\n"] if heading else [])
+            file.writelines(f"{text}\n" for text in texts)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise OutputError(f"{path} could not be written: {error}; nothing was kept") from error
+
+
+def build_prompts(paths: Sequence[Path], longest_words: int = 80, limit: int | None = None, seed: int = 0) -> list[str]:
+    """A prompt list from any text files: one text a line, cleaned, each once, shuffled by the seed.
+
+    Args:
+        longest_words: longer texts are left out; text encoders cut them.
+        limit: of the list's length, after the shuffle.
+
+    Raises:
+        InputError: a file cannot be read, or nothing is left.
+    """
+    texts = list(dict.fromkeys(text for path in paths for text in read_texts(path)))
+    kept = [text for text in texts if _WORD.search(text) and len(text.split()) <= longest_words]
+    if not kept:
+        raise InputError(f"none of {len(texts)} texts has a word and at most {longest_words} words")
+    random.Random(f"prompts/{seed}").shuffle(kept)
+    return kept[:limit]
+
+
+def make_texts(source: TextList, *, negatives: bool, still: bool = False) -> list[str]:
+    """The texts of a list.
+
+    Args:
+        negatives: whether negatives are wanted, or prompts.
+        still: of pictures, which have no motion to complain about.
+
+    Raises:
+        InputError: no file was given, or it cannot be used.
+    """
+    what = "negatives" if negatives else "prompts"
+    if isinstance(source, FileList):
+        if source.path is None:
+            raise InputError(f"this config leaves the {what} to you: give --{what} FILE, one a line")
+        return read_texts(source.path)
+    if isinstance(source, GrammarList):
+        return negative_list(source.count, source.seed, STILL_GROUPS if still else tuple(GROUPS))
+    return _sprites_negatives(source) if negatives else _sprites_prompts(source)
+
+
+def content_words(text: str) -> frozenset[str]:
+    """Words of a text that say what is shown, in lower case."""
+    return frozenset(word for word in _WORD.findall(text.lower()) if word not in _EMPTY_WORDS)
+
+
+def draw_negative_for(prompt: str, negatives: Sequence[str], rng: random.Random, avoid_overlap: bool) -> str:
+    """A negative for a prompt; one that shares no word with it where that is wanted and found within 20 tries."""
+    chosen = rng.choice(negatives)
+    if not avoid_overlap:
+        return chosen
+    words = content_words(prompt)
+    for _ in range(20):
+        if not words & content_words(chosen):
+            return chosen
+        chosen = rng.choice(negatives)
+    return ""  # everything overlaps: rather none than one that forbids what is asked for
+
+
+def _sprites_prompts(source: SpritesList) -> list[str]:
+    """Captions for training of scenes drawn with the seed, each once."""
+    import torch
+
+    from nasa_video.sprites.captions import random_caption
+    from nasa_video.sprites.world import sample_scenes
+
+    rng = random.Random(f"captions/{source.seed}")
+    generator = torch.Generator().manual_seed(source.seed)
+    texts: dict[str, None] = {}
+    while len(texts) < source.count:
+        scenes = sample_scenes(min(256, source.count), generator)
+        for index in range(len(scenes)):
+            texts.setdefault(random_caption(scenes.row(index), rng).text)
+    return list(texts)[: source.count]
+
+
+def _sprites_negatives(source: SpritesList) -> list[str]:
+    """Every phrase of the world's vocabulary by itself, and lists of two or three of them, up to the count."""
+    from nasa_video.sprites.captions import TERMS
+
+    rng = random.Random(f"sprites negatives/{source.seed}")
+    phrases = {
+        attribute: [phrase for value, choices in values.items() if value not in ("none", "one") for phrase in choices]
+        for attribute, values in TERMS.items()
+    }
+    texts = dict.fromkeys(phrase for choices in phrases.values() for phrase in choices)
+    while len(texts) < source.count:
+        attributes = rng.sample(sorted(phrases), rng.randint(2, 3))
+        texts.setdefault(", ".join(rng.choice(phrases[attribute]) for attribute in attributes))
+    return list(texts)[: source.count]

@@ -1,1 +1,0 @@
-"""Training of the shipped model, stage by stage; `scripts/train_sprites.py` runs it."""

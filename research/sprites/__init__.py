@@ -1,0 +1,1 @@
+"""Training of the shipped model, stage by stage; `research/train_sprites.py` runs it."""
