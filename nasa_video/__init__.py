@@ -4,7 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nasa_video.guidance.methods import CentredNasa, ClassifierFree, Nag, Nasa, Negative, ScaleSchedule, Vsf
+    from nasa_video.guidance.methods import AttentionGuidance, CentredNasa, ClassifierFree, Nag, Nasa, Vsf, register
+    from nasa_video.guidance.schedule import ScaleSchedule
+    from nasa_video.guidance.terms import Negative
     from nasa_video.integrations.diffusers.guided import guided
     from nasa_video.video.pipeline import VideoPipeline
 
@@ -18,13 +20,16 @@ _HOMES = {
     "ClassifierFree": "guidance.methods",
     "Nag": "guidance.methods",
     "Nasa": "guidance.methods",
-    "Negative": "guidance.methods",
-    "ScaleSchedule": "guidance.methods",
+    "Negative": "guidance.terms",
+    "ScaleSchedule": "guidance.schedule",
     "Vsf": "guidance.methods",
+    "AttentionGuidance": "guidance.methods",
     "VideoPipeline": "video.pipeline",
+    "register": "guidance.methods",
     "guided": "integrations.diffusers.guided",
 }
 __all__ = [
+    "AttentionGuidance",
     "CentredNasa",
     "ClassifierFree",
     "Nag",
@@ -35,6 +40,7 @@ __all__ = [
     "Vsf",
     "__version__",
     "guided",
+    "register",
 ]
 
 

@@ -28,19 +28,9 @@ from nasa_video.evaluation.cases import MAIN, attributes_of, build_cases
 from nasa_video.evaluation.removal import KINDS, Method, SpritesJudge, cells, removal_table
 from nasa_video.evaluation.report import summary
 from nasa_video.guidance.attention import Attend, TextKeys
-from nasa_video.guidance.methods import (
-    EVERYWHERE,
-    CentredNasa,
-    Guidance,
-    GuidedAttention,
-    Nag,
-    Nasa,
-    ScaleSchedule,
-    Vsf,
-    nasa,
-    said_already,
-    shares,
-)
+from nasa_video.guidance.formulas import nasa, projection_coefficient, shares
+from nasa_video.guidance.methods import CentredNasa, Guidance, GuidedAttention, Nag, Nasa, Vsf
+from nasa_video.guidance.schedule import EVERYWHERE, ScaleSchedule
 from nasa_video.sprites.captions import caption_stating, value_names
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS, sample_scenes
 from nasa_video.video.pipeline import VideoPipeline
@@ -139,7 +129,7 @@ class Parts:
         z_neg, z_empty = attend(q, keys), keys.padding_v.expand_as(z_pos)
         lengths = [_norm(z).mean() for z in (z_neg, z_empty, z_neg - z_empty, z_pos)]
         weight = (z_neg - z_empty).square().sum(-1, keepdim=True)
-        conflict = (weight * said_already(z_pos - z_empty, z_neg - z_empty)).sum() / weight.sum()
+        conflict = (weight * projection_coefficient(z_pos - z_empty, z_neg - z_empty)).sum() / weight.sum()
         self.seen.append(torch.stack([*(length / lengths[3] for length in lengths[:3]), conflict]))
         # a run whose guidance changes nothing is refused: the effect is told wrongly, the output is not changed
         return GuidedAttention(z_pos, 2 * z_pos, torch.zeros((), device=q.device))

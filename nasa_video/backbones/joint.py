@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from nasa_video.errors import InputError
-from nasa_video.guidance.attention import Attend, TextKeys
-from nasa_video.guidance.methods import AttentionGuidance, GuidedAttention, Nag, Nasa, Vsf, WeightedKeys
+from nasa_video.guidance.attention import Attend, TextKeys, WeightedKeys
+from nasa_video.guidance.methods import AttentionGuidance, GuidedAttention, Nag, Nasa, Vsf
 
 
 class JointFormula(Protocol):

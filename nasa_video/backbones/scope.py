@@ -17,7 +17,7 @@ from causvid_adapter import ModelCall
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import Attend, TextKeys
 from nasa_video.guidance.methods import AttentionGuidance
-from nasa_video.guidance.state import EffectMeter, PromptKeys, Steering
+from nasa_video.guidance.state import EffectMeter, GuidanceState, PromptKeys
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def cut_keys(keys: TextKeys, rows: slice) -> TextKeys:
 
 
 @dataclass
-class ScopedSteering(Steering):
-    """Steering for models that are called with whole batches by someone else's loop.
+class ScopedSteering(GuidanceState):
+    """GuidanceState for models that are called with whole batches by someone else's loop.
 
     Attributes:
         muted: the running call is not to be guided (the unconditional pass of classifier-free guidance).
@@ -128,7 +128,7 @@ class Backbone(Protocol):
 
 
 def new_steering(guidance: AttentionGuidance, attend: Attend, num_layers: int, meter: EffectMeter) -> ScopedSteering:
-    """Steering of one model.
+    """GuidanceState of one model.
 
     Raises:
         InputError: it has no layer to guide.

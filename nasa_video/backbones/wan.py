@@ -17,14 +17,14 @@ from torch import Tensor
 from causvid_adapter.accelerate.offload import resident
 from causvid_adapter.model import IMAGE_MODEL_TEXT_TOKENS
 from nasa_video.guidance.attention import TextKeys, folded_embeds, key_bias, shifted_bias
-from nasa_video.guidance.state import PromptKeys, Steering
+from nasa_video.guidance.state import GuidanceState, PromptKeys
 from nasa_video.text import TextContext
 
 
 class GuidedCrossAttention:
     """Processor of ``block.attn2`` (diffusers' processor protocol)."""
 
-    def __init__(self, layer: int, steering: Steering) -> None:
+    def __init__(self, layer: int, steering: GuidanceState) -> None:
         self.layer = layer
         self.steering = steering
 
@@ -112,7 +112,7 @@ def guided_blocks(transformer: WanTransformer3DModel) -> list[Any]:
 
 
 @contextmanager
-def install(transformer: WanTransformer3DModel, steering: Steering) -> Iterator[Steering]:
+def install(transformer: WanTransformer3DModel, steering: GuidanceState) -> Iterator[GuidanceState]:
     """Guide the transformer's cross-attention inside the scope; what was there comes back, also after an error."""
     blocks = guided_blocks(transformer)
     before = [block.attn2.processor for block in blocks]

@@ -193,7 +193,7 @@ class Case:
             raise InputError(str(error)) from error
         text = RandomText(self.preset.components.text_encoder.max_tokens, self.config["text_dim"])
         lengths = (self.settings.positive_tokens, self.settings.negative_tokens)
-        guidance = cast(dict[str, dict[str, Any]], self.preset.guidance)
+        guidance = self.preset.guidance
         return Subject(model, attend, self.preset.sampler, guidance, self.latent_shape, text, lengths)
 
 

@@ -15,8 +15,8 @@ from nasa_video.bench.flops import Branches, ChunkLoop, WanSizes
 from nasa_video.bench.random_model import RandomText
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import Attend
-from nasa_video.guidance.methods import GUIDANCE, AttentionGuidance, ClassifierFree, Guidance
-from nasa_video.guidance.state import PromptKeys, Steering
+from nasa_video.guidance.methods import AttentionGuidance, ClassifierFree, Guidance, parse_guidance
+from nasa_video.guidance.state import GuidanceState, PromptKeys
 from nasa_video.models.presets import SamplerSettings
 from nasa_video.video.classifier_free import BranchCaches, ClassifierFreeDenoiser
 
@@ -94,7 +94,7 @@ class Subject:
 
     def settings(self, method: Method) -> Guidance | None:
         """The method's guidance, set as the preset has it."""
-        return None if method.guidance is None else GUIDANCE[method.guidance](**self.guidance.get(method.guidance, {}))
+        return parse_guidance(method.guidance, self.guidance)
 
     def prompts(self, method: Method) -> list[tuple[str, bool, bool]]:
         """What the method makes keys of: (text, folded, with padding)."""
@@ -148,12 +148,12 @@ class Rollout:
     ) -> None:
         keys = [subject.keys(*prompt) for prompt in subject.prompts(method)]
         guidance = subject.settings(method)
-        self.steering = Steering(subject.attend, subject.model.num_layers, positive=keys[0])
+        self.steering = GuidanceState(subject.attend, subject.model.num_layers, positive=keys[0])
         model: Any = subject.model
         if isinstance(guidance, ClassifierFree):
             model = ClassifierFreeDenoiser(subject.model, self.steering)
             model.positive, model.negative, model.guidance = *keys, guidance
-        elif guidance is not None:
+        elif isinstance(guidance, AttentionGuidance):
             self.steering.guidance, self.steering.negatives = guidance, [(keys[1], 1.0)]
         self.transformer = subject.model.transformer
         self.chunks = chunks

@@ -20,7 +20,8 @@ from nasa_video.cli.writing import guarded, report, take_part, write
 from nasa_video.errors import InputError
 from nasa_video.files.metadata import read_metadata
 from nasa_video.guidance.attention import AttentionError, Backend
-from nasa_video.guidance.methods import Guidance, ScaleSchedule
+from nasa_video.guidance.methods import Guidance
+from nasa_video.guidance.schedule import ScaleSchedule
 from nasa_video.jobs.processes import Processes
 from nasa_video.models.loading import DecoderKind, choose_device, default_dtype
 from nasa_video.models.memory_plan import PlanRequest, check_plan, make_plan

@@ -13,8 +13,9 @@ from nasa_video.cli.console import emit_json, say
 from nasa_video.cli.options import AsJsonOption, DeviceOption, GuidanceOption, NegOption, ScaleOption
 
 if TYPE_CHECKING:
-    from nasa_video.guidance.methods import Guidance, Negative
+    from nasa_video.guidance.methods import Guidance
     from nasa_video.guidance.state import Effect
+    from nasa_video.guidance.terms import Negative
     from nasa_video.images.pipeline import ImagePipeline
 
 

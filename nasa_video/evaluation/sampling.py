@@ -29,7 +29,8 @@ from nasa_video.evaluation.removal import Method, parse_methods
 from nasa_video.evaluation.results import Arm
 from nasa_video.evaluation.video_jobs import Prompt, VideoWorker, methods_of, model_dtype, plan_videos
 from nasa_video.files.frames import Frames
-from nasa_video.guidance.methods import Guidance, Negative
+from nasa_video.guidance.methods import Guidance
+from nasa_video.guidance.terms import Negative
 from nasa_video.jobs.store import GenerationJob, Measured, Worker
 from nasa_video.models.presets import Source, find_preset
 from nasa_video.video.recipe import restore_guidance, restore_negatives, store_guidance, store_negatives

@@ -17,7 +17,7 @@ from nasa_video.evaluation.vbench_prompts import read_extended, select_prompts
 from nasa_video.evaluation.vbench_setup import Environment, read_prompt_list
 from nasa_video.evaluation.vbench_weights import check_dimensions
 from nasa_video.evaluation.video_jobs import VideoWorker, methods_of, model_dtype, plan_videos
-from nasa_video.guidance.methods import Negative
+from nasa_video.guidance.terms import Negative
 from nasa_video.jobs.store import Engine, GenerationJob, Record, Shard, Store, run_jobs, write_manifest
 from nasa_video.models.loading import choose_device
 from nasa_video.models.presets import find_preset

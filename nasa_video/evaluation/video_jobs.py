@@ -20,7 +20,7 @@ from nasa_video.evaluation.identity import checkpoint_hash
 from nasa_video.evaluation.quality import quality
 from nasa_video.evaluation.removal import Method, parse_methods
 from nasa_video.files.ffmpeg_sink import FfmpegSink
-from nasa_video.guidance.methods import Negative
+from nasa_video.guidance.terms import Negative
 from nasa_video.jobs.store import GenerationJob, Measured
 from nasa_video.models.loading import choose_device
 from nasa_video.models.presets import SamplerSettings, VideoPreset

@@ -79,6 +79,10 @@ def shifted_bias(bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (bias - shift).to(dtype), shift
 
 
+WeightedKeys = tuple[TextKeys, float]
+"""A negative's keys and its weight."""
+
+
 class Attend(Protocol):
     """The attention that guidance methods are given."""
 

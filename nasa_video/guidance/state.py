@@ -13,7 +13,7 @@ from torch import Tensor
 from causvid_adapter import ModelCall
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import Attend, TextKeys
-from nasa_video.guidance.methods import AttentionGuidance, GuidedAttention, weakened
+from nasa_video.guidance.methods import AttentionGuidance, GuidedAttention
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _mean(sums: Tensor | None) -> Effect | None:
 
 
 @dataclass
-class Steering:
+class GuidanceState:
     """State that the guided cross-attention layers of one model read.
 
     Without keys of its own (``positive`` is None) a layer takes the positive keys from the context that the model
@@ -134,7 +134,7 @@ class Steering:
             guidance.schedule.factor(call.step, call.num_steps, call.clean, layer, self.num_layers)
             for layer in range(self.num_layers)
         ]
-        return tuple(weakened(guidance, factor) if factor > 0 else None for factor in factors)
+        return tuple(guidance.scaled(factor) if factor > 0 else None for factor in factors)
 
     def guide(self, layer: int, q: Tensor, positive: TextKeys) -> Tensor:
         """The layer's attention output, (B, Q, H, D), guided where guidance acts."""

@@ -18,8 +18,9 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from nasa_video.errors import InputError, NasaVideoError
-from nasa_video.guidance.methods import ClassifierFree, Guidance, Negative
+from nasa_video.guidance.methods import ClassifierFree, Guidance
 from nasa_video.guidance.state import Effect
+from nasa_video.guidance.terms import Negative
 from nasa_video.images.presets import ImagePreset, Weights
 from nasa_video.images.straight_flow import StraightFlowScheduler
 from nasa_video.integrations.diffusers.guided import guided

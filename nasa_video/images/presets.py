@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from nasa_video.errors import InputError
-from nasa_video.guidance.methods import GUIDANCE, ClassifierFree, Guidance
+from nasa_video.guidance.methods import METHODS, ClassifierFree, Guidance, check_settings, parse_guidance
 from nasa_video.models.presets import Source, Strict, configs_dir, read_yaml
 
 Family = Literal["pixart", "sd", "sdxl", "flux"]
-Method = Literal["nasa", "nag", "vsf", "cfg"]
 DEFAULT_IMAGE_MODEL = "dmd2-sdxl-4step"
 SCHEDULERS = ("LCMScheduler", "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "StraightFlowScheduler")
 
@@ -109,7 +109,7 @@ class ImagePreset(Strict):
     scheduler: SchedulerSettings | None = None
     sampling: Sampling
     dtype: Literal["float16", "bfloat16"]
-    guidance: dict[Method, dict[str, float | bool]]
+    guidance: Annotated[dict[str, dict[str, Any]], AfterValidator(check_settings)]
     guidance_source: str
 
     @property
@@ -141,12 +141,10 @@ class ImagePreset(Strict):
         Raises:
             InputError: there is no such method, or the scale is not one of its.
         """
-        if method not in get_args(Method):
-            raise InputError(f"guidance of image models must be one of {', '.join(get_args(Method))}, got {method!r}")
-        settings: dict[str, Any] = dict(self.guidance.get(method, {}))  # type: ignore[call-overload]
-        if scale is not None:
-            settings["scale"] = scale
-        return GUIDANCE[method](**settings)
+        found = parse_guidance(method, self.guidance)
+        if found is None:
+            raise InputError(f"guidance must be one of {', '.join(METHODS)}, got {method!r}")
+        return found if scale is None else dataclasses.replace(found, scale=scale)
 
     def sweep(self, method: str = "nasa") -> tuple[float, ...]:
         """Scales from unguided to twice the model's own."""

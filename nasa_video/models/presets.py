@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from nasa_video.errors import InputError
+from nasa_video.guidance.methods import check_settings, find_method
 from nasa_video.models.sources import Source as Source
 from nasa_video.models.sources import Strict as Strict
 from nasa_video.models.sources import package_root
@@ -81,7 +82,6 @@ class Components(Strict):
         return (self.transformer, *self.loras, self.vae, *encoder)
 
 
-MethodName = Literal["nasa", "nasa-centred", "nag", "vsf", "cfg"]
 OnChange = Literal["keep", "recompute", "remake"]
 """As causvid_adapter.OnChange, which cannot be had without loading torch."""
 
@@ -234,8 +234,8 @@ class VideoPreset(Strict):
     components: Components
     sampler: SamplerSettings
     video: VideoSettings
-    guidance: dict[MethodName, dict[str, float | bool]] = Field(default_factory=dict)
-    default_guidance: MethodName = "nasa"
+    guidance: Annotated[dict[str, dict[str, Any]], AfterValidator(check_settings)] = Field(default_factory=dict)
+    default_guidance: Annotated[str, AfterValidator(lambda name: find_method(name).name)] = "nasa"
     vocabulary: Literal["sprites"] | None = None
 
     @property

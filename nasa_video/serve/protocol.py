@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from nasa_video.guidance.methods import Guidance, Negative
-from nasa_video.models.presets import MethodName, OnChange, Strict
+from nasa_video.guidance.methods import Guidance, parse_guidance
+from nasa_video.guidance.terms import Negative
+from nasa_video.models.presets import OnChange, Strict
 from nasa_video.serve.settings import MAX_NEGATIVE, MAX_NEGATIVES, MAX_PROMPT
 from nasa_video.video.pipeline import VideoPipeline
 from nasa_video.video.timeline import Cue
@@ -25,8 +26,13 @@ def _with_content(text: str) -> str:
     return text.strip()
 
 
+def _known_method(spelling: str) -> str:
+    parse_guidance(spelling)
+    return spelling
+
+
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT), AfterValidator(_with_content)]
-Method = MethodName | Literal["none"]
+Method = Annotated[str, Field(max_length=400), AfterValidator(_known_method)]
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 MediaKind = Literal["mp4", "webm", "av1", "jpeg"]
 

@@ -22,7 +22,8 @@ from nasa_video.backbones import wan
 from nasa_video.backbones.scope import ScopedSteering
 from nasa_video.backbones.unet import GuidedLegacyAttention, cross_attentions
 from nasa_video.guidance.attention import Attend, SdpaAttend, TextKeys, key_bias
-from nasa_video.guidance.methods import GuidedAttention, nasa
+from nasa_video.guidance.formulas import nasa
+from nasa_video.guidance.methods import GuidedAttention
 from nasa_video.train.attention import matrix_attention
 
 

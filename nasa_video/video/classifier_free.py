@@ -6,8 +6,9 @@ from torch import Tensor
 
 from causvid_adapter import CausalWan, KVCache
 from causvid_adapter.cache import RopeMode
-from nasa_video.guidance.methods import ClassifierFree, cfg
-from nasa_video.guidance.state import PromptKeys, Steering
+from nasa_video.guidance.formulas import cfg
+from nasa_video.guidance.methods import ClassifierFree
+from nasa_video.guidance.state import GuidanceState, PromptKeys
 
 
 class BranchCaches:
@@ -46,7 +47,7 @@ class ClassifierFreeDenoiser:
     each chunk; without a guidance the positive branch is returned as it is.
     """
 
-    def __init__(self, model: CausalWan, steering: Steering) -> None:
+    def __init__(self, model: CausalWan, steering: GuidanceState) -> None:
         self.model = model
         self.steering = steering
         self.guidance: ClassifierFree | None = None

@@ -11,8 +11,9 @@ from causvid_adapter import CausalWan, ModelCall, OnChange
 from nasa_video.backbones import wan
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import Attend
-from nasa_video.guidance.methods import AttentionGuidance, ClassifierFree, Negative
-from nasa_video.guidance.state import Effect, PromptKeys, Steering, check_negative
+from nasa_video.guidance.methods import AttentionGuidance, ClassifierFree
+from nasa_video.guidance.state import Effect, GuidanceState, PromptKeys, check_negative
+from nasa_video.guidance.terms import Negative
 from nasa_video.text import TextContext, TextEncoder
 from nasa_video.video.classifier_free import ClassifierFreeDenoiser
 from nasa_video.video.timeline import Cue, CueOf
@@ -42,7 +43,7 @@ class Director:
         self.fold_padding = fold_padding
         self.cue_of = cue_of
         self._on_change = on_change
-        self.steering = Steering(attend, model.num_layers)
+        self.steering = GuidanceState(attend, model.num_layers)
         if model.static_cache:
             self.steering.meter.prepare(model.device)
         first = cue_of(0)

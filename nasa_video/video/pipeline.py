@@ -32,7 +32,7 @@ from causvid_adapter.vae_checkpoint import load_vae
 from nasa_video.errors import InputError
 from nasa_video.files.frames import tensor_from_frames
 from nasa_video.guidance.attention import Backend, make_attend
-from nasa_video.guidance.methods import GUIDANCE, ClassifierFree, Guidance
+from nasa_video.guidance.methods import METHODS, ClassifierFree, Guidance, parse_guidance
 from nasa_video.models.free_memory import available
 from nasa_video.models.loading import (
     Decoder,
@@ -236,18 +236,15 @@ class VideoPipeline:
         return self._plan(cues or (lambda index: cue), seeds, frames, False, steps, width, height, on_change)
 
     def guidance(self, method: str | None = None, scale: float | None = None) -> Guidance:
-        """A method (None: this model's default) with this model's settings, and another scale where one is given.
+        """A method by its spelling (None: this model's default) with this model's settings, and another scale if given.
 
         Raises:
-            InputError: no such method, or a scale that it cannot take.
+            InputError: no such method or setting, or a value that it cannot take.
         """
-        method = method or self.preset.default_guidance
-        if method not in GUIDANCE:
-            raise InputError(f"guidance must be one of {', '.join(GUIDANCE)} or none, got {method!r}")
-        settings: dict[str, Any] = dict(self.preset.guidance.get(method, {}))  # type: ignore[call-overload]
-        if scale is not None:
-            settings["scale"] = scale
-        return GUIDANCE[method](**settings)
+        found = parse_guidance(method or self.preset.default_guidance, self.preset.guidance)
+        if found is None:
+            raise InputError(f"guidance must be one of {', '.join(METHODS)}, got {method!r}")
+        return found if scale is None else dataclasses.replace(found, scale=scale)
 
     def guide(self, current: Guidance | None, method: str | None, scale: float | None) -> Guidance | None:
         """The guidance after a change: a method by name or "none", or the current one with another scale.

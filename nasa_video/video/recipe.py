@@ -11,7 +11,9 @@ from typing import Any
 from pydantic import ValidationError, model_validator
 
 from nasa_video.errors import InputError
-from nasa_video.guidance.methods import GUIDANCE, Guidance, Negative, ScaleSchedule
+from nasa_video.guidance.methods import METHODS, Guidance
+from nasa_video.guidance.schedule import ScaleSchedule
+from nasa_video.guidance.terms import Negative
 from nasa_video.models.placement import Placement
 from nasa_video.models.presets import OnChange, SamplerSettings, Strict
 from nasa_video.video.inputs import StoredStart
@@ -140,7 +142,7 @@ def restore_guidance(stored: StoredGuidance | None) -> Guidance | None:
                 key: tuple(v) if isinstance(v, list) else v for key, v in settings["schedule"].items()
             }
             settings["schedule"] = ScaleSchedule(**parts)
-        return GUIDANCE[stored.method](**settings)
+        return METHODS[stored.method](**settings)
     except (KeyError, TypeError) as error:
         raise InputError(f"the stored guidance {stored.method!r} is unknown to this version: {error}") from error
 

@@ -13,7 +13,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from nasa_video.errors import InputError
-from nasa_video.guidance.methods import Guidance, Negative
+from nasa_video.guidance.methods import Guidance
+from nasa_video.guidance.terms import Negative
 from nasa_video.models.presets import OnChange, Strict, read_yaml
 
 Negatives = str | Negative | Sequence[str | Negative] | None

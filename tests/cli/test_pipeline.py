@@ -11,7 +11,7 @@ import torch
 from causvid_adapter import denormalize
 from nasa_video import CentredNasa, ClassifierFree, Nag, Nasa, Negative, VideoPipeline, Vsf
 from nasa_video.errors import InputError
-from nasa_video.guidance.methods import ScaleSchedule
+from nasa_video.guidance.schedule import ScaleSchedule
 from nasa_video.video.timeline import Cue
 
 STAR = "a red star"

@@ -13,7 +13,7 @@ from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNo
 from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.guidance.attention import SdpaAttend
 from nasa_video.guidance.methods import ClassifierFree
-from nasa_video.guidance.state import Steering
+from nasa_video.guidance.state import GuidanceState
 from nasa_video.text import TextContext
 from nasa_video.video.classifier_free import ClassifierFreeDenoiser
 
@@ -58,7 +58,7 @@ def stream(denoiser: ClassifierFreeDenoiser, window: int) -> Tensor:
 def branched(
     model: CausalWan, positive: TextContext, negative: TextContext, guidance: ClassifierFree | None
 ) -> ClassifierFreeDenoiser:
-    denoiser = ClassifierFreeDenoiser(model, Steering(SdpaAttend(), model.num_layers))
+    denoiser = ClassifierFreeDenoiser(model, GuidanceState(SdpaAttend(), model.num_layers))
     denoiser.positive, denoiser.negative = (prompt_keys(model.transformer, c) for c in (positive, negative))
     denoiser.guidance = guidance
     return denoiser

@@ -26,7 +26,7 @@ from causvid_adapter.cache import RopeMode
 from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.guidance.attention import FOLDED_TILE, SdpaAttend
 from nasa_video.guidance.methods import AttentionGuidance, Nag, Nasa
-from nasa_video.guidance.state import Steering
+from nasa_video.guidance.state import GuidanceState
 from nasa_video.text import TextContext
 
 NewWan = Callable[..., WanTransformer3DModel]
@@ -42,7 +42,12 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 def stream(
-    model: CausalWan, steering: Steering, chunks: int, window: int | None, sink: int = 0, rope: RopeMode = "absolute"
+    model: CausalWan,
+    steering: GuidanceState,
+    chunks: int,
+    window: int | None,
+    sink: int = 0,
+    rope: RopeMode = "absolute",
 ) -> Iterator[Tensor]:
     sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000, 757]), 1, window, sink, rope)
     with install(model.transformer, steering):
@@ -54,9 +59,9 @@ def stream(
         )
 
 
-def steering_of(transformer: WanTransformer3DModel, method: AttentionGuidance | None, new: NewContext) -> Steering:
+def steering_of(transformer: WanTransformer3DModel, method: AttentionGuidance | None, new: NewContext) -> GuidanceState:
     negatives = [(prompt_keys(transformer, new([3], seed=1)), 1.0)]
-    made = Steering(SdpaAttend(), len(transformer.blocks), method, prompt_keys(transformer, new([5])), negatives)
+    made = GuidanceState(SdpaAttend(), len(transformer.blocks), method, prompt_keys(transformer, new([5])), negatives)
     made.meter.prepare(torch.device("cpu"))
     return made
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise
 from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.guidance.attention import SdpaAttend
-from nasa_video.guidance.methods import AttentionGuidance, CentredNasa, Nag, Nasa, ScaleSchedule, Vsf
-from nasa_video.guidance.state import Steering
+from nasa_video.guidance.methods import AttentionGuidance, CentredNasa, Nag, Nasa, Vsf
+from nasa_video.guidance.schedule import ScaleSchedule
+from nasa_video.guidance.state import GuidanceState
 from nasa_video.text import TextContext
 
 NewWan = Callable[..., WanTransformer3DModel]
@@ -38,14 +39,14 @@ def _fresh_compiler() -> Iterator[None]:
 
 def steering_of(
     transformer: WanTransformer3DModel, method: AttentionGuidance | None, new_context: NewContext
-) -> Steering:
+) -> GuidanceState:
     padding = method is None or method.negative_padding
     negatives = [(prompt_keys(transformer, new_context([3], seed=1), padding=padding), 1.0)]
     positive = prompt_keys(transformer, new_context([5]))
-    return Steering(SdpaAttend(), len(transformer.blocks), method, positive, negatives)
+    return GuidanceState(SdpaAttend(), len(transformer.blocks), method, positive, negatives)
 
 
-def stream(model: CausalWan, steering: Steering, chunks: int) -> Tensor:
+def stream(model: CausalWan, steering: GuidanceState, chunks: int) -> Tensor:
     sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000, 757]), 1, window_frames=3, sink_frames=1)
     noise = SeededNoise([7], SHAPE)
     with install(model.transformer, steering):

@@ -17,8 +17,9 @@ from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, ModelCal
 from causvid_adapter.model import IMAGE_MODEL_TEXT_TOKENS
 from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.guidance.attention import FOLDED_TILE, SdpaAttend
-from nasa_video.guidance.methods import AttentionGuidance, CentredNasa, Nag, Nasa, ScaleSchedule, Vsf
-from nasa_video.guidance.state import Steering
+from nasa_video.guidance.methods import AttentionGuidance, CentredNasa, Nag, Nasa, Vsf
+from nasa_video.guidance.schedule import ScaleSchedule
+from nasa_video.guidance.state import GuidanceState
 from nasa_video.text import TextContext
 
 Distance = Callable[[Tensor, Tensor], float]
@@ -153,9 +154,9 @@ def steering_of(
     positive: TextContext | None,
     negatives: Sequence[tuple[TextContext, float]],
     fold: bool = True,
-) -> Steering:
+) -> GuidanceState:
     padding = method is None or method.negative_padding
-    return Steering(
+    return GuidanceState(
         SdpaAttend(),
         len(transformer.blocks),
         method,
@@ -165,7 +166,7 @@ def steering_of(
 
 
 def guided_run(
-    transformer: WanTransformer3DModel, steering: Steering, latents: Tensor, embeds: Tensor, **more: Any
+    transformer: WanTransformer3DModel, steering: GuidanceState, latents: Tensor, embeds: Tensor, **more: Any
 ) -> tuple[Tensor, dict[tuple[int, str], Tensor]]:
     with install(transformer, steering), seen(transformer) as record:
         timestep = torch.full((len(latents),), 500.0)
@@ -312,7 +313,7 @@ def test_an_attention_mask_is_refused_and_not_ignored(new_wan: NewWan, new_conte
             attention2(torch.zeros(1, 6, 48), torch.zeros(1, 8, 48), attention_mask=torch.ones(1, 8))
 
 
-def stream(model: CausalWan, steering: Steering | None, embeds: Tensor | None, frames: int = 6) -> Tensor:
+def stream(model: CausalWan, steering: GuidanceState | None, embeds: Tensor | None, frames: int = 6) -> Tensor:
     def announce(call: ModelCall) -> None:
         if steering is not None:
             steering.call = call

@@ -18,7 +18,8 @@ import image_tiny as tiny
 
 from nasa_video import Nag, Nasa, Negative, ScaleSchedule, Vsf, guided
 from nasa_video.backbones.scope import NegativeContext
-from nasa_video.guidance.methods import EVERYWHERE, AttentionGuidance, GuidedAttention
+from nasa_video.guidance.methods import AttentionGuidance, GuidedAttention
+from nasa_video.guidance.schedule import EVERYWHERE
 
 CROSS = ["pixart", "sd", "sdxl", "wan"]
 ALL = [*CROSS, "flux"]

@@ -18,7 +18,7 @@ from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import SdpaAttend
 from nasa_video.guidance.methods import Nasa
-from nasa_video.guidance.state import Steering
+from nasa_video.guidance.state import GuidanceState
 from nasa_video.models.memory_estimate import Run, budget_of, estimate, fitting_card, fitting_placement, require
 from nasa_video.models.memory_plan import PlanRequest, make_plan
 from nasa_video.models.placement import LADDER, Placement, place
@@ -37,7 +37,7 @@ def guided_video(model: CausalWan, new_context: NewContext) -> Tensor:
     """Two chunks under NASA, the prompts' keys made by the model as it is placed."""
     transformer = model.transformer
     positive, negative = (prompt_keys(transformer, new_context([n], seed=n)) for n in (5, 3))
-    steering = Steering(SdpaAttend(), model.num_layers, Nasa(0.7), positive, [(negative, 1.0)])
+    steering = GuidanceState(SdpaAttend(), model.num_layers, Nasa(0.7), positive, [(negative, 1.0)])
     sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000, 757]), 1)
     with install(transformer, steering):
         return torch.cat(list(sampler.stream(None, SeededNoise([7], SHAPE), num_frames=2)), dim=1)

@@ -16,7 +16,7 @@ from nasa_video.evaluation.quality import Quality, quality
 from nasa_video.evaluation.removal import Cell, Method, Verdict, cells, parse_methods, row_of, verdict
 from nasa_video.evaluation.report import markdown, summary
 from nasa_video.evaluation.statistics import wilson
-from nasa_video.guidance.methods import GUIDANCE, CentredNasa, Guidance, Nag, Nasa, Vsf
+from nasa_video.guidance.methods import METHODS, CentredNasa, Guidance, Nag, Nasa, Vsf
 from nasa_video.sprites.captions import TERMS
 
 ANY = Quality(100.0, 1.0, 0.0, 50.0, 0.0, 1.0)
@@ -185,10 +185,10 @@ class _Preset:
     """A model whose centred NASA rises with what prompt and negative share, and has a limit."""
 
     def guidance(self, method: str = "nasa", scale: float | None = None) -> Guidance:
-        if method not in GUIDANCE:
+        if method not in METHODS:
             raise InputError(f"no method {method}")
         settings: dict[str, float] = {"conflict": 1.0, "limit": 0.4} if method == "nasa-centred" else {}
-        return GUIDANCE[method](**settings | ({} if scale is None else {"scale": scale}))
+        return METHODS[method](**settings | ({} if scale is None else {"scale": scale}))
 
 
 def test_methods_are_read_with_their_switches():

@@ -17,7 +17,7 @@ from nasa_video.errors import InputError, NasaVideoError
 from nasa_video.evaluation import vbench, vbench_runner, vbench_setup, vbench_weights
 from nasa_video.evaluation.vbench_prompts import read_extended, select_prompts
 from nasa_video.evaluation.vbench_run import VBenchOptions, VBenchOutcome, VBenchRun
-from nasa_video.guidance.methods import Negative
+from nasa_video.guidance.terms import Negative
 from nasa_video.jobs.store import GenerationJob, Record, Shard, Store, file_sha256
 
 ENTRIES: list[dict[str, Any]] = [

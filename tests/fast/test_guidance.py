@@ -12,26 +12,20 @@ from torch import Tensor
 from causvid_adapter import ModelCall
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import SdpaAttend, TextKeys
+from nasa_video.guidance.formulas import cfg, nag, nasa, projection_coefficient, shares, vsf
 from nasa_video.guidance.methods import (
-    GUIDANCE,
+    METHODS,
     AttentionGuidance,
     CentredNasa,
     ClassifierFree,
     Guidance,
     Nag,
     Nasa,
-    Negative,
-    ScaleSchedule,
     Vsf,
-    cfg,
-    nag,
-    nasa,
-    said_already,
-    shares,
-    vsf,
-    weakened,
 )
-from nasa_video.guidance.state import EffectMeter, PromptKeys, Steering, check_negative
+from nasa_video.guidance.schedule import ScaleSchedule
+from nasa_video.guidance.state import EffectMeter, GuidanceState, PromptKeys, check_negative
+from nasa_video.guidance.terms import Negative
 from nasa_video.video.recipe import StoredGuidance, restore_guidance, store_guidance
 
 SHAPE = (2, 5, 3, 8)
@@ -130,9 +124,11 @@ def test_centred_nasa_limits_what_does_not_rise() -> None:
 def test_what_the_prompt_says_already_is_nothing_where_the_negative_finds_nothing() -> None:
     prompt = torch.randn(2, 5, 3, 4)
     for tiny in (0.0, 1e-6, 1e-3):
-        assert (said_already(prompt, tiny * prompt) * tiny).max() < 0.1 * (said_already(prompt, prompt)).max()
-    assert said_already(prompt, prompt).min() > 0.98
-    assert said_already(prompt, -prompt).max() == 0
+        assert (projection_coefficient(prompt, tiny * prompt) * tiny).max() < 0.1 * (
+            projection_coefficient(prompt, prompt)
+        ).max()
+    assert projection_coefficient(prompt, prompt).min() > 0.98
+    assert projection_coefficient(prompt, -prompt).max() == 0
 
 
 def test_centred_nasa_says_so_where_prompts_are_not_padded() -> None:
@@ -256,7 +252,7 @@ def test_settings_that_make_a_method_the_identity_are_not_active(method: Guidanc
     assert method.active is active
 
 
-@pytest.mark.parametrize("method", list(GUIDANCE.values()))
+@pytest.mark.parametrize("method", list(METHODS.values()))
 @pytest.mark.parametrize("scale", [-1.0, math.nan, math.inf, 101.0])
 def test_scales_out_of_range_are_refused(method: type[Guidance], scale: float) -> None:
     with pytest.raises(InputError, match="scale must be a number from"):
@@ -338,9 +334,9 @@ def test_shares_of_step_and_layer_are_multiplied_and_bounded() -> None:
 @pytest.mark.parametrize("method", [Nasa(0.8), Nag(5.0), Vsf(1.2)], ids=lambda method: method.name)
 def test_a_share_of_a_method_lies_between_nothing_and_the_whole(method: AttentionGuidance) -> None:
     q, positive, negative = branches()[0], keys_of(4, 1), [(keys_of(3, 2), 1.0)]
-    assert weakened(method, 1.0) is method
-    whole, half, none = (weakened(method, share)(q, positive, negative, SdpaAttend()) for share in (1.0, 0.5, 0.0))
-    assert not weakened(method, 0.0).active
+    assert method.scaled(1.0) is method
+    whole, half, none = (method.scaled(share)(q, positive, negative, SdpaAttend()) for share in (1.0, 0.5, 0.0))
+    assert not method.scaled(0.0).active
     change = [(guided.z - guided.z_pos).norm() for guided in (none, half, whole)]
     assert change[1] < change[2]
     if method.name != "vsf":  # whose gate takes from the positive branch at any scale
@@ -350,7 +346,7 @@ def test_a_share_of_a_method_lies_between_nothing_and_the_whole(method: Attentio
 def test_steering_follows_the_shares_of_steps_and_layers() -> None:
     negative = [(PromptKeys((keys_of(3, 2),) * 3), 1.0)]
     schedule = ScaleSchedule(step_scales=(1, 0), layer_scales=(0, 1))
-    steering = Steering(SdpaAttend(), 3, Nasa(0.8, schedule=schedule), None, negative)
+    steering = GuidanceState(SdpaAttend(), 3, Nasa(0.8, schedule=schedule), None, negative)
     steering.call = ModelCall(chunk=0, step=1, num_steps=3, clean=False)
     scales = [None if method is None else method.scale for method in steering.methods]  # type: ignore[attr-defined]
     assert scales == [None, pytest.approx(0.2), pytest.approx(0.4)]
@@ -363,7 +359,7 @@ def test_steering_follows_the_shares_of_steps_and_layers() -> None:
 
 def test_steering_acts_only_with_a_method_that_does_and_a_negative() -> None:
     negative = [(PromptKeys((keys_of(3, 2),)), 1.0)]
-    steering = Steering(SdpaAttend(), 1)
+    steering = GuidanceState(SdpaAttend(), 1)
     assert not steering.acts(0)
     steering.guidance = Nasa(1.0)
     assert not steering.acts(0)

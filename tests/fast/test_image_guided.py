@@ -24,7 +24,8 @@ from nasa_video.backbones.scope import NegativeContext, ScopedSteering
 from nasa_video.backbones.unet import GuidedLegacyAttention
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import SdpaAttend
-from nasa_video.guidance.methods import EVERYWHERE, GuidedAttention
+from nasa_video.guidance.methods import GuidedAttention
+from nasa_video.guidance.schedule import EVERYWHERE
 from nasa_video.guidance.state import PromptKeys
 
 

@@ -273,7 +273,7 @@ def test_unknown_keys_are_refused(tmp_path: Path) -> None:
     assert find_image_preset(str(path)).name == "own"
     with pytest.raises(InputError, match="flux-schnell"):
         find_image_preset("midjourney")
-    with pytest.raises(InputError, match="nasa, nag, vsf"):
+    with pytest.raises(InputError, match="nasa, nasa-centred, nag, vsf"):
         find_image_preset("flux-schnell").make_guidance("magic")
 
 

@@ -19,7 +19,7 @@ from nasa_video.backbones import wan
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import SdpaAttend
 from nasa_video.guidance.methods import Nasa
-from nasa_video.guidance.state import Steering
+from nasa_video.guidance.state import GuidanceState
 from nasa_video.models.presets import find_preset
 from nasa_video.text import TextContext
 from nasa_video.train.draws import Texts, draw_texts, encode_texts, seeded
@@ -165,7 +165,7 @@ def test_the_trained_students_nasa_is_the_one_that_is_shipped(new_wan, new_conte
     for padding in (True, False):
         shipped = CausalWan(transformer)
         pos, neg = (wan.prompt_keys(transformer, c, padding=p) for c, p in ((positive, True), (negative, padding)))
-        steering = Steering(SdpaAttend(), 2, Nasa(0.6), pos, [(neg, 1.0)])
+        steering = GuidanceState(SdpaAttend(), 2, Nasa(0.6), pos, [(neg, 1.0)])
         with torch.no_grad(), wan.install(transformer, steering):
             expected = shipped(x, 500.0, None)
         model, training = student_of(transformer)
@@ -218,7 +218,7 @@ def test_a_rollout_is_what_the_sampler_makes(new_wan, new_context, distance, win
         return chunk if draw == 0 else torch.randn(chunk.shape, generator=generator)
 
     pos, neg = (wan.prompt_keys(transformer, context, padding=True) for context in (positive, negative))
-    steering = Steering(SdpaAttend(), 2, Nasa(0.6), pos, [(neg, 1.0)])
+    steering = GuidanceState(SdpaAttend(), 2, Nasa(0.6), pos, [(neg, 1.0)])
     alone = None if euler_steps is None else FlowMatchSchedule(1.0, (990.0, 500.0), euler_steps=euler_steps)
     schedule = FlowMatchSchedule(1.0, timesteps, alone=alone)
     with wan.install(transformer, steering):

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from nasa_video.errors import InputError, OutputError
 from nasa_video.files.push_sink import PushSink
-from nasa_video.guidance.methods import Nag, Nasa, Negative
+from nasa_video.guidance.methods import Nag, Nasa
+from nasa_video.guidance.terms import Negative
 from nasa_video.models.presets import OnChange
 from nasa_video.serve.cues import LiveCues
 from nasa_video.serve.outgoing import LIMIT_BYTES, Gone, Outgoing

@@ -19,7 +19,7 @@ from nasa_video.bench.measure import bench
 from nasa_video.guidance.attention import Attend, Backend, SdpaAttend, TextKeys, key_bias, make_attend, shifted_bias
 from nasa_video.guidance.fused_lse import SMALL_SCORES
 from nasa_video.guidance.methods import AttentionGuidance, Nag, Nasa, Vsf
-from nasa_video.guidance.state import Steering
+from nasa_video.guidance.state import GuidanceState
 from nasa_video.models.free_memory import available
 from nasa_video.text import TextContext
 
@@ -133,7 +133,7 @@ def rollout(
     padding = method is None or method.negative_padding
     positive = prompt_keys(transformer, new_context([5]))
     negatives = [(prompt_keys(transformer, new_context([3], seed=1), padding=padding), 1.0)]
-    steering = Steering(attend, model.num_layers, method, positive, negatives)
+    steering = GuidanceState(attend, model.num_layers, method, positive, negatives)
     sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000, 757]), 3, window_frames=9, sink_frames=3)
     with install(transformer, steering):
         noise = SeededNoise([7], SHAPE, model.device)

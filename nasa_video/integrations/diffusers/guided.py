@@ -30,8 +30,9 @@ from nasa_video.backbones.scope import Backbone, NegativeContext
 from nasa_video.backbones.unet import LegacyBackbone
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import Attend, make_attend
-from nasa_video.guidance.methods import AttentionGuidance, ClassifierFree, Guidance, Nasa, Negative
+from nasa_video.guidance.methods import AttentionGuidance, Guidance, Nasa, parse_guidance
 from nasa_video.guidance.state import Effect, EffectMeter
+from nasa_video.guidance.terms import Negative
 from nasa_video.integrations.diffusers.pipeline_scope import PipelineScope
 
 OneNegative = str | Negative | NegativeContext | Tensor
@@ -80,10 +81,10 @@ def guided(
     Raises:
         InputError: nothing here can be guided, or not in this way; the message says why and what can.
     """
-    guidance = Nasa() if guidance is None else guidance
+    guidance = Nasa() if guidance is None else parse_guidance(guidance)
     meter = EffectMeter()
     given = _read_negatives(negatives)
-    if isinstance(guidance, ClassifierFree):
+    if not isinstance(guidance, AttentionGuidance):
         raise InputError(
             "classifier-free guidance is the pipeline's own: pass it negative_prompt and guidance_scale. guided() "
             "takes Nasa, CentredNasa, Nag and Vsf, which act in attention and may be combined with it"

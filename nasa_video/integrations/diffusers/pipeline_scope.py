@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from causvid_adapter import ModelCall
 from nasa_video.backbones.scope import Backbone, NegativeContext
 from nasa_video.errors import InputError
-from nasa_video.guidance.methods import Negative, ScaleSchedule
+from nasa_video.guidance.schedule import ScaleSchedule
 from nasa_video.guidance.state import check_negative
+from nasa_video.guidance.terms import Negative
 
 _ONE = ("num_images_per_prompt", "num_videos_per_prompt")
 
