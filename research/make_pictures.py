@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from nasa_video import VideoPipeline
-from nasa_video.files.compare import contact_sheet, side_by_side
 from nasa_video.files.frames import Frames
+from nasa_video.files.sheets import contact_sheet, side_by_side
 from nasa_video.files.sinks import open_sink
 from nasa_video.sprites.prompt_extension import extend_prompt
 

@@ -89,28 +89,28 @@ class _Run:
 
     def single(self, pipeline: ImagePipeline, path: Path) -> dict[str, Any]:
         """Draw and write; returns what ``--json`` prints."""
-        from nasa_video.images.grid import save_picture
+        from nasa_video.files.images import save_image
 
         pictures = self._draw(pipeline, self.guidance)
         paths = [path if self.count == 1 else path.with_stem(f"{path.stem}-{i}") for i in range(self.count)]
         for index, (one, picture) in enumerate(zip(paths, pictures.images, strict=True)):
-            save_picture(picture, one, self._metadata(self.guidance, self.seed + index, pictures.effect))
+            save_image(picture, one, self._metadata(self.guidance, self.seed + index, pictures.effect))
         say(", ".join(str(one) for one in paths) + f": {self.model}, seed {self.seed}")
         _say_effect(pictures.effect)
         return self._result([str(one) for one in paths], pictures.effect)
 
     def sweep(self, pipeline: ImagePipeline, columns: list[Guidance], path: Path) -> dict[str, Any]:
         """Draw every scale and write one picture."""
-        from nasa_video.images.grid import label_grid, save_picture
+        from nasa_video.files.images import save_image
+        from nasa_video.files.sheets import label_grid
 
         drawn = [self._draw(pipeline, one) for one in columns]
-        rows = [[pictures.images[row] for pictures in drawn] for row in range(self.count)]
-        labels = [f"{self.method} {one.scale:g}" for one in columns]
-        seeds = [f"seed {self.seed + row}" for row in range(self.count)]
+        rows = [(f"seed {self.seed + row}", [pictures.images[row] for pictures in drawn]) for row in range(self.count)]
+        labels = [[f"{one.label} {one.scale:g}" for one in columns]] * self.count
         caption = f"{self.model}: {self.prompt} | without: " + ", ".join(n.text for n in self.negatives)
         effect = next((pictures.effect for pictures in reversed(drawn) if pictures.effect), None)
         metadata = self._metadata(self.guidance, self.seed, effect) | {"scales": [one.scale for one in columns]}
-        save_picture(label_grid(rows, labels, seeds, caption), path, metadata)
+        save_image(label_grid(rows, labels, caption), path, metadata)
         say(f"{path}: {self.model}, {self.method} at {', '.join(f'{one.scale:g}' for one in columns)}")
         _say_effect(effect)
         return self._result([str(path)], effect) | {"scales": metadata["scales"]}

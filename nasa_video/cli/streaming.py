@@ -15,9 +15,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from nasa_video.errors import InputError, OutputError
 from nasa_video.files import ffmpeg
-from nasa_video.files.base import VideoSink
-from nasa_video.files.push_sink import CONTAINERS, PushSink, is_push_url
-from nasa_video.files.sinks import open_sink
+from nasa_video.files.live_sinks import CONTAINERS, PushSink
+from nasa_video.files.sinks import VideoSink, open_sink
 from nasa_video.models.loading import DecoderKind, choose_device, default_dtype
 from nasa_video.models.memory_plan import PlanRequest, check_plan, make_plan
 from nasa_video.models.placement import Placement, WeightKind
@@ -121,7 +120,7 @@ def check_target(target: str) -> None:
         OutputError: it was built without the URL's protocol.
     """
     scheme = urlsplit(target).scheme
-    if not is_push_url(target) or scheme not in CONTAINERS:
+    if not PushSink.takes(target) or scheme not in CONTAINERS:
         return  # A file, or what `PushSink` refuses by itself.
     able = ffmpeg.run(["-protocols"]).decode().partition("Output:")[2].split()
     if scheme not in able:
@@ -162,7 +161,7 @@ def _placement(request: StreamRequest, name: str, say: Callable[[str], None]) ->
 
 
 def _open(target: str, fps: float, scale: int, seed: int, model: str) -> VideoSink:
-    if is_push_url(target):
+    if PushSink.takes(target):
         return PushSink(target, fps, scale=scale)
     return open_sink(target, fps, {"model": model, "seed": seed}, scale=scale)
 

@@ -13,14 +13,13 @@ import torch
 from rich.progress import Progress
 
 from nasa_video.errors import NasaVideoError
-from nasa_video.files.compare import Excerpt, contact_sheet, side_by_side
 from nasa_video.files.frames import Frames
-from nasa_video.files.sheet import save_sheet, sheet_path
+from nasa_video.files.sheets import Excerpt, comparison_labels, contact_sheet, save_sheet, sheet_path, side_by_side
 from nasa_video.files.sinks import open_sink
 from nasa_video.guidance.state import Effect
 from nasa_video.video.inputs import Start
 from nasa_video.video.pipeline import Chunk, VideoPipeline
-from nasa_video.video.recipe import Recipe
+from nasa_video.video.recipe import Recipe, restore_guidance, restore_negatives
 from nasa_video.video.resume import ResumeLog
 
 
@@ -55,11 +54,12 @@ def write(
     if start is not None and start.prefix is not None:
         total -= (start.prefix.shape[1] - start.shown_prefix) // size
     upscale = pipeline.preset.video.upscale
+    labels = _labels(recipe)
 
     def beside(plain: Frames, guided: Frames) -> Frames:
         sheet[0].add(plain)
         sheet[1].add(guided)
-        return side_by_side([plain, guided], ["without", _label(recipe)], scale=upscale)
+        return side_by_side([plain, guided], labels, scale=upscale)
 
     effect: Effect | None = None
     began = time.perf_counter()
@@ -81,7 +81,7 @@ def write(
             sink.metadata["effect"] = dataclasses.asdict(effect)
     seconds = time.perf_counter() - began
     if place is not None:
-        rows = [("without", sheet[0].frames), (_label(recipe), sheet[1].frames)]
+        rows = zip(labels, (excerpt.frames for excerpt in sheet), strict=True)
         labelled = [(f"{recipe.prompt}   |   {label}", frames) for label, frames in rows]
         save_sheet(contact_sheet(labelled, numbers=sheet[0].numbers), place)
     return Written(output, sink.num_frames, seconds, effect, str(place) if place else None)
@@ -106,13 +106,9 @@ def _no_memory(recipe: Recipe) -> str:
     )
 
 
-def _label(recipe: Recipe) -> str:
-    if recipe.guidance is None or not recipe.anything_negative:
-        return "the same, no negative given"
-    terms = ", ".join(n.text if n.weight == 1 else f"{n.text} ({n.weight:g})" for n in recipe.negatives)
-    # what a narrow video cuts off is the method, not what it removes
-    method = f"{recipe.guidance.method.upper()} {recipe.guidance.settings['scale']:g}"
-    return f"--neg {terms}, {method}" if terms else f"timeline, {method}"
+def _labels(recipe: Recipe) -> tuple[str, str]:
+    guidance = restore_guidance(recipe.guidance) if recipe.anything_negative else None
+    return comparison_labels(guidance, restore_negatives(recipe.negatives))
 
 
 def report(written: Written, recipe: Recipe, say: Callable[[str], None]) -> None:

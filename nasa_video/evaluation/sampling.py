@@ -173,14 +173,14 @@ class ImageWorker:
 
     def __call__(self, job: GenerationJob, path: Path) -> Measured:
         """Write the picture as PNG; measured are ``quality`` (see Quality) and, guided, ``effect``."""
-        from nasa_video.images.grid import save_picture
+        from nasa_video.files.images import save_image
 
         steps = None if job.steps == self._pipeline.preset.sampling.steps else job.steps
         drawn = self._pipeline.draw(
             job.prompt, restore_negatives(job.negatives), restore_guidance(job.guidance), seed=job.seed, steps=steps
         )
         picture = drawn.images[0].convert("RGB")
-        save_picture(picture, path, {"nasa_video_job": job.model_dump(mode="json")})
+        save_image(picture, path, {"nasa_video_job": job.model_dump(mode="json")})
         measured: Measured = {"quality": dataclasses.asdict(quality(np.asarray(picture)[None]))}
         if drawn.effect is not None:
             measured["effect"] = dataclasses.asdict(drawn.effect)
@@ -300,13 +300,15 @@ def _negatives(sample: Sample, methods: Sequence[Method]) -> tuple[Negative, ...
 
 
 def pictures_of(path: Path, count: int | None) -> Frames:
-    """Up to ``count`` frames (F, H, W, 3) of a video, evenly spaced (None: all); or the one of a picture file.
+    """Up to ``count`` frames (F, H, W, 3) of a video, evenly spaced (None: all); or the one of an image file.
 
     Raises:
         InputError: it cannot be read.
     """
-    if path.suffix.lower() in PICTURES:
-        return read_picture(path)[None]
+    from nasa_video.files.images import is_image, read_image
+
+    if is_image(path):
+        return read_image(path)[None]
     from nasa_video.files.source import VideoSource
 
     frames = VideoSource(path).read()
@@ -314,21 +316,3 @@ def pictures_of(path: Path, count: int | None) -> Frames:
         return frames
     wanted = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
     return np.ascontiguousarray(frames[wanted])
-
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-
-
-def read_picture(path: Path) -> Frames:
-    """A picture file as uint8 (H, W, 3).
-
-    Raises:
-        InputError: it is none.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"{path} is no picture that can be read: {error}") from error

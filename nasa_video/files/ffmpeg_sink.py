@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 from collections import deque
 from collections.abc import Mapping
 from itertools import count
@@ -17,21 +18,22 @@ from typing import Any
 
 from nasa_video.errors import OutputError
 from nasa_video.files import ffmpeg
-from nasa_video.files.base import BaseSink, check_folder, check_scale
-from nasa_video.files.formats import format_of, frame_rate, picture_filters, raw_input
-from nasa_video.files.fragments import FragmentIndex
+from nasa_video.files.formats import RawVideo, format_of
 from nasa_video.files.frames import Frames, Upscale
 from nasa_video.files.metadata import to_ffmetadata, to_json
+from nasa_video.files.sinks import VideoSink, check_folder
 
 _SECONDS_TO_FLUSH = 60.0
+_HEADER = struct.Struct(">I4s")
+_LARGE_SIZE = struct.Struct(">Q")
 
 
-class FfmpegSink(BaseSink):
+class FfmpegSink(VideoSink):
     """Writes `path` as .mp4 (H.264, yuv420p, plays everywhere), .webm (VP9) or .gif, by its suffix.
 
     `fps`: frames a second. `metadata`: JSON values, kept in the file (`read_metadata`). `scale`: integer upscaling of
-    small pictures, by `upscale`. `crf`: the encoder's quality, lower is better. MP4 and WebM need even sides: an odd
-    one gets its last column or row once more, after scaling; pictures are never resized otherwise.
+    small frames, by `upscale`. `crf`: the encoder's quality, lower is better. MP4 and WebM need even sides: an odd
+    one gets its last column or row once more, after scaling; frames are never resized otherwise.
 
     The constructor raises OutputError where the file could not be written, so that nothing is generated in vain.
     Memory: the frames that ffmpeg has taken and not yet written (a few tens), whatever the length of the video.
@@ -50,10 +52,9 @@ class FfmpegSink(BaseSink):
         super().__init__(metadata)
         self.path = Path(path)
         self._format = format_of(self.path)
-        self._rate = frame_rate(fps)
-        if self._rate > self._format.max_fps:
+        self._raw = RawVideo(fps, scale, upscale)
+        if self._raw.rate > self._format.max_fps:
             raise OutputError(f"{self.path.suffix} holds at most {self._format.max_fps:g} frames a second, got {fps:g}")
-        self._scale, self._upscale = check_scale(scale), upscale
         self._crf = self._format.default_crf if crf is None else crf
         if os.path.isdir(self.path):
             raise OutputError(f"{self.path} is a folder; end -o in / for PNG frames, or name a file in it")
@@ -146,11 +147,10 @@ class FfmpegSink(BaseSink):
     def _new_capture(self) -> _Capture:
         assert self._size is not None
         path = self._new_file()
-        subsampled = self._format.subsampled
-        filters = picture_filters(*self._size, self._scale, self._upscale, subsampled=subsampled)
-        encoder = self._format.capture(self._crf, self._rate, path)
+        filters = self._raw.filters(*self._size, subsampled=self._format.subsampled)
+        encoder = self._format.capture(self._crf, self._raw.rate, path)
         tags = to_ffmetadata(to_json(self.metadata))
-        return _Capture(path, ffmpeg.FfmpegProcess(raw_input(*self._size, self._rate), [*filters, *encoder], tags))
+        return _Capture(path, ffmpeg.FfmpegProcess(self._raw.source(*self._size), [*filters, *encoder], tags))
 
     def _new_file(self) -> Path:
         """Create `name.part.mp4` beside the final name; `name.part2.mp4` and so on if there is one (another run's)."""
@@ -212,6 +212,60 @@ class _Capture:
         safe = self._index.update()
         while self._pending and self._taken - len(self._pending) < safe:
             self._pending.popleft()
+
+
+class FragmentIndex:
+    """How far a growing fragmented MP4 is complete on disk, by its top-level boxes; `update` reads only what is new.
+
+    ffmpeg writes one fragment (a `moof` box and its `mdat`) a frame, so complete fragments are frames that are safe:
+    what comes after the last of them is lost when ffmpeg dies, and has to be cut off before the file plays cleanly.
+    `frames`: complete fragments so far. `end`: the byte after the last of them (or after the `moov` box before them).
+    Source: ISO/IEC 14496-12, 4.2 (box header) and 8.8 (movie fragments).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.frames = 0
+        self.end = 0
+        self._position = 0
+        self._file = path.open("rb", buffering=0)
+
+    def update(self) -> int:
+        """Walk the boxes written since the last call and return the number of complete frames."""
+        written = os.fstat(self._file.fileno()).st_size
+        while (box := self._box_at(self._position, written)) is not None:
+            kind, size = box
+            self._position += size
+            self.frames += kind == b"mdat"
+            if kind in (b"moov", b"mdat"):
+                self.end = self._position
+        return self.frames
+
+    def truncate(self) -> int:
+        """Cut the file after its last complete frame and return the number of frames that it holds then."""
+        self.update()
+        os.truncate(self.path, self.end)
+        return self.frames
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        self._file.close()
+
+    def _box_at(self, position: int, written: int) -> tuple[bytes, int] | None:
+        """Type and size in bytes of the box at `position`; None while it is not complete on disk."""
+        if position + _HEADER.size > written:
+            return None
+        self._file.seek(position)
+        header = self._file.read(_HEADER.size + _LARGE_SIZE.size)
+        size, kind = _HEADER.unpack_from(header)
+        if size == 1:
+            if len(header) < _HEADER.size + _LARGE_SIZE.size:
+                return None
+            (size,) = _LARGE_SIZE.unpack_from(header, _HEADER.size)
+        # Smaller than its own header: not a box (the zeros of a hole in the file). Nothing after it counts.
+        if size < _HEADER.size or position + size > written:
+            return None
+        return kind, size
 
 
 def _check_count(path: Path, expected: int) -> None:

@@ -24,40 +24,55 @@ _VP9 = ("-c:v", "libvpx-vp9", "-b:v", "0", "-deadline", "realtime", "-cpu-used",
 _LOSSLESS = ("-c:v", "libx264rgb", "-qp", "0", "-preset", "ultrafast", "-tune", "zerolatency")
 
 
-def frame_rate(fps: float) -> Fraction:
-    """Frames a second as ffmpeg takes them (23.976… becomes 24000/1001); OutputError unless 0 < fps <= 1000."""
-    if not (math.isfinite(fps) and 0 < fps <= 1000):
-        raise OutputError(f"fps must be more than 0 and at most 1000, got {fps}")
-    return Fraction(fps).limit_denominator(1001)
+@dataclass(frozen=True)
+class RawVideo:
+    """Raw RGB frames on ffmpeg's standard input: `fps` frames a second, enlarged by the whole factor `scale`.
 
-
-def raw_input(height: int, width: int, rate: Fraction) -> list[str]:
-    """Raw RGB frames of (H, W) on standard input. ffmpeg reads ahead, so the writer seldom waits for the encoder."""
-    size = ["-s", f"{width}x{height}", "-framerate", str(rate), "-thread_queue_size", "32"]
-    return ["-f", "rawvideo", "-pix_fmt", "rgb24", *size, "-i", "pipe:0"]
-
-
-def picture_filters(height: int, width: int, scale: int, upscale: Upscale, *, subsampled: bool) -> list[str]:
-    """Filters from RGB (H, W) to the encoder's picture.
-
-    Upscales by the integer `scale`. Where chroma is subsampled (4:2:0) both sides must be even: an odd one gets its
-    last column or row once more. Colours become BT.709, limited range, and say so: players guess otherwise, by size.
+    OutputError unless 0 < fps <= 1000 and 1 <= scale <= 16.
     """
-    filters = []
-    if scale > 1:
-        flags = {"lanczos": "lanczos+accurate_rnd+full_chroma_int", "nearest": "neighbor"}[upscale]
-        filters.append(f"scale={width * scale}:{height * scale}:flags={flags}")
-    if not subsampled:
-        return ["-vf", ",".join(filters or ["null"])]
-    right, bottom = width * scale % 2, height * scale % 2
-    if right or bottom:
-        filters.append(f"pad={width * scale + right}:{height * scale + bottom}")
-        filters.append(f"fillborders=right={right}:bottom={bottom}:mode=smear")
-    filters.append("scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int")
-    filters.append("format=yuv420p")
-    # The parameters are set on the frames; as options of the output they do not reach every encoder.
-    filters.append("setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
-    return ["-vf", ",".join(filters)]
+
+    fps: float
+    scale: int = 1
+    upscale: Upscale = "lanczos"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.fps) and 0 < self.fps <= 1000):
+            raise OutputError(f"fps must be more than 0 and at most 1000, got {self.fps}")
+        if not 1 <= self.scale <= 16:
+            raise OutputError(f"scale must be a whole number from 1 to 16, got {self.scale}")
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames a second as ffmpeg takes them: 23.976… is 24000/1001."""
+        return Fraction(self.fps).limit_denominator(1001)
+
+    def source(self, height: int, width: int) -> list[str]:
+        """Options of the input, for frames of (H, W). ffmpeg reads ahead, so the writer seldom waits for it."""
+        size = ["-s", f"{width}x{height}", "-framerate", str(self.rate), "-thread_queue_size", "32"]
+        return ["-f", "rawvideo", "-pix_fmt", "rgb24", *size, "-i", "pipe:0"]
+
+    def filters(self, height: int, width: int, *, subsampled: bool) -> list[str]:
+        """Filters from RGB (H, W) to the encoder's frames.
+
+        Where chroma is subsampled (4:2:0) both sides must be even: an odd one gets its last column or row once more.
+        Colours become BT.709, limited range, and say so: players guess otherwise, by size.
+        """
+        filters = []
+        height, width = height * self.scale, width * self.scale
+        if self.scale > 1:
+            flags = {"lanczos": "lanczos+accurate_rnd+full_chroma_int", "nearest": "neighbor"}[self.upscale]
+            filters.append(f"scale={width}:{height}:flags={flags}")
+        if not subsampled:
+            return ["-vf", ",".join(filters or ["null"])]
+        right, bottom = width % 2, height % 2
+        if right or bottom:
+            filters.append(f"pad={width + right}:{height + bottom}")
+            filters.append(f"fillborders=right={right}:bottom={bottom}:mode=smear")
+        filters.append("scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int")
+        filters.append("format=yuv420p")
+        # The parameters are set on the frames; as options of the output they do not reach every encoder.
+        filters.append("setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709")
+        return ["-vf", ",".join(filters)]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from nasa_video.errors import OutputError
-from nasa_video.files.compare import side_by_side
 from nasa_video.files.frames import Frames, enlarge
-from nasa_video.files.stream_sink import StreamSink
+from nasa_video.files.live_sinks import StreamSink
+from nasa_video.files.sheets import comparison_labels, side_by_side
 from nasa_video.serve.media import KINDS, MediaEncoder, open_encoder
 from nasa_video.serve.outgoing import Gone, Outgoing
 from nasa_video.serve.protocol import describe_cue
@@ -20,7 +20,6 @@ from nasa_video.serve.recorder import Recorder
 from nasa_video.video.pipeline import Chunk
 
 MAX_RESTARTS = 5
-LABELS = ("without NASA", "with NASA")
 
 
 @dataclass(frozen=True)
@@ -215,4 +214,5 @@ class Delivery:
         if item.plain is None:
             return item.chunk.frames
         pair = [enlarge(frames, self.picture.scale) for frames in (item.plain, item.chunk.frames)]
-        return side_by_side(pair, LABELS)
+        cue = item.chunk.cue
+        return side_by_side(pair, comparison_labels(cue.guidance, cue.negatives[0] if cue.negatives else ()))

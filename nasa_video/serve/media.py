@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Protocol, cast
 
 from nasa_video.files.frames import Frames
-from nasa_video.files.stream_sink import LOW_LATENCY_MP4, StreamSink
+from nasa_video.files.live_sinks import LOW_LATENCY_MP4, StreamSink
 from nasa_video.serve.outgoing import MediaPipe, Outgoing
 
 FRAME_NUMBER = struct.Struct(">I")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nasa_video.errors import InputError
 from nasa_video.files.frames import Frames
+from nasa_video.files.images import read_image
 from nasa_video.files.source import VideoSource
 from nasa_video.models.presets import Strict
 from nasa_video.video.pipeline import VideoPipeline
@@ -90,11 +91,11 @@ def read_start(stored: StoredStart, pipeline: VideoPipeline, width: int, height:
     """
     path, new_frames = stored.check(), stored.new_frames
     if stored.kind == "image":
-        picture = read_picture(path, width, height)
+        image = read_image(path, (height, width))
         first = pipeline.frames_until(1)
-        latents = pipeline.encode_frames(np.repeat(picture[None], first, axis=0))
-        # The model is shown a still clip; people see the picture once and then what follows.
-        return Start(picture[None], prefix=latents, frames=first + _new_frames(pipeline, new_frames, first))
+        latents = pipeline.encode_frames(np.repeat(image[None], first, axis=0))
+        # The model is shown a still clip; people see the image once and then what follows.
+        return Start(image[None], prefix=latents, frames=first + _new_frames(pipeline, new_frames, first))
     clip = VideoSource(path)
     available = clip.info.frames
     usable = _allowed(pipeline, min(available, new_frames or available) if stored.kind == "redraw" else available)
@@ -106,22 +107,6 @@ def read_start(stored: StoredStart, pipeline: VideoPipeline, width: int, height:
     everything = clip.read(0, available, (height, width))
     latents = pipeline.encode_frames(everything[-given:])
     return Start(everything, prefix=latents, frames=given + _new_frames(pipeline, new_frames, given))
-
-
-def read_picture(path: Path, width: int, height: int) -> Frames:
-    """A picture file as (H, W, 3), scaled to cover the size and cut at the centre.
-
-    Raises:
-        InputError: it is missing or no picture.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is no readable picture: {error}") from error
-    return np.asarray(ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS))
 
 
 def _chunk_frames(pipeline: VideoPipeline) -> int:

@@ -20,8 +20,7 @@ import image_tiny as tiny
 
 from nasa_video import ClassifierFree, Nasa, Negative
 from nasa_video.cli.image import image as image_command
-from nasa_video.errors import InputError, OutputError
-from nasa_video.images.grid import label_grid, save_picture
+from nasa_video.errors import InputError
 from nasa_video.images.pipeline import ImagePipeline
 from nasa_video.images.presets import configs_dir, find_image_preset, image_presets, parse_image_preset
 from nasa_video.images.straight_flow import StraightFlowScheduler
@@ -365,17 +364,3 @@ def test_command_refuses_before_loading(tmp_path: Path) -> None:
     for args in (["  "], ["a fox", "--model", "nothing"], ["a fox", "--guidance", "magic"], ["a fox", "--scale", "-1"]):
         result = run(*args)
         assert isinstance(result.exception, InputError), args
-
-
-def test_grid_keeps_every_picture(tmp_path: Path) -> None:
-    colours = [["red", "green"], ["blue", "black"]]
-    rows = [[Image.new("RGB", (40, 30), colour) for colour in row] for row in colours]
-    grid = label_grid(rows, ["nasa 0", "nasa 0.5"], ["seed 0", "seed 1"], "a long caption " * 20)
-    for colour in ((255, 0, 0), (0, 128, 0), (0, 0, 255)):
-        assert sum(pixel == colour for pixel in grid.get_flattened_data()) >= 40 * 30
-    with pytest.raises(InputError, match=r"\.png"):
-        save_picture(grid, tmp_path / "grid.bmp", {})
-    with pytest.raises(OutputError):
-        save_picture(grid, tmp_path / "nowhere" / "grid.png", {})
-    save_picture(grid, tmp_path / "grid.jpg", {})
-    assert [p.name for p in tmp_path.iterdir()] == ["grid.jpg"]

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nasa_video.errors import InputError, OutputError
-from nasa_video.files.push_sink import PushSink
+from nasa_video.files.live_sinks import PushSink
 from nasa_video.guidance.methods import Nag, Nasa
 from nasa_video.guidance.terms import Negative
 from nasa_video.models.presets import OnChange

@@ -1,15 +1,23 @@
 """Side by side and contact sheets."""
 
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 from PIL import Image
 from test_video_frames import make_clip
 
+from nasa_video import Nag, Negative
 from nasa_video.errors import OutputError
-from nasa_video.files.compare import Excerpt, contact_sheet, side_by_side
-from nasa_video.files.sheet import save_sheet, sheet_path
+from nasa_video.files.sheets import (
+    Excerpt,
+    comparison_labels,
+    contact_sheet,
+    save_sheet,
+    sheet_path,
+    side_by_side,
+)
 
 
 def test_side_by_side_keeps_every_pixel() -> None:
@@ -103,14 +111,20 @@ def test_a_sheet_replaces_an_older_sheet_and_nothing_else(tmp_path: Path) -> Non
 
 
 def test_a_sheet_that_cannot_be_written_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Image.Image, path: Path, **_: object) -> None:
-        path.write_bytes(b"half")
+    def full(self: Image.Image, path: IO[bytes], *_: object, **__: object) -> None:
+        path.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OutputError, match=r"video is finished, but its contact sheet .* No space left"):
+    with pytest.raises(OutputError, match=r"video is finished, but its contact sheet .*No space left"):
         save_sheet(contact_sheet([("a", make_clip(2))], 2), tmp_path / "ball.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_name_the_method_that_guides() -> None:
+    assert comparison_labels(Nag(4.0), [Negative("blue", 0.5)]) == ("without", "--neg blue:0.5, NAG 4")
+    assert comparison_labels(Nag(4.0), [])[1] == "timeline, NAG 4"
+    assert comparison_labels(None, [Negative("blue")])[1] == "the same, no negative given"
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 1000])

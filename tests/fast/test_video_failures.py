@@ -15,9 +15,9 @@ from test_video_frames import assert_same_frames, make_clip
 
 from nasa_video.errors import OutputError
 from nasa_video.files import ffmpeg
-from nasa_video.files.fragments import FragmentIndex
+from nasa_video.files.ffmpeg_sink import FfmpegSink, FragmentIndex
 from nasa_video.files.metadata import read_metadata
-from nasa_video.files.sinks import FfmpegSink, open_sink
+from nasa_video.files.sinks import open_sink
 
 
 def kill_encoder(sink: FfmpegSink) -> None:

@@ -13,8 +13,9 @@ from test_video_frames import assert_same_frames, make_clip
 
 from nasa_video.errors import OutputError
 from nasa_video.files import ffmpeg
+from nasa_video.files.ffmpeg_sink import FfmpegSink
 from nasa_video.files.metadata import read_metadata
-from nasa_video.files.sinks import FfmpegSink, FramesSink, MemorySink, TeeSink, open_sink
+from nasa_video.files.sinks import FramesSink, open_sink
 
 
 def decode(path: Path) -> np.ndarray:
@@ -191,34 +192,13 @@ def test_aborted_frames_stay_without_metadata(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_memory_sink_copies() -> None:
-    clip = make_clip(3)
-    with MemorySink() as sink:
-        assert sink.frames.shape == (0, 0, 0, 3)
-        buffer = clip.copy()
-        sink.write(buffer)
-        buffer[:] = 0
-        sink.write(clip)
-    assert np.array_equal(sink.frames, np.concatenate([clip, clip]))
-    with pytest.raises(OutputError, match="has ended"):
-        sink.write(clip)
-
-
-def test_tee(tmp_path: Path) -> None:
-    memory, file = MemorySink(), FfmpegSink(tmp_path / "a.mp4", 16)
-    with TeeSink([file, memory]) as tee:
-        tee.metadata["effect"] = 0.25
-        tee.write(make_clip(5))
-    assert tee.finish() == tmp_path / "a.mp4"
-    assert len(memory.frames) == 5
-    assert read_metadata(tmp_path / "a.mp4") == {"effect": 0.25}
-
-
 def test_frames_of_another_size_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one size"), FfmpegSink(tmp_path / "a.mp4", 16) as sink:  # noqa: PT012
         sink.write(make_clip(3))
         sink.write(make_clip(3, 32, 64))
     assert os.listdir(tmp_path) == ["a.partial.mp4"]
+    with pytest.raises(OutputError, match="has ended"):
+        sink.write(make_clip(3))
 
 
 def test_nothing_leaks(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from test_video_frames import make_clip
 
 from nasa_video.errors import InputError
 from nasa_video.files import ffmpeg
+from nasa_video.files.ffmpeg_sink import FfmpegSink
 from nasa_video.files.metadata import from_ffmetadata, read_metadata, to_ffmetadata, to_json
-from nasa_video.files.sinks import FfmpegSink
 from nasa_video.video.recipe import Recipe
 
 NASTY = {

@@ -8,7 +8,7 @@ from test_video_frames import assert_same_frames, make_clip
 
 from nasa_video.errors import InputError
 from nasa_video.files import ffmpeg
-from nasa_video.files.sinks import FfmpegSink
+from nasa_video.files.ffmpeg_sink import FfmpegSink
 from nasa_video.files.source import VideoInfo, VideoSource, probe, read_frames
 
 

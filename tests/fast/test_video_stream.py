@@ -14,8 +14,9 @@ from test_video_files import decode
 from test_video_frames import assert_same_frames, make_clip
 
 from nasa_video.errors import OutputError
+from nasa_video.files.live_sinks import StreamSink
 from nasa_video.files.metadata import read_metadata
-from nasa_video.files.sinks import StreamSink, open_sink
+from nasa_video.files.sinks import open_sink
 
 
 class Recorder(io.BytesIO):

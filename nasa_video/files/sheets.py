@@ -1,17 +1,26 @@
-"""Pictures that compare videos: side by side with labels, and a contact sheet. PIL alone draws them."""
+"""What compares videos and images at a glance: side by side with labels, contact sheets, sweeps. PIL alone draws."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nasa_video.errors import OutputError
+from nasa_video.files.formats import FORMATS
 from nasa_video.files.frames import Frames, check_frames, enlarge
+from nasa_video.files.images import save_image
+from nasa_video.guidance.methods import Guidance
+from nasa_video.guidance.terms import Negative, format_terms
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
+_SOFTWARE = "nasa-video contact sheet"
 _PAPER = (250, 250, 248)
 _INK = (28, 30, 34)
 _FAINT = (130, 134, 140)
@@ -77,42 +86,84 @@ class Excerpt:
 def contact_sheet(
     rows: Sequence[tuple[str, Frames]], columns: int = 6, numbers: Sequence[int] | None = None
 ) -> Image.Image:
-    """One picture for several videos: for each a label, and a row of `columns` frames evenly spaced over its length.
+    """One still for several videos: for each a label, and a row of `columns` frames evenly spaced over its length.
 
     `rows`: (label, frames (F, H, W, 3)); all of one H and W. Below each frame is its number, counted from 1: that of
     `numbers` (counted from 0) where the frames are an excerpt.
     ValueError for no rows, no columns, or rows of different sizes.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image
 
     if not rows or columns < 1:
         raise ValueError(f"a contact sheet needs rows and columns, got {len(rows)} rows and {columns} columns")
     if len({check_frames(frames).shape[1:] for _, frames in rows}) > 1:
         raise ValueError(f"rows must have one frame size, got {[frames.shape[1:3] for _, frames in rows]}")
-    cell_width, cell_height = _cell_size(*rows[0][1].shape[1:3])
-    font_size = max(14, cell_width // 11)
-    font = _font(font_size)
-    margin, gap, small = font_size, max(4, font_size // 3), max(10, font_size * 2 // 3)
-    heading, caption = font_size + gap * 2, small + gap * 2
-    row_height = heading + cell_height + caption
+    size = _cell_size(*rows[0][1].shape[1:3])
+    cells, captions = [], []
+    for label, frames in rows:
+        chosen = np.linspace(0, len(frames) - 1, columns).round().astype(int)
+        stills = (Image.fromarray(frames[index]) for index in chosen)
+        cells.append((label, [still.resize(size, Image.Resampling.LANCZOS) for still in stills]))
+        captions.append([str((index if numbers is None else numbers[index]) + 1) for index in chosen])
+    return label_grid(cells, captions)
+
+
+def label_grid(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[Sequence[str]], note: str = ""
+) -> Image.Image:
+    """Stills of one size in rows: above each row its label, below each still its caption, at the end a note."""
+    from PIL import Image, ImageDraw
+
+    cell_width, cell_height = rows[0][1][0].size
+    columns = len(rows[0][1])
+    font_size = max(14, min(32, cell_width // 11))
+    font, small = _font(font_size), max(10, font_size * 2 // 3)
+    margin, gap = font_size, max(4, font_size // 3)
+    heading, below = font_size + gap * 2, small + gap * 2
+    row_height = heading + cell_height + below
     width = 2 * margin + columns * cell_width + (columns - 1) * gap
-    sheet = Image.new("RGB", (width, 2 * margin - caption // 2 + len(rows) * row_height), _PAPER)
+    lines = textwrap.wrap(note, max(20, int(width / max(1.0, _font(small).getlength("n")))))
+    height = 2 * margin - below // 2 + len(rows) * row_height + len(lines) * (small + gap)
+    sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for row, (label, frames) in enumerate(rows):
+    for row, ((label, stills), under) in enumerate(zip(rows, captions, strict=True)):
         top = margin + row * row_height
         draw.text((margin, top + heading // 2), _fit(label, font, width - 2 * margin), _INK, font, "lm")
-        for column, index in enumerate(np.linspace(0, len(frames) - 1, columns).round().astype(int)):
+        for column, (still, caption) in enumerate(zip(stills, under, strict=True)):
             left = margin + column * (cell_width + gap)
-            sheet.paste(_enlarged(frames[index], cell_width, cell_height), (left, top + heading))
-            below = top + heading + cell_height + gap
-            draw.text(
-                (left + cell_width // 2, below),
-                str((index if numbers is None else numbers[index]) + 1),
-                _FAINT,
-                _font(small),
-                "mt",
-            )
+            sheet.paste(still, (left, top + heading))
+            foot = (left + cell_width // 2, top + heading + cell_height + gap)
+            draw.text(foot, caption, _FAINT, _font(small), "mt")
+    for index, line in enumerate(lines):
+        draw.text((margin, margin + len(rows) * row_height + index * (small + gap)), line, _INK, _font(small))
     return sheet
+
+
+def comparison_labels(guidance: Guidance | None, negatives: Sequence[Negative]) -> tuple[str, str]:
+    """What stands over the unguided and over the guided video of a comparison.
+
+    The negatives come first: what a narrow video cuts off is the method, not what it removes.
+    """
+    if guidance is None:
+        return "without", "the same, no negative given"
+    method = f"{guidance.label} {guidance.scale:g}"
+    return "without", f"--neg {format_terms(negatives)}, {method}" if negatives else f"timeline, {method}"
+
+
+def sheet_path(output: str) -> Path:
+    """Where the sheet of a video goes: ``ball.png`` beside ``ball.mp4``, or ``ball-sheet.png`` where that is not ours.
+
+    ``ball.png`` may well be the image that the video starts from.
+    """
+    return next(path for path in _names(Path(output.rstrip("/"))) if not path.exists() or _is_sheet(path))
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write the sheet as PNG; OutputError where that fails, and then there is no half file."""
+    try:
+        save_image(sheet, path, {}, software=_SOFTWARE)
+    except OutputError as error:
+        raise OutputError(f"the video is finished, but its contact sheet is not: {error}") from error
 
 
 def _cell_size(height: int, width: int) -> tuple[int, int]:
@@ -123,12 +174,6 @@ def _cell_size(height: int, width: int) -> tuple[int, int]:
     if width > _MAX_CELL:
         return _MAX_CELL, max(1, round(height * _MAX_CELL / width))
     return width, height
-
-
-def _enlarged(frame: Frames, width: int, height: int) -> Image.Image:
-    from PIL import Image
-
-    return Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _label(text: str, width: int, height: int, font_size: int) -> Frames:
@@ -161,3 +206,20 @@ def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: f
         else:
             too_long = middle
     return text[:fits].rstrip() + "…"
+
+
+def _names(output: Path) -> Iterator[Path]:
+    stem = output.stem if output.suffix.lower() in FORMATS else output.name
+    yield output.with_name(f"{stem}.png")
+    yield output.with_name(f"{stem}-sheet.png")
+    yield from (output.with_name(f"{stem}-sheet-{number}.png") for number in count(2))
+
+
+def _is_sheet(path: Path) -> bool:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == _SOFTWARE
+    except (OSError, UnidentifiedImageError):
+        return False
