@@ -473,8 +473,10 @@ def parse_methods(text: str, model: Settings | None = None) -> dict[str, Guidanc
     return {spelling: parse_guidance(spelling, model) for spelling in spellings}
 
 
-def spell(method: Guidance | None) -> str:
+def spell(method: Guidance | None, model: Settings | None = None) -> str:
     """The spelling that :func:`parse_guidance` reads as this method with all its settings; "none" for None.
+
+    What ``model`` would fill in is always written, so that the spelling is complete with its settings and without.
 
     Raises:
         InputError: a method that is not registered, which no spelling can name.
@@ -484,10 +486,11 @@ def spell(method: Guidance | None) -> str:
     if METHODS.get(method.name) is not type(method):
         raise InputError(f"{type(method).__name__} is not registered; put @nasa_video.register before its class")
     values = method.values()
+    own = {"padding" if key == "negative_padding" else key for key in (model or {}).get(method.name, {})}
     changed = [
         f"{described.name}={_spelled(values[described.name])}"
         for described in method.settings()[1:]
-        if values[described.name] != described.default
+        if values[described.name] != described.default or described.name in own
     ]
     return ",".join([f"{method.name}:{_spelled(method.scale)}", *changed])
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import nn
-
-from causvid_adapter import CausalWan
-from causvid_adapter.accelerate.offload import offload_blocks
 from nasa_video.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from causvid_adapter import CausalWan
 
 WeightKind = Literal["plain", "int8", "fp8"]
 
@@ -71,6 +72,8 @@ def place(model: CausalWan, placement: Placement, device: torch.device, folder: 
     if placement.weights != "plain":
         quantise(model, placement.weights)
     if placement.offload:
+        from causvid_adapter.accelerate.offload import offload_blocks
+
         offload_blocks(model, device, folder)
         return model
     return model.to(device)
@@ -78,6 +81,8 @@ def place(model: CausalWan, placement: Placement, device: torch.device, folder: 
 
 def is_quantised(name: str, module: nn.Module) -> bool:
     """Whether a module of the transformer's is stored in 8 bits: the matrices of its blocks, no embedding, no norm."""
+    from torch import nn
+
     return name.startswith("blocks.") and isinstance(module, nn.Linear)
 
 
