@@ -552,7 +552,7 @@ def test_a_reader_scores_every_value():
 @pytest.mark.parametrize("preset", ["sprites", "sprites-gpu"])
 def test_the_package_samples_as_it_was_taught(repository, preset):
     """The preset of the shipped model and the plans that train it name the same timesteps."""
-    plan, sampler = load_plan(repository / "configs/train" / f"{preset}.yaml"), find_preset("sprites").sampler
+    plan, sampler = load_plan(repository / "research/configs" / f"{preset}.yaml"), find_preset("sprites").sampler
     for count in (4, 2, 1):
         taught, shipped = plan.schedule(count), sampler.schedule(count)
         assert (taught.timesteps, taught.alone.timesteps) == (shipped.timesteps, shipped.alone.timesteps)
@@ -560,7 +560,7 @@ def test_the_package_samples_as_it_was_taught(repository, preset):
 
 
 def test_a_plan_with_an_opening_samples_first_chunks_as_it_teaches_them(repository):
-    plan = load_plan(repository / "configs/train/sprites-opening.yaml")
+    plan = load_plan(repository / "research/configs/sprites-opening.yaml")
     for count in (4, 2):
         schedule = plan.schedule(count)
         assert schedule.timesteps == STEPS[count]
@@ -635,13 +635,13 @@ def test_checkpoints_come_back(tmp_path):
 
 @pytest.mark.parametrize("preset", ["sprites", "sprites-gpu", "sprites-gpu-on", "sprites-tune", "sprites-opening"])
 def test_presets_are_complete(preset, repository):
-    plan = load_plan(repository / "configs" / "train" / f"{preset}.yaml")
+    plan = load_plan(repository / "research" / "configs" / f"{preset}.yaml")
     assert plan.base.model["in_channels"] == plan.latent_size[0]
     assert set(plan.student.step_counts) <= set(plan.student.steps)
 
 
 def test_a_plan_holds_what_differs_from_the_one_that_it_extends(tmp_path, repository):
-    folder = repository / "configs" / "train"
+    folder = repository / "research" / "configs"
     parent, plan = (load_plan(folder / f"{name}.yaml") for name in ("sprites-gpu", "sprites-tune"))
     assert plan.student.batch_size == 6
     assert replace(plan, seed=parent.seed, student=parent.student) == parent
@@ -678,7 +678,7 @@ def test_the_better_weights_are_chosen(tmp_path, repository):
 
 
 def test_an_unknown_setting_is_refused(tmp_path, repository):
-    text = (repository / "configs" / "train" / "sprites.yaml").read_text()
+    text = (repository / "research" / "configs" / "sprites.yaml").read_text()
     path = tmp_path / "plan.yaml"
     path.write_text(text.replace("kl_weight", "kl_wait"))
     with pytest.raises(ValueError, match="kl_wait"):

@@ -186,7 +186,7 @@ class NasaGuidance(AttentionGuidanceGuider):
 
     def method(self) -> Nasa:
         """NASA with this config."""
-        return Nasa(self.config.scale, self.config.negative_padding)
+        return Nasa(self.config.scale, negative_padding=self.config.negative_padding)
 
 
 class NagGuidance(AttentionGuidanceGuider):
@@ -217,7 +217,7 @@ class NagGuidance(AttentionGuidanceGuider):
 
     def method(self) -> Nag:
         """NAG with this config."""
-        return Nag(self.config.scale, self.config.tau, self.config.alpha, self.config.negative_padding)
+        return Nag(self.config.scale, self.config.tau, self.config.alpha, negative_padding=self.config.negative_padding)
 
 
 class VsfGuidance(AttentionGuidanceGuider):
@@ -248,7 +248,7 @@ class VsfGuidance(AttentionGuidanceGuider):
 
     def method(self) -> Vsf:
         """VSF with this config."""
-        return Vsf(self.config.scale, self.config.bias, self.config.negative_padding)
+        return Vsf(self.config.scale, self.config.bias, negative_padding=self.config.negative_padding)
 
 
 def _second(data: dict[str, Any], names: tuple[str, ...]) -> Tensor | None:
