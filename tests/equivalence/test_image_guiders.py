@@ -203,7 +203,7 @@ def test_image_to_video_of_wan_is_guided() -> None:
 
 
 def test_padding_that_cannot_be_left_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nasa_video.integration import guider
+    from nasa_video.integrations.diffusers import guiders as guider
 
     said: list[str] = []
     monkeypatch.setattr(guider.logger, "warning", said.append)
