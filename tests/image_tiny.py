@@ -12,7 +12,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
-    DDPMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -159,7 +159,9 @@ def wan_transformer(**changes: Any) -> WanTransformer3DModel:
 
 def pixart_pipe(seed: int = 0) -> PixArtAlphaPipeline:
     torch.manual_seed(seed)
-    return _quiet(PixArtAlphaPipeline(t5_tokenizer(), t5_text(), vae(), pixart_transformer(), DDPMScheduler()))
+    return _quiet(
+        PixArtAlphaPipeline(t5_tokenizer(), t5_text(), vae(), pixart_transformer(), DPMSolverMultistepScheduler())
+    )
 
 
 def sd_pipe(seed: int = 0, **changes: Any) -> StableDiffusionPipeline:

@@ -1,10 +1,9 @@
-"""From an image preset to a diffusers pipeline, and from a prompt to pictures."""
+"""From an image preset to a diffusers pipeline, and from a prompt to images."""
 
 # B images, H W height and width in pixels
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from nasa_video.guidance.methods import ClassifierFree, Guidance
 from nasa_video.guidance.state import Effect
 from nasa_video.guidance.terms import Negative
 from nasa_video.images.presets import ImagePreset, Weights
-from nasa_video.images.straight_flow import StraightFlowScheduler
+from nasa_video.images.schedulers import make_scheduler
 from nasa_video.integrations.diffusers.guided import guided
 from nasa_video.models.presets import Source
-from nasa_video.models.stored import MODELS_FOLDER
+from nasa_video.models.stored import find_repository
 
 PIPELINES: dict[str, Any] = {
     "pixart": diffusers.PixArtAlphaPipeline,
@@ -42,7 +41,7 @@ DENOISERS: dict[str, tuple[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Drawn:
     """Images of one call, and what guidance did to them (None when nothing was guided)."""
 
     images: list[Image.Image]
@@ -74,7 +73,7 @@ class ImagePipeline:
             device: CUDA if there is one by default; on a CPU everything runs in float32.
 
         Raises:
-            InputError: a part is not here and cannot be had; the message says where it comes from and what to do.
+            InputError: a part is missing and cannot be downloaded; the message says where it comes from and what to do.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.float32 if device.type == "cpu" else getattr(torch, preset.dtype)
@@ -94,7 +93,7 @@ class ImagePipeline:
         if preset.weights is not None and preset.weights.kind == "lora":
             _load_lora(pipe, preset, preset.weights, weights)
         if preset.scheduler is not None:
-            pipe.scheduler = _make_scheduler(preset, pipe.scheduler)
+            pipe.scheduler = make_scheduler(preset.scheduler, pipe.scheduler)
         return cls(preset, pipe.to(device))
 
     def draw(
@@ -108,8 +107,8 @@ class ImagePipeline:
         steps: int | None = None,
         width: int | None = None,
         height: int | None = None,
-    ) -> Pictures:
-        """``count`` pictures with the seeds from ``seed`` on; each is what its seed alone gives.
+    ) -> Drawn:
+        """``count`` images with the seeds from ``seed`` on; each is what its seed alone gives.
 
         Raises:
             InputError: the model was made for other step counts, or the negatives cannot act.
@@ -117,21 +116,21 @@ class ImagePipeline:
         """
         call = self._call(seed, count, steps, width, height)
         if guidance is None or not negatives or not guidance.active:
-            return Pictures(self._run(prompt, call), None)
+            return Drawn(self._run(prompt, call), None)
         if isinstance(guidance, ClassifierFree):
             scale = "true_cfg_scale" if self.preset.family == "flux" else "guidance_scale"
             call |= {"negative_prompt": ", ".join(negative.text for negative in negatives), scale: guidance.scale}
-            return Pictures(self._run(prompt, call), None)
+            return Drawn(self._run(prompt, call), None)
         with guided(self.pipe, list(negatives), guidance) as scope:
             images = self._run(prompt, call)
-        return Pictures(images, scope.effect)
+        return Drawn(images, scope.effect)
 
     def _run(self, prompt: str, call: dict[str, Any]) -> list[Image.Image]:
         try:
             images: list[Image.Image] = self.pipe(prompt, **call).images
         except torch.OutOfMemoryError as error:
             raise NasaVideoError(
-                f"not enough memory for {call['num_images_per_prompt']} pictures of {call['width']} x "
+                f"not enough memory for {call['num_images_per_prompt']} images of {call['width']} x "
                 f"{call['height']}; draw fewer at once (--count) or smaller ones (--width, --height)"
             ) from error
         return images
@@ -139,7 +138,7 @@ class ImagePipeline:
     def _call(self, seed: int, count: int, steps: int | None, width: int | None, height: int | None) -> dict[str, Any]:
         sampling = self.preset.sampling
         call: dict[str, Any] = {
-            # Generators on the CPU, one a picture: a seed gives one picture whatever the device and the batch.
+            # Generators on the CPU, one an image: a seed gives one image whatever the device and the batch.
             "generator": [torch.Generator().manual_seed(seed + index) for index in range(count)],
             "num_images_per_prompt": count,
             "guidance_scale": sampling.guidance_scale,
@@ -171,8 +170,7 @@ class _Base:
 
 def _place(repo: str) -> str:
     """Where to load a repository from: NASA_VIDEO_MODELS if it has it, otherwise the hub or its cache."""
-    root = os.environ.get(MODELS_FOLDER)
-    return str(Path(root, repo)) if root and Path(root, repo).is_dir() else repo
+    return str(find_repository(repo) or repo)
 
 
 def _load_denoiser(preset: ImagePreset, own: Weights, base: _Base, given: Path | None, dtype: torch.dtype) -> Any:
@@ -242,13 +240,6 @@ def _download(preset: ImagePreset, own: Weights) -> Path:
         return here
     with _explained(f"the weights {own.description} of {preset.name}", preset, own.repo):
         return Path(hf_hub_download(own.repo, own.file))
-
-
-def _make_scheduler(preset: ImagePreset, base: Any) -> Any:
-    settings = preset.scheduler
-    assert settings is not None
-    cls = StraightFlowScheduler if settings.name == "StraightFlowScheduler" else getattr(diffusers, settings.name)
-    return cls.from_config(base.config, **settings.changes) if settings.from_base else cls(**settings.changes)
 
 
 @contextmanager

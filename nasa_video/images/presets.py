@@ -10,12 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from nasa_video.errors import InputError
-from nasa_video.guidance.methods import METHODS, ClassifierFree, Guidance, check_settings, parse_guidance
+from nasa_video.guidance.methods import METHODS, Guidance, check_settings, parse_guidance
 from nasa_video.models.presets import Source, Strict, configs_dir, read_yaml
 
 Family = Literal["pixart", "sd", "sdxl", "flux"]
 DEFAULT_IMAGE_MODEL = "dmd2-sdxl-4step"
-SCHEDULERS = ("LCMScheduler", "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "StraightFlowScheduler")
 
 
 class HubFolder(Strict):
@@ -148,9 +147,8 @@ class ImagePreset(Strict):
 
     def sweep(self, method: str = "nasa") -> tuple[float, ...]:
         """Scales from unguided to twice the model's own."""
-        own = self.make_guidance(method).scale
-        unguided = 0.0 if method in ("nasa", "vsf") else 1.0
-        return tuple(round(unguided + share * (own - unguided), 4) for share in (0, 0.5, 1, 1.5, 2))
+        own = self.make_guidance(method)
+        return tuple(round(own.scaled(share).scale, 4) for share in (0, 0.5, 1, 1.5, 2))
 
 
 def parse_image_preset(path: Path) -> ImagePreset:
@@ -189,8 +187,3 @@ def find_image_preset(model: str) -> ImagePreset:
         f"there is no image model {model!r}; there are {', '.join(presets)}. Another model: copy one of configs/image "
         "and give the file with --model"
     )
-
-
-def is_output_guidance(guidance: Guidance | None) -> bool:
-    """Whether a method belongs to the pipeline's own loop instead of to attention."""
-    return isinstance(guidance, ClassifierFree)

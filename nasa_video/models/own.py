@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from huggingface_hub import snapshot_download
 from nasa_video.errors import InputError
 from nasa_video.models.presets import Components, Umt5Text, VideoPreset, VideoSettings, parse_preset, video_presets
 from nasa_video.models.sources import Source
-from nasa_video.models.stored import MODELS_FOLDER, WEIGHT_SUFFIXES
+from nasa_video.models.stored import WEIGHT_SUFFIXES, find_repository
 
 # Where the parts that a bare generator needs are published, by its latent channels: Wan 2.1 (and 2.2's 14B), Wan 2.2's
 # 5B with its own VAE. All read prompts with the same encoder.
@@ -65,9 +64,8 @@ def preset_of_repository(repo: str) -> VideoPreset:
     Raises:
         InputError: it is not on this machine and cannot be had, or is neither.
     """
-    root = os.environ.get(MODELS_FOLDER)
-    if root and Path(root, repo).is_dir():
-        return preset_of_folder(Path(root, repo))
+    if (folder := find_repository(repo)) is not None:
+        return preset_of_folder(folder)
     try:
         configs = Path(snapshot_download(repo, allow_patterns=["preset.yaml", "*/config.json"]))
     except Exception as error:  # see Source.fetch

@@ -35,6 +35,11 @@ def find_folder(repo: str, name: str) -> Path | None:
     return next((place for place in places if is_whole(place)), None)
 
 
+def find_repository(repo: str) -> Path | None:
+    """The folder that stands for a repository under NASA_VIDEO_MODELS, or None."""
+    return next((folder for folder in _folders(repo) if folder.is_dir()), None)
+
+
 def is_whole(folder: Path) -> bool:
     """Whether a folder holds a tokenizer, or a config and every file of its weights."""
     if (folder / "tokenizer_config.json").is_file():

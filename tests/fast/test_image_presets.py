@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import huggingface_hub.constants
 import pytest
 import torch
@@ -22,8 +23,14 @@ from nasa_video import ClassifierFree, Nasa, Negative
 from nasa_video.cli.image import image as image_command
 from nasa_video.errors import InputError
 from nasa_video.images.pipeline import ImagePipeline
-from nasa_video.images.presets import configs_dir, find_image_preset, image_presets, parse_image_preset
-from nasa_video.images.straight_flow import StraightFlowScheduler
+from nasa_video.images.presets import (
+    SchedulerSettings,
+    configs_dir,
+    find_image_preset,
+    image_presets,
+    parse_image_preset,
+)
+from nasa_video.images.schedulers import StraightFlowScheduler, make_scheduler
 
 NAMES = sorted(path.stem for path in (configs_dir() / "image").glob("*.yaml"))
 NEGATIVES = [Negative("blurry")]
@@ -121,6 +128,8 @@ def test_the_papers_models_are_there() -> None:
             assert preset.make_guidance(method).active
         assert preset.sweep()[0] == 0
         assert preset.sweep()[2] == preset.make_guidance().scale
+        for method in ("nasa-centred", "cfg"):
+            assert not preset.make_guidance(method, preset.sweep(method)[0]).active
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -170,6 +179,17 @@ def test_builds_from_the_published_files(name: str, monkeypatch: pytest.MonkeyPa
     plain = tiny.PIPES[preset.family]()
     weights = (next(p for n, p in tiny.denoiser(one).named_parameters() if "attn2.to_k" in n) for one in (pipe, plain))
     assert not torch.equal(*weights)  # the preset's own, not the base's
+
+
+def test_a_folder_that_counts_as_here_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Under the repository's name alone, without its owner's."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("NASA_VIDEO_MODELS", str(tmp_path))
+    preset = find_image_preset("flux-schnell")
+    publish(preset, tmp_path)
+    shutil.move(tmp_path / preset.base.repo, tmp_path / preset.base.repo.split("/")[1])
+    assert preset.present
+    assert ImagePipeline.from_preset(preset, device="cpu").preset is preset
 
 
 def _time(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -294,17 +314,53 @@ def test_instaflow_adds_the_predicted_flow(bases: dict[str, Path], tmp_path: Pat
     assert float(scheduler.step(torch.ones(1), 1000, torch.zeros(1))[0]) == 0.25
 
 
-def test_one_step_ends_at_the_predicted_data(bases: dict[str, Path], tmp_path: Path) -> None:
+BASES = ("PNDMScheduler", "EulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "LCMScheduler")
+MADE = [preset for preset in image_presets().values() if preset.scheduler is not None and preset.scheduler.from_base]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", [preset.name for preset in MADE])
+def test_no_scheduler_changes_what_a_perfect_model_predicts(name: str, base: str) -> None:
+    """Latents are not of [-1, 1]: a scheduler that is not told so clamps them, or takes another default of its own."""
+    preset = find_image_preset(name)
+    assert preset.scheduler is not None
+    prediction = preset.scheduler.changes.get("prediction_type", "epsilon")
+    config = {"beta_schedule": "scaled_linear", "prediction_type": prediction}
+    config |= {"clip_sample": False} if base == "DDIMScheduler" else {}  # as the published ones state it
+    scheduler = make_scheduler(preset.scheduler, getattr(diffusers, base)(**config))
+    assert type(scheduler).__name__ == preset.scheduler.name
+    time = preset.sampling.timesteps[-1] if preset.sampling.timesteps else 999
+    scheduler.set_timesteps(1) if preset.sampling.timesteps is None else scheduler.set_timesteps(timesteps=[time])
+    x0, eps = 4 * torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    alpha, sigma = (v**0.5 for v in (scheduler.alphas_cumprod[time], 1 - scheduler.alphas_cumprod[time]))
+    z = alpha * x0 + sigma * eps
+    perfect = alpha * eps - sigma * x0 if prediction == "v_prediction" else eps
+    done = scheduler.step(perfect, scheduler.timesteps[0], z)
+    torch.testing.assert_close(done.pred_original_sample if hasattr(done, "pred_original_sample") else done.denoised,
+                               x0, rtol=1e-3, atol=2e-3)  # fmt: skip
+
+
+def test_a_scheduler_that_is_not_told_everything_is_refused() -> None:
+    settings = SchedulerSettings(name="DDPMScheduler")
+    with pytest.raises(InputError, match=r"beta_schedule.*scheduler: changes"):
+        make_scheduler(settings, diffusers.FlowMatchEulerDiscreteScheduler())
+
+
+@pytest.mark.parametrize("name", ["sbv2-sd15", "sbv2-pixart", "dmd-pixart-512"])
+def test_one_step_ends_at_the_predicted_data(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
     """SwiftBrush and DMD2: x0 = (z - sigma eps) / alpha at their timestep."""
-    pipe = load("sbv2-sd15", bases, tmp_path).pipe
+    pipeline = load(name, bases, tmp_path)
+    pipe = pipeline.pipe
+    (time,) = pipeline.preset.sampling.timesteps or ()
     seen: list[Any] = []
-    pipe.unet.register_forward_hook(lambda m, a, out: seen.append((a[0], out[0])))
-    latents = pipe("a fox", output_type="latent", timesteps=[999], num_inference_steps=1, guidance_scale=0,
-                   width=16, height=16, generator=torch.Generator().manual_seed(0)).images  # fmt: skip
-    (z, eps), a = seen[0], pipe.scheduler.alphas_cumprod[999]
-    x0 = (z - (1 - a).sqrt() * eps) / a.sqrt()
-    torch.testing.assert_close(latents, x0.clamp(-1, 1) if pipe.scheduler.config.clip_sample else x0,
-                               rtol=1e-3, atol=1e-3)  # fmt: skip
+    tiny.denoiser(pipe).register_forward_hook(lambda m, a, out: seen.append((a[0], out[0])))
+    latents = pipe("a fox", output_type="latent", timesteps=[time], num_inference_steps=1, width=16, height=16,
+                   generator=torch.Generator().manual_seed(0), guidance_scale=pipeline.preset.sampling.guidance_scale,
+                   **pipeline.preset.sampling.call).images  # fmt: skip
+    (z, eps), a = seen[0], pipe.scheduler.alphas_cumprod[time]
+    x0 = (z - (1 - a).sqrt() * eps[:, :4]) / a.sqrt()  # PixArt's other channels are a variance
+    assert x0.abs().max() > 1.5  # or it would not be seen if they were clamped
+    torch.testing.assert_close(latents, x0, rtol=1e-3, atol=1e-3)
 
 
 def test_classifier_free_guidance_is_the_pipelines(bases: dict[str, Path], tmp_path: Path) -> None:
