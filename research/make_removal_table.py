@@ -34,7 +34,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from nasa_video.evaluation.cases import CaseKind, Split, attributes_of
 from nasa_video.evaluation.removal import SpritesJudge, cells, parse_methods, removal_table
 from nasa_video.evaluation.report import markdown, plot, summary
-from nasa_video.evaluation.whole_files import write_atomically
+from nasa_video.files.atomic import write_text
 
 if TYPE_CHECKING:
     from nasa_video.video.pipeline import VideoPipeline
@@ -132,7 +132,7 @@ class _Kept:
         rows = sorted(self._rows.values(), key=_place)
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
         facts = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in self.facts.items())
-        write_atomically(self.path, f'{{\n{facts} "rows": [\n{lines}\n ]\n}}\n')
+        write_text(self.path, f'{{\n{facts} "rows": [\n{lines}\n ]\n}}\n')
 
     def rows(self, model: str, split: Split, n: int) -> list[Row]:
         """The rows of one table, those of a kind of case together."""

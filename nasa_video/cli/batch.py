@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +15,7 @@ from nasa_video.cli.console import chunk_progress, emit_json, say, shown_warning
 from nasa_video.cli.option_groups import LoadOptions, grouped
 from nasa_video.cli.options import AsJsonOption
 from nasa_video.errors import InputError
+from nasa_video.files.atomic import slug
 from nasa_video.models.presets import Strict
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def batch(
 ) -> None:
     """Make every video of JOBS that is not in the folder yet. Under torchrun each process takes its share and GPU."""
     from nasa_video.cli.generation import Request
-    from nasa_video.jobs.processes import Processes
-    from nasa_video.jobs.store import Shard
+    from nasa_video.jobs.processes import Processes, Shard
 
     own = Shard.choose(shard).of(named_jobs(jobs))
     shared = Request(**load.asked | {"device": Processes.of_environment().device(load.device)})
@@ -84,8 +83,7 @@ def named_jobs(path: Path) -> list[tuple[str, BatchJob]]:
         except ValidationError as error:
             reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise InputError(f"{path}, job {number}: {reasons}") from error
-        words = "-".join(re.findall(r"[a-z0-9]+", job.prompt.lower())[:8])[:60] or "video"
-        name = job.name or f"{number:04}-{words}"
+        name = job.name or f"{number:04}-{slug(job.prompt)}"
         if name in named:
             raise InputError(f"{path} gives the name {name!r} twice")
         named[name] = job

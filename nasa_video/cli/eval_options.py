@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from nasa_video.evaluation.picture_scores import Benchmark
     from nasa_video.evaluation.results import Results
     from nasa_video.evaluation.sampling import Model
-    from nasa_video.jobs.store import Engine, Shard, Tell
+    from nasa_video.jobs.processes import Shard
+    from nasa_video.jobs.store import Engine, Tell
 
 MethodsOption = Annotated[str, typer.Option(help="Comma list of METHOD[:SCALE], side by side.")]
 FolderOption = Annotated[Path, typer.Option("-o", "--output", help="Folder of everything; a rerun goes on there.")]
@@ -100,7 +101,7 @@ def run_benchmark(
 ) -> None:
     """Make, measure, and where everything is there, write the results and say the table."""
     from nasa_video.evaluation.measuring import make_and_measure
-    from nasa_video.jobs.store import Shard
+    from nasa_video.jobs.processes import Shard
 
     part, how = Shard.choose(shard), check_engine(engine)
     counts = whole_numbers(steps, "steps") if steps else [None]

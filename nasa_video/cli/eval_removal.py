@@ -124,7 +124,7 @@ class _Asked:
         from nasa_video.evaluation.picture_scores import feature_removal, sprites_removal
         from nasa_video.evaluation.prompt_files import removal_prompts
         from nasa_video.evaluation.sampling import VideoModel, model_of
-        from nasa_video.jobs.store import file_sha256
+        from nasa_video.files.atomic import file_sha256
 
         if self.output is None:
             raise InputError("give a folder with -o: what is judged is kept there, and a rerun goes on there")
@@ -152,7 +152,8 @@ class _Asked:
         from nasa_video.evaluation.removal import cells
         from nasa_video.evaluation.removal_jobs import CellWorker, Draw, plan_cells
         from nasa_video.evaluation.video_jobs import methods_of, model_dtype
-        from nasa_video.jobs.store import Shard, Store, run_jobs, write_manifest
+        from nasa_video.jobs.processes import Shard
+        from nasa_video.jobs.store import Store, run_jobs, write_manifest
         from nasa_video.models.presets import find_preset
 
         preset = find_preset(self.model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,8 +152,9 @@ def generate(
 
 def default_output(prompt: str | None, source: Path | None) -> str:
     """A name from the prompt that no file has yet; a file is only replaced when -o names it."""
-    words = source.stem if source is not None else "-".join(re.findall(r"[a-z0-9]+", (prompt or "").lower())[:8])
-    stem = words[:60] or "video"
+    from nasa_video.files.atomic import slug
+
+    stem = source.stem[:60] if source is not None else slug(prompt or "")
     name, number = f"{stem}.mp4", 2
     while Path(name).exists():
         name, number = f"{stem}-{number}.mp4", number + 1

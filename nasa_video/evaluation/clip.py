@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nasa_video.errors import InputError
 from nasa_video.evaluation.assets import Asset
-from nasa_video.jobs.store import file_sha256
+from nasa_video.files.atomic import file_sha256
 
 Resize = Literal["shortest", "longest", "squash"]
 INSTALL = "pip install 'nasa-video[evaluation]'"

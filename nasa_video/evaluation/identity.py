@@ -13,7 +13,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from nasa_video.errors import OutputError
-from nasa_video.jobs.store import file_sha256, write_atomically
+from nasa_video.files.atomic import file_sha256, write_text
 from nasa_video.models.download import missing
 from nasa_video.models.presets import VideoPreset
 from nasa_video.text.embedding_cache import FOLDER_VARIABLE
@@ -69,5 +69,5 @@ def cached_sha256(path: Path) -> str:
         pass
     digest = file_sha256(real)
     with contextlib.suppress(OutputError):  # a cache that cannot be written only costs time
-        write_atomically(kept, digest)
+        write_text(kept, digest)
     return digest

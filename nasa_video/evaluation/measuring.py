@@ -13,19 +13,8 @@ from pydantic import Field, JsonValue
 from nasa_video.evaluation.clip import Backbone, Clip, Resize
 from nasa_video.evaluation.judges import FRAMES_LOOKED_AT, Judge, Question, parse_judge
 from nasa_video.evaluation.sampling import Planned, pictures_of
-from nasa_video.jobs.store import (
-    Engine,
-    Job,
-    Measured,
-    Outcome,
-    Record,
-    Shard,
-    Store,
-    Tell,
-    Worker,
-    run_jobs,
-    write_manifest,
-)
+from nasa_video.jobs.processes import Shard
+from nasa_video.jobs.store import Engine, Job, Measured, Outcome, Record, Store, Tell, Worker, run_jobs, write_manifest
 
 
 class CosineJob(Job):

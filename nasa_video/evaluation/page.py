@@ -12,7 +12,7 @@ from nasa_video.evaluation.results import Arm, Difference, Metric, Results, Scor
 from nasa_video.evaluation.sheets import Pick, picks, sheet_metric, thumbnail
 from nasa_video.evaluation.statistics import Interval
 from nasa_video.evaluation.tables import INTERVALS, all_settings, markdown
-from nasa_video.jobs.store import write_atomically
+from nasa_video.files.atomic import write_text
 
 PROMPTS_SHOWN = 400
 """Rows of the table by prompt; the rest is in results.json."""
@@ -35,8 +35,8 @@ def write_report(results: Results, folder: Path, media: Path | None = None, stem
         The two files.
     """
     page, text = folder / f"{stem}.html", folder / f"{stem}.md"
-    write_atomically(page, html(results, media or folder))
-    write_atomically(text, markdown(results))
+    write_text(page, html(results, media or folder))
+    write_text(text, markdown(results))
     return page, text
 
 

@@ -29,7 +29,7 @@ from nasa_video.evaluation.prompt_files import (
 from nasa_video.evaluation.removal_jobs import QUALITY_METRICS, REMOVAL_METRICS
 from nasa_video.evaluation.results import Item, Metric, Results
 from nasa_video.evaluation.sampling import Planned, Sample
-from nasa_video.jobs.store import file_sha256
+from nasa_video.files.atomic import file_sha256
 
 # 986 million parameters in float16.
 HPS_ASSETS = {

@@ -134,7 +134,7 @@ def detector_hash() -> str:
     """SHA-256 of the shipped detectors' weights."""
     from importlib.resources import as_file, files
 
-    from nasa_video.jobs.store import file_sha256
+    from nasa_video.files.atomic import file_sha256
 
     with as_file(files("nasa_video.sprites") / "weights" / "detector.safetensors") as path:
         return file_sha256(path)

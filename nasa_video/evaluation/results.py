@@ -17,7 +17,7 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from nasa_video.errors import InputError
 from nasa_video.evaluation.statistics import Interval, bootstrap_mean, paired_shares, wilson
-from nasa_video.jobs.store import write_atomically
+from nasa_video.files.atomic import write_text
 from nasa_video.models.presets import Strict
 
 RESULTS_FILE = "results.json"
@@ -186,7 +186,7 @@ class Results(Strict):
     def write(self, folder: Path) -> Path:
         """Write ``results.json`` into a folder, whole or not at all."""
         path = folder / RESULTS_FILE
-        write_atomically(path, self.model_dump_json(indent=1) + "\n")
+        write_text(path, self.model_dump_json(indent=1) + "\n")
         return path
 
     @property

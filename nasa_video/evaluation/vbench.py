@@ -21,6 +21,7 @@ from nasa_video.evaluation.results import Arm, Item, Metric, Results
 from nasa_video.evaluation.vbench_runner import read_answer
 from nasa_video.evaluation.vbench_setup import Environment
 from nasa_video.evaluation.vbench_weights import CACHE_VARIABLE, fingerprints, missing_weights
+from nasa_video.jobs.processes import TORCHRUN
 from nasa_video.jobs.store import GenerationJob, Job, Measured, Record, Store
 
 Mode = Literal["standard", "long"]
@@ -289,7 +290,7 @@ def _environment(scoring: Scoring) -> dict[str, str]:
     """Nothing is downloaded behind our back: weights were looked for before, and the hub stays offline."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     # VBench's own scoring in parallel would wait for ranks that do not exist.
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in TORCHRUN:
         kept.pop(name, None)
     cache = scoring.cache.absolute()
     return kept | {

@@ -18,7 +18,8 @@ from nasa_video.evaluation.vbench_setup import Environment, read_prompt_list
 from nasa_video.evaluation.vbench_weights import check_dimensions
 from nasa_video.evaluation.video_jobs import VideoWorker, methods_of, model_dtype, plan_videos
 from nasa_video.guidance.terms import Negative
-from nasa_video.jobs.store import Engine, GenerationJob, Record, Shard, Store, run_jobs, write_manifest
+from nasa_video.jobs.processes import Shard
+from nasa_video.jobs.store import Engine, GenerationJob, Record, Store, run_jobs, write_manifest
 from nasa_video.models.loading import choose_device
 from nasa_video.models.presets import find_preset
 

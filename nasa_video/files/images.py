@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nasa_video.errors import InputError, OutputError
+from nasa_video.errors import InputError
+from nasa_video.files.atomic import atomic_write
 from nasa_video.files.metadata import to_json
 
 if TYPE_CHECKING:
@@ -62,14 +61,5 @@ def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any], soft
         options["pnginfo"] = info = PngInfo()
         info.add_text("Software", software)
         info.add_text(METADATA_KEY, to_json(metadata))
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, kind, **options)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise OutputError(f"{path} could not be written: {error}; nothing was kept") from error
+    with atomic_write(path) as part:
+        image.save(part, kind, **options)

@@ -14,12 +14,13 @@ import os
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from nasa_video.errors import OutputError
+from nasa_video.files.atomic import atomic_write
 from nasa_video.files.formats import RawVideo
 from nasa_video.files.frames import Frames, Upscale, check_frames, enlarge
 from nasa_video.files.metadata import METADATA_FILE
@@ -164,13 +165,13 @@ class FramesSink(VideoSink):
         from PIL import Image
 
         for frame in enlarge(frames, self._raw.scale, self._raw.upscale):
-            with self._replacing(f"{self.num_frames:06d}.png") as part:
+            with atomic_write(self.folder / f"{self.num_frames:06d}.png") as part:
                 Image.fromarray(frame).save(part, format="png")
             self.num_frames += 1
 
     def _finish(self) -> Path:
         content = {"frames": self.num_frames, "fps": float(self._raw.rate), "metadata": self.metadata}
-        with self._replacing(METADATA_FILE) as part:
+        with atomic_write(self.folder / METADATA_FILE) as part:
             part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return self.folder
 
@@ -181,18 +182,6 @@ class FramesSink(VideoSink):
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
         return None
-
-    @contextlib.contextmanager
-    def _replacing(self, name: str) -> Iterator[Path]:
-        """A temporary path that becomes `name` if the block succeeds, and is removed if not."""
-        part = self.folder / f"{name}.part"
-        try:
-            yield part
-            os.replace(part, self.folder / name)
-        except OSError as error:
-            raise OutputError(f"cannot write {self.folder / name}: {error.strerror or error}") from error
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def check_folder(folder: Path, *, output: Path) -> None:

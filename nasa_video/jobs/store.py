@@ -14,9 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +23,8 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import Field, JsonValue, ValidationError
 
 from nasa_video.errors import InputError, OutputError
-from nasa_video.evaluation.whole_files import explained, host_name, is_whole, remove_orphans, settle
-from nasa_video.evaluation.whole_files import file_sha256 as file_sha256
-from nasa_video.evaluation.whole_files import write_atomically as write_atomically
-from nasa_video.jobs.shards import Shard as Shard
+from nasa_video.files.atomic import commit, explained, file_sha256, is_whole, process_name, remove_orphans, write_text
+from nasa_video.jobs.processes import Shard
 from nasa_video.models.presets import Strict
 from nasa_video.video.recipe import StoredGuidance, StoredNegative
 
@@ -122,8 +118,9 @@ class Store:
     """A folder of outputs ``ID.suffix`` with their records ``ID.json``.
 
     The record is written last and holds the output's size and SHA-256: a job is finished where its record can be read,
-    is of this very job, and the output is what it says. Every file is written under a scratch name, flushed to the
-    disk, and renamed, so a kill at any moment leaves a finished job or none. Several processes may use one folder.
+    is of this very job, holds numbers, and the output is what it says. Every file is written under a scratch name,
+    flushed to the disk, and renamed, so a kill at any moment leaves a finished job or none. Several processes may use
+    one folder.
 
     Args:
         folder: made when it is missing.
@@ -156,6 +153,7 @@ class Store:
             same = stored["id"] == job.id
             record = Record(job, dict(stored["measured"]), self.output(job), stored["sha256"])
             size = stored["bytes"]
+            json.dumps(record.measured, allow_nan=False)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         if not same or (record.output is not None and not is_whole(record.output, size, record.sha256)):
@@ -183,26 +181,23 @@ class Store:
                 if not made.is_file() or not made.stat().st_size:
                     raise OutputError(f"the job {job.id} left no file; this is a fault of {type(worker).__name__}")
                 digest, size = file_sha256(made), made.stat().st_size
-                settle(made, output)
-            entry = {
-                "id": job.id,
-                "job": job.model_dump(mode="json"),
-                "sha256": digest,
-                "bytes": size,
-                "measured": measured,
-            }
-            written = folder / "record"
+                commit(made, output)
+            entry = {"id": job.id, "job": job.model_dump(mode="json"), "sha256": digest, "bytes": size}
+            try:
+                text = json.dumps(entry | {"measured": measured}, indent=1, sort_keys=True, allow_nan=False)
+            except ValueError as error:
+                raise OutputError(f"the job {job.id} measured what is no number: {measured!r:.300}") from error
             with explained(self.record_path(job)):
-                written.write_text(json.dumps(entry, indent=1, sort_keys=True), encoding="utf-8")
-            settle(written, self.record_path(job))
-        return Record(job, json.loads(json.dumps(measured)), output, digest)
+                (folder / "record").write_text(text, encoding="utf-8")
+            commit(folder / "record", self.record_path(job))
+        return Record(job, json.loads(text)["measured"], output, digest)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """A fresh folder beside the outputs, gone afterwards; what killed processes of this machine left goes too."""
         root = self.folder / _WORK_FOLDER
         remove_orphans(root)
-        folder = root / f"{host_name()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        folder = root / process_name()
         with explained(folder):
             folder.mkdir(parents=True)
         try:
@@ -326,7 +321,7 @@ def write_manifest(path: Path, jobs: Iterable[Job]) -> None:
         OutputError: it cannot be written.
     """
     lines = (json.dumps({"id": job.id, **job.model_dump(mode="json")}, sort_keys=True) for job in jobs)
-    write_atomically(path, "".join(f"{line}\n" for line in lines))
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def read_manifest(path: Path) -> list[GenerationJob]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.resources
-import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from starlette.background import BackgroundTask
 
 from nasa_video import __version__
 from nasa_video.errors import InputError, OutputError
+from nasa_video.files.atomic import slug
 from nasa_video.serve.hub import Hub, KeptStream
 from nasa_video.serve.jobs import Job
 from nasa_video.serve.protocol import VideoRequest
@@ -139,7 +139,7 @@ def _add_jobs(app: FastAPI, hub: Hub) -> None:
         job = job_of(key)
         if job.state != "done":
             raise HTTPException(409, f"this video is {job.state}, not done")
-        return FileResponse(job.path, media_type="video/mp4", filename=f"{_slug(job.request.prompt)}.mp4")
+        return FileResponse(job.path, media_type="video/mp4", filename=f"{slug(job.request.prompt)}.mp4")
 
     @app.delete("/v1/videos/{key}", status_code=204, summary="Cancel it, and forget its result")
     def cancel(key: Key) -> None:
@@ -166,7 +166,7 @@ def _add_streams(app: FastAPI, hub: Hub) -> None:
             path = stream.recorder.save({"timeline": timeline.model_dump(mode="json")} if timeline else {})
         except OutputError as error:
             raise HTTPException(409, str(error)) from None
-        name = f"{_slug(stream.start.prompt)}.mp4"
+        name = f"{slug(stream.start.prompt)}.mp4"
         return FileResponse(
             path, media_type="video/mp4", filename=name, background=BackgroundTask(path.unlink, missing_ok=True)
         )
@@ -181,14 +181,10 @@ def _add_streams(app: FastAPI, hub: Hub) -> None:
         made = stream.timeline()
         if made is None:
             raise HTTPException(409, "nothing was shown yet")
-        name = f"{_slug(stream.start.prompt)}.yaml"
+        name = f"{slug(stream.start.prompt)}.yaml"
         disposition = {"content-disposition": f'attachment; filename="{name}"'}
         return PlainTextResponse(made.to_yaml(), media_type="application/yaml", headers=disposition)
 
     @app.websocket("/ws")
     async def live(socket: WebSocket) -> None:
         await Session(hub, socket).run()
-
-
-def _slug(prompt: str) -> str:
-    return "-".join(re.findall(r"[a-z0-9]+", prompt.lower())[:8])[:60] or "video"

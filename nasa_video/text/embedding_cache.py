@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nasa_video.errors import OutputError
+from nasa_video.files.atomic import atomic_write
 from nasa_video.text import TextContext, TextEncoder
 
 FOLDER_VARIABLE = "NASA_VIDEO_CACHE"
@@ -92,13 +95,10 @@ class CachedEncoder:
 
     def _write(self, prompt: str, tokens: Tensor, cut: str) -> None:
         path = self._path(prompt)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            save_file({"tokens": tokens, "cut": torch.tensor(list(cut.encode()), dtype=torch.uint8)}, partial)
-            partial.replace(path)
-        except OSError:
-            pass  # a cache that cannot be written costs time, not the video
+        state = {"tokens": tokens, "cut": torch.tensor(list(cut.encode()), dtype=torch.uint8)}
+        # A cache that cannot be written costs time, not the video.
+        with contextlib.suppress(OutputError), atomic_write(path, parents=True) as part:
+            save_file(state, part)
 
 
 def identity_of(path: Path, dtype: torch.dtype) -> str:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nasa_video.files.atomic import atomic_write
+
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Writes a state of tensors, numbers and containers; an interrupted write leaves the old file in place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(path.suffix + ".part")
-    torch.save(state, unfinished)
-    os.replace(unfinished, path)
+    with atomic_write(path, parents=True) as part:
+        torch.save(state, part)
 
 
 def load_state(path: Path) -> dict[str, Any] | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from nasa_video.errors import InputError, OutputError
+from nasa_video.errors import InputError
+from nasa_video.files.atomic import atomic_write
 from nasa_video.train.settings import FileList, GrammarList, SpritesList, TextList
 from nasa_video.train.terms import GROUPS, STILL_GROUPS, negative_list
 
@@ -73,19 +72,9 @@ def write_texts(path: Path, texts: Iterable[str], heading: str = "") -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines([f"# {heading}\n"] if heading else [])
-            file.writelines(f"{text}\n" for text in texts)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise OutputError(f"{path} could not be written: {error}; nothing was kept") from error
+    with atomic_write(path, parents=True) as part, part.open("w", encoding="utf-8") as file:
+        file.writelines([f"# {heading}\n"] if heading else [])
+        file.writelines(f"{text}\n" for text in texts)
 
 
 def build_prompts(paths: Sequence[Path], longest_words: int = 80, limit: int | None = None, seed: int = 0) -> list[str]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nasa_video.errors import InputError
+from nasa_video.files.atomic import atomic_write
 from nasa_video.video.recipe import Recipe
 
 
@@ -55,9 +56,8 @@ class ResumeLog:
 
     def add(self, index: int, latents: Tensor) -> None:
         """Keep a finished chunk; a kill in the middle leaves no half file under its name."""
-        partial = self.folder / "chunk.part"
-        save_file({"latents": latents.contiguous().cpu()}, partial)
-        partial.replace(self._chunk(index))
+        with atomic_write(self._chunk(index)) as part:
+            save_file({"latents": latents.contiguous().cpu()}, part)
 
     def close(self) -> None:
         """The output is finished: nothing is left to resume."""

@@ -10,9 +10,10 @@ import pytest
 
 from nasa_video.evaluation import vbench
 from nasa_video.evaluation.vbench_setup import Environment, default_venv, python_of
+from nasa_video.files.atomic import file_sha256
 from nasa_video.files.ffmpeg_sink import FfmpegSink
 from nasa_video.files.source import read_frames
-from nasa_video.jobs.store import GenerationJob, Record, Store, file_sha256
+from nasa_video.jobs.store import GenerationJob, Record, Store
 
 pytestmark = [
     pytest.mark.slow,

@@ -16,17 +16,10 @@ from typing import Any
 import pytest
 
 from nasa_video.errors import InputError, OutputError
-from nasa_video.evaluation import whole_files
-from nasa_video.jobs.store import (
-    GenerationJob,
-    Outcome,
-    Shard,
-    Store,
-    read_manifest,
-    run_jobs,
-    write_atomically,
-    write_manifest,
-)
+from nasa_video.files import atomic
+from nasa_video.files.atomic import write_text
+from nasa_video.jobs.processes import Shard
+from nasa_video.jobs.store import GenerationJob, Outcome, Store, read_manifest, run_jobs, write_manifest
 from nasa_video.video.recipe import StoredGuidance, StoredNegative
 
 
@@ -176,7 +169,7 @@ def _run_until_killed(work: list[GenerationJob], folder: Path, log: Path, point:
         return call
 
     try:
-        whole_files.os.replace, whole_files.os.fsync = watched(replace), watched(fsync)  # type: ignore[attr-defined]
+        atomic.os.replace, atomic.os.fsync = watched(replace), watched(fsync)  # type: ignore[attr-defined]
         run_jobs(work, Store(folder, ".txt"), partial(Writer, log, pass_by))
     except BaseException:
         os._exit(1)
@@ -205,7 +198,7 @@ def test_a_run_killed_at_random_points_gives_the_same_table(
     outcome = run_jobs(work, Store(folder, ".txt"), partial(Writer, log))
     assert (outcome.found, outcome.made) == (6, 0)
     assert [row[1:] for row in table(outcome)] == [row[1:] for row in expected]
-    monkeypatch.setattr(whole_files, "_ORPHAN_SECONDS", -1.0)
+    monkeypatch.setattr(atomic, "_ORPHAN_SECONDS", -1.0)
     store.make(job(99), Writer(log))  # sweeps up what killed processes left
     assert not (folder / ".work").exists()
     assert (
@@ -268,16 +261,16 @@ def test_the_manifest_comes_back_and_shows_changes(tmp_path: Path) -> None:
 def test_what_killed_writers_left_is_swept_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = os.fork()
     if not child:
-        whole_files.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[attr-defined, assignment]
-        write_atomically(tmp_path / "a", "new")
+        atomic.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[attr-defined, assignment]
+        write_text(tmp_path / "a", "new")
         os._exit(0)
     os.waitpid(child, 0)
     assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
     (tmp_path / f".a.otherhost-{child}-0123.part").write_text("of a machine that may still write it")
-    write_atomically(tmp_path / "a", "new")
+    write_text(tmp_path / "a", "new")
     assert len(list(tmp_path.iterdir())) == 3, "it may be a container's that shares our name"
-    monkeypatch.setattr(whole_files, "_ORPHAN_SECONDS", -1.0)
-    write_atomically(tmp_path / "a", "new")
+    monkeypatch.setattr(atomic, "_ORPHAN_SECONDS", -1.0)
+    write_text(tmp_path / "a", "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".a.otherhost-{child}-0123.part", "a"]
 
 
@@ -285,10 +278,10 @@ def test_a_full_disk_is_an_output_error(tmp_path: Path, monkeypatch: pytest.Monk
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    write_atomically(tmp_path / "a", "old")
-    monkeypatch.setattr(whole_files.os, "fsync", full)  # type: ignore[attr-defined]
+    write_text(tmp_path / "a", "old")
+    monkeypatch.setattr(atomic.os, "fsync", full)  # type: ignore[attr-defined]
     with pytest.raises(OutputError, match="No space left"):
-        write_atomically(tmp_path / "a", "new")
+        write_text(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     with pytest.raises(OutputError, match="No space left"):
@@ -353,3 +346,40 @@ def test_ray_gives_the_table_of_the_single_run(tmp_path: Path) -> None:
     outcome = run_jobs(work, Store(tmp_path / "out", ".txt"), partial(Writer, tmp_path / "log"))
     assert (outcome.found, outcome.made) == (6, 0)
     assert [row[1:] for row in table(outcome)] == [row[1:] for row in table(single)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_refused_and_a_record_that_holds_one_is_made_again(tmp_path: Path, value: float) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(OutputError, match="measured what is no number"):
+        run_jobs([job()], store, lambda: lambda job, path: {"score": value})
+    run_jobs([job()], store, lambda: lambda job, path: {"score": 1.5})
+    record = store.record_path(job())
+    record.write_text(record.read_text().replace("1.5", {True: "NaN", False: "1e999"}[value != value]))
+    assert run_jobs([job()], store, lambda: lambda job, path: {"score": 2.0}).remade == 1
+
+
+def test_a_write_goes_through_links_and_into_devices_and_takes_long_names(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+    os.mkfifo(tmp_path / "fifo")
+    reader = subprocess.Popen(["cat", str(tmp_path / "fifo")], stdout=subprocess.PIPE, text=True)
+    write_text(tmp_path / "fifo", "through")
+    assert reader.communicate(timeout=10)[0] == "through"
+    assert (tmp_path / "fifo").is_fifo(), "it was not replaced by a file"
+    with pytest.raises(OutputError, match="cannot write /dev/full: No space left"):
+        write_text(Path("/dev/full"), "x")
+    long = tmp_path / f"{'球' * 82}.txt"
+    write_text(long, "kept")
+    assert long.read_text() == "kept"
+    with atomic.atomic_write(tmp_path / "a.png") as part:
+        assert part.suffix == ".png", "libraries choose a format by the ending"
+        part.write_text("")
+
+
+def test_one_slug_for_every_name() -> None:
+    assert atomic.slug("A red ball, bouncing on the GRASS and more and more") == "a-red-ball-bouncing-on-the-grass-and"
+    assert atomic.slug("赤い玉") == "video"

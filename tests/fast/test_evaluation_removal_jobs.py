@@ -19,7 +19,8 @@ from nasa_video.evaluation.removal import Cell, Method, Verdict, cells, row_of
 from nasa_video.evaluation.removal_jobs import CellJob, CellWorker, Draw, plan_cells, removal_results, rows_of
 from nasa_video.evaluation.report import markdown, plot
 from nasa_video.guidance.methods import Nasa
-from nasa_video.jobs.store import Outcome, Shard, Store, run_jobs
+from nasa_video.jobs.processes import Shard
+from nasa_video.jobs.store import Outcome, Store, run_jobs
 from nasa_video.models.presets import VideoPreset, find_preset
 
 DRAW = Draw(n=6, split="report", seed=0, frames=9)

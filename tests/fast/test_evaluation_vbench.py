@@ -17,8 +17,10 @@ from nasa_video.errors import InputError, NasaVideoError
 from nasa_video.evaluation import vbench, vbench_runner, vbench_setup, vbench_weights
 from nasa_video.evaluation.vbench_prompts import read_extended, select_prompts
 from nasa_video.evaluation.vbench_run import VBenchOptions, VBenchOutcome, VBenchRun
+from nasa_video.files.atomic import file_sha256
 from nasa_video.guidance.terms import Negative
-from nasa_video.jobs.store import GenerationJob, Record, Shard, Store, file_sha256
+from nasa_video.jobs.processes import Shard
+from nasa_video.jobs.store import GenerationJob, Record, Store
 
 ENTRIES: list[dict[str, Any]] = [
     {"prompt_en": "a star", "dimension": ["temporal_flickering"]},
