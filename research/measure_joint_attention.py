@@ -25,7 +25,7 @@ from joint_tables import METHODS, Method, choose, section, write_page
 from joint_world import COUNTS, PAD, Text, World, sample, train, word_numbers
 from torch import Tensor
 
-from nasa_video.backbones.scope import NegativeContext
+from nasa_video.backbones.base import NegativeContext
 from nasa_video.integrations.diffusers.guided import guided
 
 CANDIDATES = {"open": 16, "conflict": 6, "other": 6, "empty": 6}

@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, UNet2DConditionModel
 from torch import Tensor
 
-from nasa_video.backbones.scope import NegativeContext
+from nasa_video.backbones.base import NegativeContext
 
 
 @dataclass(frozen=True)

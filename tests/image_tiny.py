@@ -12,7 +12,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
-    DPMSolverMultistepScheduler,
+    DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -159,9 +159,7 @@ def wan_transformer(**changes: Any) -> WanTransformer3DModel:
 
 def pixart_pipe(seed: int = 0) -> PixArtAlphaPipeline:
     torch.manual_seed(seed)
-    return _quiet(
-        PixArtAlphaPipeline(t5_tokenizer(), t5_text(), vae(), pixart_transformer(), DPMSolverMultistepScheduler())
-    )
+    return _quiet(PixArtAlphaPipeline(t5_tokenizer(), t5_text(), vae(), pixart_transformer(), DDPMScheduler()))
 
 
 def sd_pipe(seed: int = 0, **changes: Any) -> StableDiffusionPipeline:

@@ -8,40 +8,36 @@ every block, with its own pooled embedding in its modulation. Only the image row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
-from torch import Tensor, cat
+from torch import Tensor, cat, nn
 
+from nasa_video.backbones.base import Backbone, GuidedProcessor, NegativeContext, expand_keys, register_backbone
 from nasa_video.backbones.flux_streams import EmbedText, EmbedTime, FluxRun, TextStream, enter_block, leave_block
-from nasa_video.backbones.joint import JointFormula, join_keys
-from nasa_video.backbones.scope import NegativeContext, expand_keys, new_steering
+from nasa_video.backbones.joint import JointFormula, default_joint, join_keys
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import Attend, TextKeys
 from nasa_video.guidance.methods import AttentionGuidance
 from nasa_video.guidance.state import EffectMeter, PromptKeys
 
 Rotary = tuple[Tensor, Tensor]
-_NO_KEYS = (PromptKeys(()), 1.0)
-"""Marks that there is a negative; its keys differ from step to step here."""
 
 
-class GuidedJointAttention:
+class GuidedJointAttention(GuidedProcessor):
     """Processor of ``block.attn`` (diffusers' processor protocol).
 
     It also takes the negatives' streams through the block: the whole of it runs inside the block's own forward, where
     offloading has its weights at hand.
     """
 
-    def __init__(self, layer: int, block: Any, run: FluxRun, before: Callable[..., Any]) -> None:
-        self.layer = layer
-        self.block = block
-        self.run = run
-        self.before = before
+    def __init__(self, layer: int, block: Any, run: FluxRun, before: Any) -> None:
+        super().__init__(layer, run.state)
+        self.block, self.run, self.before = block, run, before
 
     def __call__(
         self,
@@ -70,7 +66,7 @@ class GuidedJointAttention:
             own, text = hidden_states[:, length:], hidden_states[:, :length]
         q_image, image = project(attn, own, image_rotary)
         q_text, positive = project(attn, text, text_rotary, added=double)
-        z_text = run.steering.attend(q_text, join_keys(positive, image)).flatten(2)
+        z_text = run.state.attend(q_text, join_keys(positive, image)).flatten(2)
         negatives = self._advance_negatives(attn, image, text_rotary, length, double)
         z_image = self._guide(q_image, positive, negatives, image).flatten(2)
         if not double:
@@ -95,7 +91,7 @@ class GuidedJointAttention:
             cut = None if rotary is None else (rotary[0][:tokens], rotary[1][:tokens])
             q, keys = project(attn, stream.inner, cut, added=double)
             if self.layer < self.run.last_layer:
-                attended = self.run.steering.attend(q, join_keys(keys, image)).flatten(2).type_as(q)
+                attended = self.run.state.attend(q, join_keys(keys, image)).flatten(2).type_as(q)
                 leave_block(self.block, stream, attn.to_add_out(attended) if double else attended, double=double)
             else:
                 stream.text = stream.inner = stream.mlp = stream.temb = None
@@ -105,30 +101,24 @@ class GuidedJointAttention:
     def _guide(
         self, q: Tensor, positive: TextKeys, negatives: Sequence[tuple[TextKeys, float]], image: TextKeys
     ) -> Tensor:
-        steering = self.run.steering
-        method = steering.methods[self.layer]
-        if method is None or not steering.acts(self.layer):
-            return steering.attend(q, join_keys(positive, image))
+        state = self.state
+        method = state.methods[self.layer]
+        if method is None or not state.acts(self.layer):
+            return state.attend(q, join_keys(positive, image))  # type: ignore[no-any-return]
         keys = [(expand_keys(negative, q.shape[0]), weight) for negative, weight in negatives]
-        guided = self.run.formula(method, q, positive, keys, image, steering.attend)
-        steering.meter.add(guided)
+        guided = self.run.formula(method, q, positive, keys, image, state.attend)
+        state.meter.add(guided)
         return guided.z
 
 
 def project(attn: FluxAttention, x: Tensor, rotary: Rotary | None, *, added: bool = False) -> tuple[Tensor, TextKeys]:
     """Queries and keys of a stream after QK-norm and rotation, (B, tokens, H, D); ``added``: by the text's weights."""
-    if added:
-        norm_q, norm_k = attn.norm_added_q, attn.norm_added_k
-        if attn.fused_projections:
-            q, k, v = attn.to_added_qkv(x).chunk(3, dim=-1)
-        else:
-            q, k, v = attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x)
+    norm_q, norm_k = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
+    if attn.fused_projections:
+        q, k, v = (attn.to_added_qkv if added else attn.to_qkv)(x).chunk(3, dim=-1)
     else:
-        norm_q, norm_k = attn.norm_q, attn.norm_k
-        if attn.fused_projections:
-            q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
-        else:
-            q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        own = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if added else (attn.to_q, attn.to_k, attn.to_v)
+        q, k, v = (projection(x) for projection in own)
     q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in (q, k, v))
     q, k = norm_q(q), norm_k(k)
     if rotary is not None:
@@ -136,57 +126,70 @@ def project(attn: FluxAttention, x: Tensor, rotary: Rotary | None, *, added: boo
     return q, TextKeys(k, v)
 
 
-class FluxBackbone:
-    """A FLUX transformer."""
+@register_backbone
+class FluxBackbone(Backbone):
+    """A FLUX transformer; ``formula`` is what guidance means in its joint attention."""
+
+    joint = True
 
     def __init__(
         self,
-        model: FluxTransformer2DModel,
+        model: nn.Module,
         guidance: AttentionGuidance,
         attend: Attend,
         meter: EffectMeter,
-        formula: JointFormula,
+        formula: JointFormula | None = None,
     ) -> None:
+        super().__init__(model, guidance, attend, meter)
+        formula = default_joint(guidance) if formula is None else formula
         formula.check(guidance)
-        self.model = model
-        self.doubles: list[Any] = list(model.transformer_blocks)
-        self.singles: list[Any] = list(model.single_transformer_blocks)
-        self.steering = new_steering(guidance, attend, len(self.doubles) + len(self.singles), meter)
-        self.run = FluxRun(self.steering, formula)
-        for block in (*self.doubles, *self.singles):
-            if not isinstance(block.attn.processor, FluxAttnProcessor):
-                name = type(block.attn.processor).__name__
-                raise InputError(
-                    f"attention processor {name} does more than joint attention (an IP-Adapter?); guidance would drop "
-                    "that: unload it first"
-                )
+        self.run = FluxRun(self.state, formula)
+
+    @classmethod
+    def fits(cls, model: nn.Module) -> bool:
+        """By class: other joint models norm and modulate their text otherwise."""
+        return isinstance(model, FluxTransformer2DModel)
+
+    @property
+    def blocks(self) -> list[Any]:
+        """Double blocks, then single ones."""
+        return [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
+
+    def find_layers(self) -> list[Any]:
+        """The attention of every block."""
+        return [block.attn for block in self.blocks]
+
+    def replaces(self, layer: Any) -> bool:
+        """FLUX's own processor."""
+        return isinstance(layer.processor, FluxAttnProcessor)
+
+    def make_processor(self, layer: int, before: Any) -> GuidedJointAttention:
+        """Takes the negatives' streams through the block too."""
+        return GuidedJointAttention(layer, self.blocks[layer], self.run, before)
+
+    def keys_of(self, negative: NegativeContext) -> PromptKeys:
+        """None beforehand: they differ from step to step."""
+        return PromptKeys(())
+
+    def as_context(self, embeds: Tensor, second: Any, mask: Tensor) -> NegativeContext:
+        """FLUX gives the pooled embedding second."""
+        return NegativeContext(embeds, mask, second)
 
     def use(self, negatives: Sequence[NegativeContext], *, lora_scale: float | None = None) -> None:
-        """Take the negatives; their streams depend on the image and are made anew in every call of the model."""
-        guidance = self.steering.guidance
-        assert guidance is not None
+        """Take the negatives; their streams depend on the image and are made in every call of the model."""
         if any(negative.pooled is None for negative in negatives):
             raise InputError("FLUX needs the pooled embedding of a negative too: NegativeContext(embeds, pooled=...)")
-        active = negatives if guidance.active else ()
-        self.run.streams = [
-            TextStream(negative, None if guidance.negative_padding else negative.bias()) for negative in active
-        ]
-        self.steering.negatives = [_NO_KEYS] * len(active)
+        active = negatives if self.guidance.active else ()
+        padding = self.guidance.negative_padding
+        self.run.streams = [TextStream(negative, None if padding else negative.bias()) for negative in active]
+        super().use(active)
 
     @contextmanager
     def install(self) -> Iterator[None]:
         """Guide the model's joint attention inside the scope; what was there comes back, also after an error."""
-        blocks = [*self.doubles, *self.singles]
-        before = [block.attn.processor for block in blocks]
-        run, model = self.run, self.model
-        with ExitStack() as hooks:
-            try:
-                hooks.callback(model.time_text_embed.register_forward_hook(EmbedTime(run)).remove)
-                hooks.callback(model.context_embedder.register_forward_hook(EmbedText(run)).remove)
-                for layer, block in enumerate(blocks):
-                    block.attn.set_processor(GuidedJointAttention(layer, block, run, before[layer]))
+        with ExitStack() as stack:
+            stack.callback(self.run.streams.clear)
+            stack.callback(self.model.time_text_embed.register_forward_hook(EmbedTime(self.run)).remove)
+            stack.callback(self.model.context_embedder.register_forward_hook(EmbedText(self.run)).remove)
+            with super().install():
                 yield
-            finally:
-                run.streams = []
-                for block, processor in zip(blocks, before, strict=True):
-                    block.attn.set_processor(processor)

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, cat, float16, nn
 
+from nasa_video.backbones.base import NegativeContext, ScopedState, expand_rows
 from nasa_video.backbones.joint import JointFormula
-from nasa_video.backbones.scope import NegativeContext, ScopedSteering, expand_rows
 
 
 @dataclass
@@ -38,7 +38,7 @@ class TextStream:
 class FluxRun:
     """What the hooks and processors of one transformer share; ``text_tokens`` is the positive prompt's length."""
 
-    steering: ScopedSteering
+    state: ScopedState
     formula: JointFormula
     streams: list[TextStream] = field(default_factory=list)
     text_tokens: int = 0
@@ -46,8 +46,8 @@ class FluxRun:
     @property
     def last_layer(self) -> int:
         """The last layer that is guided in the running call; -1 when none is."""
-        layers = range(self.steering.num_layers - 1, -1, -1)
-        return next((layer for layer in layers if self.streams and self.steering.acts(layer)), -1)
+        layers = range(self.state.num_layers - 1, -1, -1)
+        return next((layer for layer in layers if self.streams and self.state.acts(layer)), -1)
 
 
 class EmbedTime:

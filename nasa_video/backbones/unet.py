@@ -5,22 +5,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from diffusers.models import attention_processor as processors
 from diffusers.models.attention_processor import Attention
-from diffusers.utils import scale_lora_layers, unscale_lora_layers
-from torch import Tensor
+from torch import Tensor, nn
 
-from nasa_video.backbones.scope import NegativeContext, ScopedSteering, new_steering, place_keys
+from nasa_video.backbones.base import Backbone, GuidedProcessor, NegativeContext, register_backbone
 from nasa_video.errors import InputError
-from nasa_video.guidance.attention import Attend, TextKeys
-from nasa_video.guidance.methods import AttentionGuidance
-from nasa_video.guidance.state import EffectMeter, PromptKeys
+from nasa_video.guidance.attention import TextKeys
+from nasa_video.guidance.state import PromptKeys
 
 LegacyModel: TypeAlias = PixArtTransformer2DModel | UNet2DConditionModel
 REPLACEABLE = (
@@ -33,15 +28,14 @@ REPLACEABLE = (
 """Processors that compute plain softmax attention, so that ours may stand in for them."""
 
 
-class GuidedLegacyAttention:
+class GuidedLegacyAttention(GuidedProcessor):
     """Processor of a text cross-attention layer (diffusers' processor protocol).
 
     Where guidance does not act, the processor that was there before does the work.
     """
 
-    def __init__(self, layer: int, steering: ScopedSteering, before: Callable[..., Tensor]) -> None:
-        self.layer = layer
-        self.steering = steering
+    def __init__(self, layer: int, state: Any, before: Any) -> None:
+        super().__init__(layer, state)
         self.before = before
 
     def __call__(
@@ -53,13 +47,9 @@ class GuidedLegacyAttention:
         temb: Tensor | None = None,
     ) -> Tensor:
         """(B, Q, C) or (B, C, height, width) -> the same shape."""
-        if not self.steering.acts(self.layer):
-            return self.before(
-                attn,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=attention_mask,
-                temb=temb,
+        if not self.state.acts(self.layer):
+            return self.before(  # type: ignore[no-any-return]
+                attn, hidden_states, encoder_hidden_states, attention_mask=attention_mask, temb=temb
             )
         if encoder_hidden_states is None:
             raise InputError("a guided cross-attention layer was called without text; it cannot be guided")
@@ -77,7 +67,7 @@ class GuidedLegacyAttention:
             batch, num_tokens = encoder_hidden_states.shape[:2]
             bias = attn.prepare_attention_mask(attention_mask, num_tokens, batch).unflatten(0, (batch, attn.heads))
         positive = project_text(attn, encoder_hidden_states, bias)
-        z = self.steering.guide(self.layer, q, positive).flatten(2).type_as(q)
+        z = self.state.guide(self.layer, q, positive).flatten(2).type_as(q)
         z = attn.to_out[1](attn.to_out[0](z))
         if grid is not None:
             z = z.transpose(1, 2).unflatten(2, grid)
@@ -111,70 +101,55 @@ def cross_attentions(model: LegacyModel) -> list[Attention]:
         head_dim = attn.to_q.out_features // attn.heads
         if attn.added_kv_proj_dim is not None or not math.isclose(attn.scale, head_dim**-0.5):
             raise InputError("layers with added keys or unscaled scores (unCLIP, DeepFloyd) cannot be guided")
-        if not isinstance(attn.processor, REPLACEABLE):
-            name = type(attn.processor).__name__
-            raise InputError(
-                f"attention processor {name} does more than attention over text (an IP-Adapter?); guidance would drop "
-                "that: unload it first, for example with pipe.unload_ip_adapter()"
-            )
     return layers
 
 
-class LegacyBackbone:
+@register_backbone
+class LegacyBackbone(Backbone):
     """A PixArt transformer or a UNet."""
 
-    def __init__(self, model: LegacyModel, guidance: AttentionGuidance, attend: Attend, meter: EffectMeter) -> None:
-        self.model = model
-        self.layers = cross_attentions(model)
-        self.steering = new_steering(guidance, attend, len(self.layers), meter)
+    @classmethod
+    def fits(cls, model: nn.Module) -> bool:
+        """By class: others with this attention do more to their text before it."""
+        return isinstance(model, PixArtTransformer2DModel | UNet2DConditionModel)
 
-    @torch.no_grad()
-    def use(self, negatives: Sequence[NegativeContext], *, lora_scale: float | None = None) -> None:
-        """Make keys and values of the negatives in every layer: they depend on the prompt alone."""
-        if lora_scale is not None:
-            scale_lora_layers(self.model, lora_scale)
-        try:
-            self.steering.negatives = [(self._keys(negative), negative.weight) for negative in negatives]
-        finally:
-            if lora_scale is not None:
-                unscale_lora_layers(self.model, lora_scale)
+    def find_layers(self) -> list[Attention]:
+        """Those that attend to text."""
+        return cross_attentions(self.model)
 
-    def _keys(self, negative: NegativeContext) -> PromptKeys:
+    def replaces(self, layer: Attention) -> bool:
+        """Processors of plain softmax attention."""
+        return isinstance(layer.processor, REPLACEABLE)
+
+    def make_processor(self, layer: int, before: Any) -> GuidedLegacyAttention:
+        """Where guidance does not act, the one before does the work."""
+        return GuidedLegacyAttention(layer, self.state, before)
+
+    def as_context(self, embeds: Tensor, second: Any, mask: Tensor) -> NegativeContext:
+        """PixArt gives its mask itself."""
+        return NegativeContext(embeds, second if self._is_pixart else mask)
+
+    def keys_of(self, negative: NegativeContext) -> PromptKeys:
+        """PixArt never attends to padding; a UNet does, and its negative's padding is the method's choice."""
         weight = self.layers[0].to_q.weight
         # Offloaded weights have no device of their own; the hooks of their layers move the input.
         device = negative.embeds.device if weight.device.type == "meta" else weight.device
         text = self._embed(negative.embeds.to(device, self.model.dtype))
-        bias = negative.bias() if self._masks_padding else None
+        bias = negative.bias() if self._is_pixart or not self.guidance.negative_padding else None
         bias = None if bias is None else bias.to(device)
-        layers = (project_text(attn, text, bias) for attn in self.layers)
-        return place_keys(PromptKeys(tuple(layers)), weight.device, negative)
+        return PromptKeys(tuple(project_text(attn, text, bias) for attn in self.layers))
 
     @property
-    def _masks_padding(self) -> bool:
-        """PixArt never attends to padding; a UNet does, and its negative's padding is the method's choice."""
-        guidance = self.steering.guidance
-        assert guidance is not None
-        return isinstance(self.model, PixArtTransformer2DModel) or not guidance.negative_padding
+    def _is_pixart(self) -> bool:
+        return isinstance(self.model, PixArtTransformer2DModel)
 
     def _embed(self, text: Tensor) -> Tensor:
-        if isinstance(self.model, PixArtTransformer2DModel):
+        if self._is_pixart:
             project = self.model.caption_projection
-            return text if project is None else project(text)
+            return text if project is None else project(text)  # type: ignore[no-any-return]
         kind = self.model.config.encoder_hid_dim_type
         if kind not in (None, "text_proj", "ip_image_proj"):
             raise InputError(
                 f"a UNet with encoder_hid_dim_type {kind!r} mixes images into its text; it cannot be guided"
             )
-        return self.model.encoder_hid_proj(text) if kind == "text_proj" else text
-
-    @contextmanager
-    def install(self) -> Iterator[None]:
-        """Guide the model's cross-attention inside the scope; what was there comes back, also after an error."""
-        before = [attn.processor for attn in self.layers]
-        try:
-            for index, attn in enumerate(self.layers):
-                attn.set_processor(GuidedLegacyAttention(index, self.steering, before[index]))
-            yield
-        finally:
-            for attn, processor in zip(self.layers, before, strict=True):
-                attn.set_processor(processor)
+        return self.model.encoder_hid_proj(text) if kind == "text_proj" else text  # type: ignore[no-any-return]

@@ -1,4 +1,8 @@
-"""Guidance in the cross-attention of Wan transformers, causal or not."""
+"""Guidance in the cross-attention of Wan and of the models of its shape, causal or not.
+
+Of its shape are models with ``condition_embedder.text_embedder`` and ``blocks[i].attn2``: Wan 2.1 and 2.2, VACE,
+WanAnimate, ChronoEdit, SkyReels-V2, AnyFlow and Helios.
+"""
 
 # B batch, S video tokens, N text keys, H heads, D head dim, L text tokens, E text dim
 
@@ -11,72 +15,70 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanAttention
-from torch import Tensor
+from torch import Tensor, nn
 
+from causvid_adapter import CausalWan
 from causvid_adapter.accelerate.offload import resident
 from causvid_adapter.model import IMAGE_MODEL_TEXT_TOKENS
+from nasa_video.backbones.base import Backbone, GuidedProcessor, NegativeContext, processors, register_backbone
+from nasa_video.errors import InputError
 from nasa_video.guidance.attention import TextKeys, folded_embeds, key_bias, shifted_bias
 from nasa_video.guidance.state import GuidanceState, PromptKeys
 from nasa_video.text import TextContext
 
+_OFFERED = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out", "heads", "set_processor")
 
-class GuidedCrossAttention:
+
+class GuidedCrossAttention(GuidedProcessor):
     """Processor of ``block.attn2`` (diffusers' processor protocol)."""
-
-    def __init__(self, layer: int, steering: GuidanceState) -> None:
-        self.layer = layer
-        self.steering = steering
 
     def __call__(
         self,
-        attn: WanAttention,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
+        original_context_length: int | None = None,
     ) -> Tensor:
-        """(B, S, dim) -> (B, S, dim), guided away from the negatives; image tokens keep the positive branch only."""
+        """(B, S, dim) -> (B, S, dim), guided away from the negatives; image tokens keep the positive branch only.
+
+        ``original_context_length`` is Helios', whose self-attention alone heeds it.
+        """
         if attention_mask is not None:
             raise NotImplementedError("Wan's cross-attention has no mask; an unknown one is not ignored")
-        steering = self.steering
+        state = self.state
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        own = steering.positive
+        own = state.positive
         image, text = None, encoder_hidden_states
-        if attn.add_k_proj is not None:
+        if getattr(attn, "add_k_proj", None) is not None:
             image, text = text[:, :-IMAGE_MODEL_TEXT_TOKENS], text[:, -IMAGE_MODEL_TEXT_TOKENS:]
         positive = own.layers[self.layer] if own is not None else project_text(attn, text)
-        z = steering.guide(self.layer, q, positive).flatten(2)
+        z = state.guide(self.layer, q, positive).flatten(2)
         if image is not None and image.shape[1] > 0:
-            z = z + steering.attend(q, project_image(attn, image)).flatten(2)
+            z = z + state.attend(q, project_image(attn, image)).flatten(2)
         return attn.to_out[1](attn.to_out[0](z.type_as(hidden_states)))  # type: ignore[no-any-return]
 
 
-def project_text(
-    attn: WanAttention, text: Tensor, bias: Tensor | None = None, rounded: Tensor | None = None
-) -> TextKeys:
+def project_text(attn: Any, text: Tensor, bias: Tensor | None = None, rounded: Tensor | None = None) -> TextKeys:
     """Keys and values of embedded text (B, N, dim) in one layer, through the layer's own norm of keys."""
-    if attn.fused_projections:
-        k, v = attn.to_kv(text).chunk(2, dim=-1)
-    else:
-        k, v = attn.to_k(text), attn.to_v(text)
+    k, v = attn.to_kv(text).chunk(2, dim=-1) if _fused(attn) else (attn.to_k(text), attn.to_v(text))
     k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_k(k), v))
     return TextKeys(k, v, bias, rounded)
 
 
-def project_image(attn: WanAttention, image: Tensor) -> TextKeys:
+def project_image(attn: Any, image: Tensor) -> TextKeys:
     """Keys and values of embedded image tokens (B, N, dim) of an image-to-video model."""
-    if attn.fused_projections:
-        k, v = attn.to_added_kv(image).chunk(2, dim=-1)
-    else:
-        k, v = attn.add_k_proj(image), attn.add_v_proj(image)
+    k, v = attn.to_added_kv(image).chunk(2, -1) if _fused(attn) else (attn.add_k_proj(image), attn.add_v_proj(image))
     k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_added_k(k), v))
     return TextKeys(k, v)
 
 
-def prompt_keys(
-    transformer: WanTransformer3DModel, context: TextContext, *, fold: bool = True, padding: bool = True
-) -> PromptKeys:
+def _fused(attn: Any) -> bool:
+    return bool(getattr(attn, "fused_projections", False))
+
+
+def prompt_keys(transformer: Any, context: TextContext, *, fold: bool = True, padding: bool = True) -> PromptKeys:
     """Keys and values of a prompt batch in every layer.
 
     Args:
@@ -106,20 +108,62 @@ def prompt_keys(
     return PromptKeys(tuple(layers))
 
 
-def guided_blocks(transformer: WanTransformer3DModel) -> list[Any]:
-    """Blocks with text cross-attention, numbered as the steering's layers; VACE has some of its own."""
+def guided_blocks(transformer: Any) -> list[Any]:
+    """Blocks with text cross-attention, numbered as the layers of the state; VACE has some of its own."""
     return [*transformer.blocks, *getattr(transformer, "vace_blocks", ())]
 
 
 @contextmanager
-def install(transformer: WanTransformer3DModel, steering: GuidanceState) -> Iterator[GuidanceState]:
+def install(transformer: WanTransformer3DModel, state: GuidanceState) -> Iterator[GuidanceState]:
     """Guide the transformer's cross-attention inside the scope; what was there comes back, also after an error."""
-    blocks = guided_blocks(transformer)
-    before = [block.attn2.processor for block in blocks]
-    try:
-        for layer, block in enumerate(blocks):
-            block.attn2.set_processor(GuidedCrossAttention(layer, steering))
-        yield steering
-    finally:
-        for block, processor in zip(blocks, before, strict=True):
-            block.attn2.set_processor(processor)
+    layers = [block.attn2 for block in guided_blocks(transformer)]
+    with processors(layers, lambda layer, before: GuidedCrossAttention(layer, state)):
+        yield state
+
+
+def real_tokens(embeds: Tensor) -> Tensor:
+    """Real tokens of each prompt, (B,), from embeddings (B, L, E) that are zero after them, as Wan pads."""
+    return embeds.ne(0).any(dim=2).sum(dim=1)
+
+
+@register_backbone
+class WanBackbone(Backbone):
+    """Wan, or a model of its shape, that someone else's loop calls.
+
+    The positive prompt stays what the caller passes; the negatives' keys are folded.
+    """
+
+    zero_padded = True
+
+    @classmethod
+    def fits(cls, model: nn.Module) -> bool:
+        """Text embedder and blocks with a cross-attention that has its own norms."""
+        model = _transformer(model)
+        blocks = getattr(model, "blocks", None)
+        if not hasattr(getattr(model, "condition_embedder", None), "text_embedder") or not blocks:
+            return False
+        return all(hasattr(getattr(block, "attn2", None), name) for block in blocks for name in _OFFERED)
+
+    def find_layers(self) -> list[Any]:
+        """``attn2`` of every block."""
+        self.model = _transformer(self.model)
+        return [block.attn2 for block in guided_blocks(self.model)]
+
+    def replaces(self, layer: Any) -> bool:
+        """The model's own processor: the one that is defined beside its attention."""
+        return type(layer.processor).__module__ == type(layer).__module__
+
+    def make_processor(self, layer: int, before: Any) -> GuidedCrossAttention:
+        """Takes the positive keys from the text that the model passes."""
+        return GuidedCrossAttention(layer, self.state)
+
+    def keys_of(self, negative: NegativeContext) -> PromptKeys:
+        """Folded; where the method wants no padding, without it."""
+        if self.model.device.type == "meta":
+            raise InputError("Wan's text keys cannot be made under sequential offload; use enable_model_cpu_offload()")
+        context = TextContext(negative.embeds, real_tokens(negative.embeds))
+        return prompt_keys(self.model, context, padding=self.guidance.negative_padding)
+
+
+def _transformer(model: nn.Module) -> Any:
+    return model.transformer if isinstance(model, CausalWan) else model

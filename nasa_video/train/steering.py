@@ -19,7 +19,7 @@ from diffusers import PixArtTransformer2DModel, UNet2DConditionModel, WanTransfo
 from torch import Tensor, nn
 
 from nasa_video.backbones import wan
-from nasa_video.backbones.scope import ScopedSteering
+from nasa_video.backbones.base import ScopedState
 from nasa_video.backbones.unet import GuidedLegacyAttention, cross_attentions
 from nasa_video.guidance.attention import Attend, SdpaAttend, TextKeys, key_bias
 from nasa_video.guidance.formulas import nasa
@@ -40,7 +40,7 @@ class MatrixAttend:
 
 
 @dataclass
-class TrainingSteering(ScopedSteering):
+class TrainingSteering(ScopedState):
     """Steers the cross-attention of one network while it is trained.
 
     Attributes:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import image_tiny as tiny
 
 from nasa_video import Nag, Nasa, Negative, ScaleSchedule, Vsf, guided
-from nasa_video.backbones.scope import NegativeContext
+from nasa_video.backbones.base import NegativeContext
 from nasa_video.guidance.methods import AttentionGuidance, GuidedAttention
 from nasa_video.guidance.schedule import EVERYWHERE
 
@@ -27,12 +27,9 @@ NEGATIVE = "blurry"
 
 
 @dataclass(frozen=True)
-class Unchanged:
+class Unchanged(AttentionGuidance):
     """Guidance that acts and gives back the positive branch: our layers must then be diffusers' own."""
 
-    negative_padding: bool = True
-    schedule: ScaleSchedule = EVERYWHERE
-    active: bool = True
     name: ClassVar[str] = "unchanged"
 
     def __call__(self, q: Tensor, positive: Any, negatives: Sequence[Any], attend: Any) -> GuidedAttention:

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import image_tiny as tiny
 
 from nasa_video import Nag, Nasa, ScaleSchedule, Vsf, guided
+from nasa_video.backbones.base import NegativeContext
 from nasa_video.backbones.joint import JoinedKeys, NegativeMass, PositiveMass, WholeOutput, default_joint
-from nasa_video.backbones.scope import NegativeContext
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import SdpaAttend, TextKeys
 from nasa_video.guidance.fused_lse import SMALL_SCORES, fused_with_lse

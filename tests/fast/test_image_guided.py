@@ -20,20 +20,16 @@ import image_tiny as tiny
 
 from causvid_adapter import CausalWan
 from nasa_video import ClassifierFree, Nasa, ScaleSchedule, guided
-from nasa_video.backbones.scope import NegativeContext, ScopedSteering
+from nasa_video.backbones.base import NegativeContext, ScopedState
 from nasa_video.backbones.unet import GuidedLegacyAttention
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import SdpaAttend
-from nasa_video.guidance.methods import GuidedAttention
-from nasa_video.guidance.schedule import EVERYWHERE
+from nasa_video.guidance.methods import AttentionGuidance, GuidedAttention
 from nasa_video.guidance.state import PromptKeys
 
 
 @dataclass(frozen=True)
-class Unchanged:
-    negative_padding: bool = True
-    schedule: ScaleSchedule = EVERYWHERE
-    active: bool = True
+class Unchanged(AttentionGuidance):
     name: ClassVar[str] = "unchanged"
 
     def __call__(self, q: Tensor, positive: Any, negatives: Sequence[Any], attend: Any) -> GuidedAttention:
@@ -67,7 +63,7 @@ def test_legacy_layer_is_diffusers_own(settings: dict[str, Any], grid: bool) -> 
     text, mask = torch.randn(3, 7, 12), torch.where(torch.rand(3, 1, 7) > 0.4, 0.0, -10000.0)
     temb = torch.randn(3, 5, 4, 5) if "spatial_norm_dim" in settings else None
     plain = attn(x, encoder_hidden_states=text, attention_mask=mask, temb=temb)
-    steering = ScopedSteering(SdpaAttend(), 1, Unchanged(), negatives=[(PromptKeys(()), 1.0)])  # type: ignore[arg-type]
+    steering = ScopedState(SdpaAttend(), 1, Unchanged(), negatives=[(PromptKeys(()), 1.0)])  # type: ignore[arg-type]
     steering.negatives = []
     attn.set_processor(GuidedLegacyAttention(0, steering, AttnProcessor2_0()))
     assert torch.equal(attn(x, encoder_hidden_states=text, attention_mask=mask, temb=temb), plain)
@@ -91,7 +87,7 @@ def test_refusals_name_the_way_out() -> None:
     refused("joint", pipe, "blurry", joint=object())
     refused("does not know its step", pipe.unet, torch.zeros(1, 4, 32), Nasa(schedule=ScaleSchedule(last_step=0.5)))
     with guided(pipe, "blurry", Nasa(0.5)):
-        refused("GuidedLegacyAttention", pipe, "ugly")
+        refused("guided already", pipe, "ugly")
     refused("must be", pipe, torch.zeros(4, 32))
     with pytest.raises(InputError, match="itself"), guided(pipe, "A  Fox", Nasa(0.5)):
         tiny.draw(pipe, "sd", "a fox")

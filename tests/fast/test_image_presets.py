@@ -41,10 +41,18 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny pipelines of each family on disk, in diffusers' layout."""
     root = tmp_path_factory.mktemp("bases")
     for kind in ("pixart", "sd", "sdxl", "flux"):
-        tiny.PIPES[kind]().save_pretrained(root / kind)
+        base_pipe(kind).save_pretrained(root / kind)
     rename_class(root / "pixart" / "model_index.json")
     rename_class(root / "pixart" / "transformer" / "config.json")
     return {kind: root / kind for kind in ("pixart", "sd", "sdxl", "flux")}
+
+
+def base_pipe(kind: str) -> Any:
+    """A tiny base, with the scheduler that PixArt's is published with."""
+    pipe = tiny.PIPES[kind]()
+    if kind == "pixart":
+        pipe.scheduler = diffusers.DPMSolverMultistepScheduler()
+    return pipe
 
 
 def write_weights(preset: Any, folder: Path) -> Path | None:
@@ -94,7 +102,7 @@ def load(name: str, bases: dict[str, Path], folder: Path) -> ImagePipeline:
 def publish(preset: Any, root: Path) -> None:
     """Tiny weights where the preset says that its files are: owner/name, subfolder, file, variant."""
     base = root / preset.base.repo
-    tiny.PIPES[preset.family]().save_pretrained(base, variant=preset.base.variant)
+    base_pipe(preset.family).save_pretrained(base, variant=preset.base.variant)
     if preset.family == "pixart":
         rename_class(base / "model_index.json")
         rename_class(base / "transformer" / "config.json")

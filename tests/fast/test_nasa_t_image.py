@@ -89,7 +89,7 @@ def test_the_trained_students_nasa_is_the_one_that_is_shipped(family) -> None:
     mask = None
     if family == "pixart":
         mask = torch.arange(12)[None] < contexts.negative.lengths[:, None]
-    from nasa_video.backbones.scope import NegativeContext
+    from nasa_video.backbones.base import NegativeContext
 
     with guided(plain.student, [NegativeContext(contexts.negative.embeds, mask)], Nasa(0.6)):
         expected = plain.generate(noise, contexts)

@@ -1,6 +1,6 @@
 """Guidance for any supported diffusers model or classic pipeline, in one line::
 
-with guided(pipe, "blurry, low quality", Nasa(scale=0.5)):
+with guided(pipe, "blurry, low quality", "nasa:0.5"):
     image = pipe("a fox in a suit", num_inference_steps=1, guidance_scale=0).images[0]
 """
 
@@ -10,36 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from diffusers import (
-    DiffusionPipeline,
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    UNet2DConditionModel,
-    WanTransformer3DModel,
-    WanVACETransformer3DModel,
-)
+from diffusers import DiffusionPipeline
 from diffusers.modular_pipelines import ModularPipeline
 from torch import Tensor, nn
 
-from causvid_adapter import CausalWan
-from nasa_video.backbones.bidirectional_wan import WanBackbone
-from nasa_video.backbones.flux import FluxBackbone
-from nasa_video.backbones.joint import JointFormula, default_joint
-from nasa_video.backbones.scope import Backbone, NegativeContext
-from nasa_video.backbones.unet import LegacyBackbone
+from nasa_video.backbones import flux, unet, wan  # noqa: F401  (they register themselves)
+from nasa_video.backbones.base import Backbone, NegativeContext, find_backbone
+from nasa_video.backbones.joint import JointFormula
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import Attend, make_attend
-from nasa_video.guidance.methods import AttentionGuidance, Guidance, Nasa, parse_guidance
+from nasa_video.guidance.methods import METHODS, AttentionGuidance, Guidance, Nasa, parse_guidance
 from nasa_video.guidance.state import Effect, EffectMeter
-from nasa_video.guidance.terms import Negative
-from nasa_video.integrations.diffusers.pipeline_scope import PipelineScope
+from nasa_video.guidance.terms import Negative, as_negatives
+from nasa_video.integrations.diffusers.pipeline_scope import PipelineScope, unwrap
 
 OneNegative = str | Negative | NegativeContext | Tensor
 Negatives = OneNegative | Sequence[OneNegative] | None
 COMPONENTS = ("transformer", "transformer_2", "unet")
-TWO_PASSES = (CausalWan, FluxTransformer2DModel, WanTransformer3DModel, WanVACETransformer3DModel)
-"""Models whose pipelines run classifier-free guidance as two calls; the others' double the batch."""
 
 
 class GuidedScope:
@@ -58,7 +47,7 @@ class GuidedScope:
 def guided(
     model_or_pipeline: DiffusionPipeline | nn.Module,
     negatives: Negatives,
-    guidance: Guidance | None = None,
+    guidance: Guidance | str | None = None,
     *,
     attend: Attend | None = None,
     joint: JointFormula | None = None,
@@ -67,12 +56,14 @@ def guided(
     """Guide a model's text attention away from the negatives inside the scope.
 
     Args:
-        model_or_pipeline: a PixArt, UNet, FLUX, Wan or :class:`~causvid_adapter.CausalWan` model, or a classic
-            diffusers pipeline with one; compiled and LoRA-adapted ones too.
-        negatives: a text, a :class:`~nasa_video.Negative` (with a weight), an encoded
-            :class:`~nasa_video.backbones.scope.NegativeContext`, embeddings (B, L, E), or several of them. A bare model
-            has no text encoder and takes encoded ones only. Nothing, or an empty text: unguided.
-        guidance: :class:`~nasa_video.Nasa` (default), Nag, Vsf or, for Wan, CentredNasa; None is Nasa().
+        model_or_pipeline: a PixArt, UNet, FLUX or :class:`~causvid_adapter.CausalWan` model or one of Wan's shape, or
+            a classic diffusers pipeline with one; compiled and LoRA-adapted ones too.
+        negatives: a text (commas separate terms, ``term:0.4`` weighs one, quotes keep one together), a
+            :class:`~nasa_video.Negative`, an encoded :class:`~nasa_video.backbones.base.NegativeContext`, embeddings
+            (B, L, E), or several of them. A bare model has no text encoder and takes encoded ones only. Nothing, or an
+            empty text: unguided.
+        guidance: a method such as :class:`~nasa_video.Nasa`, or its spelling such as ``"nag:5,alpha=0.3"``; None is
+            Nasa().
         attend: the attention kernel; PyTorch's by default.
         joint: what guidance means in joint attention, see :mod:`nasa_video.backbones.joint`; FLUX only.
         doubled_batch: a bare model is called with [unconditional; conditional] batches: guide the second half only.
@@ -81,13 +72,14 @@ def guided(
     Raises:
         InputError: nothing here can be guided, or not in this way; the message says why and what can.
     """
-    guidance = Nasa() if guidance is None else parse_guidance(guidance)
+    method = Nasa() if guidance is None else parse_guidance(guidance)
     meter = EffectMeter()
     given = _read_negatives(negatives)
-    if not isinstance(guidance, AttentionGuidance):
+    if method is not None and not isinstance(method, AttentionGuidance):
+        able = ", ".join(own.__name__ for own in METHODS.values() if issubclass(own, AttentionGuidance))
         raise InputError(
             "classifier-free guidance is the pipeline's own: pass it negative_prompt and guidance_scale. guided() "
-            "takes Nasa, CentredNasa, Nag and Vsf, which act in attention and may be combined with it"
+            f"takes {able}, which act in attention and may be combined with it"
         )
     if isinstance(model_or_pipeline, ModularPipeline):
         raise InputError(
@@ -96,32 +88,28 @@ def guided(
         )
     denoisers = _find_denoisers(model_or_pipeline)
     attend = make_attend() if attend is None else attend
-    backbones = [make_backbone(model, guidance, attend, meter, joint) for model in denoisers.values()]
-    if not given or not guidance.active:
+    backbones = [make_backbone(model, method or Nasa(), attend, meter, joint) for model in denoisers.values()]
+    if not given or method is None or not method.active:
         yield GuidedScope(meter)
         return
     if isinstance(model_or_pipeline, DiffusionPipeline):
-        two_passes = isinstance(_unwrap(next(iter(denoisers.values()))), TWO_PASSES)
-        scope = PipelineScope(model_or_pipeline, denoisers, backbones, given, guidance.schedule, two_passes=two_passes)
-        with scope.open():
-            yield GuidedScope(meter)
-        return
-    with _guided_model(backbones[0], given, guidance, doubled_batch):
+        scope = PipelineScope(model_or_pipeline, denoisers, backbones, given).open()
+    else:
+        scope = _guided_model(backbones[0], given, doubled_batch)
+    with scope:
         yield GuidedScope(meter)
 
 
 @contextmanager
-def _guided_model(
-    backbone: Backbone, negatives: Sequence[Negative | NegativeContext], guidance: AttentionGuidance, doubled: bool
-) -> Iterator[None]:
+def _guided_model(backbone: Backbone, negatives: Sequence[Negative | NegativeContext], doubled: bool) -> Iterator[None]:
     encoded = [negative for negative in negatives if isinstance(negative, NegativeContext)]
     if len(encoded) < len(negatives):
         raise InputError(
             "a bare model has no text encoder: give its pipeline instead, or encoded negatives (NegativeContext)"
         )
-    if guidance.schedule.over_steps:
+    if backbone.guidance.schedule.over_steps:
         raise InputError("a bare model does not know its step: leave the schedule's steps alone, or guide its pipeline")
-    backbone.steering.doubled = doubled
+    backbone.state.doubled = doubled
     backbone.use(encoded)
     with backbone.install():
         yield
@@ -134,28 +122,18 @@ def make_backbone(
     meter: EffectMeter,
     joint: JointFormula | None = None,
 ) -> Backbone:
-    """The way to guide a model, by its class.
+    """The way to guide a model, compiled or not.
 
     Raises:
         InputError: none is known.
     """
-    model = _unwrap(model)
-    if isinstance(model, FluxTransformer2DModel):
-        return FluxBackbone(model, guidance, attend, meter, default_joint(guidance) if joint is None else joint)
+    model = unwrap(model)
+    backbone: Any = find_backbone(model)
+    if backbone.joint:
+        return backbone(model, guidance, attend, meter, joint)  # type: ignore[no-any-return]
     if joint is not None:
         raise InputError(f"{type(model).__name__} has cross-attention, no joint attention: leave out joint=")
-    if isinstance(model, PixArtTransformer2DModel | UNet2DConditionModel):
-        return LegacyBackbone(model, guidance, attend, meter)
-    if isinstance(model, WanTransformer3DModel | WanVACETransformer3DModel | CausalWan):
-        return WanBackbone(model, guidance, attend, meter)
-    raise InputError(
-        f"no way to guide a {type(model).__name__} is known; PixArt, UNet2DConditionModel (Stable Diffusion, SDXL), "
-        "FLUX and Wan models can be guided"
-    )
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return getattr(model, "_orig_mod", model)  # type: ignore[no-any-return]
+    return backbone(model, guidance, attend, meter)  # type: ignore[no-any-return]
 
 
 def _find_denoisers(target: DiffusionPipeline | nn.Module) -> dict[str, nn.Module]:
@@ -170,13 +148,13 @@ def _find_denoisers(target: DiffusionPipeline | nn.Module) -> dict[str, nn.Modul
 
 
 def _read_negatives(negatives: Negatives) -> list[Negative | NegativeContext]:
-    if negatives is None:
-        return []
-    several = [negatives] if isinstance(negatives, OneNegative) else list(negatives)
+    several = [negatives] if isinstance(negatives, Tensor | NegativeContext) else negatives
+    if not isinstance(several, Sequence) or isinstance(several, str):
+        return list(as_negatives(several))
     read: list[Negative | NegativeContext] = []
     for one in several:
-        if isinstance(one, str):
-            read += [Negative(one)] if one.strip() else []
-        else:
+        if isinstance(one, Tensor | NegativeContext):
             read.append(NegativeContext(one) if isinstance(one, Tensor) else one)
+        else:
+            read += as_negatives([one])
     return read

@@ -13,8 +13,10 @@ other guider. Works where a pipeline has a guider (Wan and Wan 2.2 with VACE, SD
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import BaseGuidance
@@ -22,9 +24,10 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from nasa_video.backbones.scope import Backbone, NegativeContext
+from nasa_video.backbones.base import Backbone, NegativeContext
+from nasa_video.errors import InputError
 from nasa_video.guidance.attention import make_attend
-from nasa_video.guidance.methods import AttentionGuidance, Nag, Nasa, Vsf
+from nasa_video.guidance.methods import AttentionGuidance, CentredNasa, Nag, Nasa, Vsf
 from nasa_video.guidance.state import Effect, EffectMeter
 from nasa_video.integrations.diffusers.guided import make_backbone
 
@@ -41,20 +44,24 @@ class AttentionGuidanceGuider(BaseGuidance):  # type: ignore[misc]
     """
 
     _input_predictions = ["pred_cond"]  # noqa: RUF012  (diffusers wants a list)
+    method_class: ClassVar[type[AttentionGuidance]]
 
-    def __init__(self, start: float = 0.0, stop: float = 1.0, enabled: bool = True) -> None:
+    def __init__(self, *settings: Any, **config: Any) -> None:
         # To diffusers it is never disabled: modular Wan (0.42.1) cannot encode a prompt without a negative.
-        super().__init__(start, stop, enabled=True)
+        super().__init__(self.config.start, self.config.stop, enabled=True)
+        self.guidance_scale = self.config.guidance_scale
         self.meter = EffectMeter()
-        self._wanted = self._on = enabled
+        self._wanted = self._on = self.config.enabled
         self._negative: tuple[Tensor | None, Tensor | None] = (None, None)
         self._backbones: dict[int, tuple[nn.Module, Backbone, Tensor]] = {}
         self._installed = ExitStack()
         self._told = False
+        self.method()  # Fails now for a setting that it cannot take.
 
     def method(self) -> AttentionGuidance:
         """The guidance with the settings of this guider's config."""
-        raise NotImplementedError
+        fields = (field.name for field in dataclasses.fields(self.method_class))
+        return self.method_class(**{name: self.config[name] for name in fields if name in self.config})
 
     @property
     def effect(self) -> Effect | None:
@@ -63,7 +70,7 @@ class AttentionGuidanceGuider(BaseGuidance):  # type: ignore[misc]
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         """The conditional batch; the unconditional one's embeddings are kept for :meth:`prepare_models`."""
-        self._negative = (_second(data, EMBEDS), _second(data, POOLED))
+        self._read_negative(data)
         return [self._prepare_batch(data, 0, self._input_predictions[0])]
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
@@ -73,7 +80,7 @@ class AttentionGuidanceGuider(BaseGuidance):  # type: ignore[misc]
             for name, place in input_fields.items()
             if isinstance(place, tuple)
         }
-        self._negative = (_second(pairs, EMBEDS), _second(pairs, POOLED))
+        self._read_negative(pairs)
         return [self._prepare_batch_from_block_state(input_fields, data, 0, self._input_predictions[0])]
 
     def prepare_models(self, denoiser: nn.Module) -> None:
@@ -86,6 +93,7 @@ class AttentionGuidanceGuider(BaseGuidance):  # type: ignore[misc]
         if embeds is None or not self._acts() or _says_nothing(embeds):
             return
         backbone = self._backbone(denoiser, embeds, pooled)
+        self._tell_of_padding(backbone)
         self._installed.enter_context(backbone.install())
         handle = denoiser.register_forward_hook(lambda *_: self._installed.close(), always_call=True)
         self._installed.callback(handle.remove)
@@ -132,25 +140,28 @@ class AttentionGuidanceGuider(BaseGuidance):  # type: ignore[misc]
 
     def _backbone(self, denoiser: nn.Module, embeds: Tensor, pooled: Tensor | None) -> Backbone:
         """The denoiser's backbone with the negative's keys, made once a prompt."""
-        self._tell_of_padding(denoiser)
-        known = self._backbones.get(id(denoiser))
-        # A config may have been changed between two runs: the first step makes everything anew.
-        backbone = (
-            known[1]
-            if known is not None and self._step != 0
-            else make_backbone(denoiser, self.method(), make_attend(), self.meter)
-        )
-        if known is None or known[1] is not backbone or known[2] is not embeds:
+        _, backbone, known = self._backbones.get(id(denoiser), (None, None, None))
+        # A config may have been changed between two runs: the first step makes everything again.
+        if backbone is None or self._step == 0:
+            backbone, known = make_backbone(denoiser, self.method(), make_attend(), self.meter), None
+        # Streams of joint attention are dropped when guidance comes off.
+        if known is not embeds or backbone.joint:
             backbone.use([NegativeContext(embeds, pooled=pooled)])
             self._backbones[id(denoiser)] = (denoiser, backbone, embeds)
-        elif pooled is not None:  # streams of joint attention are dropped when it comes off
-            backbone.use([NegativeContext(embeds, pooled=pooled)])
         return backbone
 
-    def _tell_of_padding(self, denoiser: nn.Module) -> None:
+    def _read_negative(self, data: dict[str, Any]) -> None:
+        """The unconditional embeddings of a batch, by the names that pipelines have for them."""
+        if not any(name in data for name in EMBEDS):
+            raise InputError(
+                f"this pipeline names its text embeddings otherwise than {' or '.join(EMBEDS)} ({', '.join(data)}), so "
+                "that the negative prompt would have no effect; use the classic pipeline with guided(...)"
+            )
+        self._negative = (_second(data, EMBEDS), _second(data, POOLED))
+
+    def _tell_of_padding(self, backbone: Backbone) -> None:
         """Once: the negative's padding cannot be left out where the pipeline does not say which tokens it is."""
-        own = getattr(denoiser, "_orig_mod", denoiser)
-        if self._told or self.method().negative_padding or "Wan" in type(own).__name__:
+        if self._told or backbone.guidance.negative_padding or backbone.zero_padded:
             return
         self._told = True
         logger.warning(
@@ -159,96 +170,71 @@ class AttentionGuidanceGuider(BaseGuidance):  # type: ignore[misc]
         )
 
 
-class NasaGuidance(AttentionGuidanceGuider):
-    """Negative-Away Steer Attention for one-step and few-step models, https://huggingface.co/papers/2412.02687 (eq. 9).
+def guider_of(method: type[AttentionGuidance], name: str, about: str, **defaults: Any) -> Any:
+    """The guider class of a method: its settings are arguments and config, beside those that all guiders have.
 
     Args:
-        scale: NASA scale; 0 is unguided. The paper's: 0.1 (SD 1.5), 0.2 (SD 2.1), 0.5 (PixArt), up to 1 on SDXL-DMD2.
-        negative_padding: whether the negative's padding tokens take part where the model attends to padding.
+        name: of the class, which must be an attribute of the module that calls, so that diffusers can load it again.
+        about: the first lines of its documentation.
+        defaults: where they are not the method's own.
+    """
+    own = sorted(
+        (field for field in dataclasses.fields(method) if field.metadata), key=lambda field: field.kw_only is True
+    )
+    values = {field.name: defaults.get(field.name, field.default) for field in own}
+    values |= {"guidance_scale": 1.0, "start": 0.0, "stop": 1.0, "enabled": True}
+    rows = "\n".join(f"        {field.name}: {field.metadata['help']}." for field in own)
+
+    def __init__(self: Any, *settings: Any, **config: Any) -> None:
+        AttentionGuidanceGuider.__init__(self)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(key, kind, default=value) for key, value in values.items()]
+    __init__.__signature__ = inspect.Signature([inspect.Parameter("self", kind), *parameters])  # type: ignore[attr-defined]
+    members = {
+        "__doc__": f"""{about}
+
+    Args:
+{rows}
         guidance_scale: only what pipelines of LCM models embed as their guidance scale.
         start, stop: shares of the steps between which it acts.
         enabled: whether it acts at all.
-    """
-
-    @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(
-        self,
-        scale: float = 1.0,
-        negative_padding: bool = True,
-        guidance_scale: float = 1.0,
-        start: float = 0.0,
-        stop: float = 1.0,
-        enabled: bool = True,
-    ) -> None:
-        super().__init__(start, stop, enabled)
-        self.guidance_scale = guidance_scale
-        self.method()
-
-    def method(self) -> Nasa:
-        """NASA with this config."""
-        return Nasa(self.config.scale, negative_padding=self.config.negative_padding)
+    """,
+        "__init__": register_to_config(__init__),
+        "__module__": inspect.stack()[1].frame.f_globals["__name__"],
+        "method_class": method,
+    }
+    return type(name, (AttentionGuidanceGuider,), members)
 
 
-class NagGuidance(AttentionGuidanceGuider):
+NasaGuidance = guider_of(
+    Nasa,
+    "NasaGuidance",
+    """Negative-Away Steer Attention for one-step and few-step models, https://huggingface.co/papers/2412.02687 (eq. 9).
+
+    Scale 0 is unguided. The paper's: 0.1 (SD 1.5), 0.2 (SD 2.1), 0.5 (PixArt), up to 1 on SDXL-DMD2.""",
+)
+CentredNasaGuidance = guider_of(
+    CentredNasa,
+    "CentredNasaGuidance",
+    """NASA that leaves alone what all prompts have in common; models of Wan's shape only.""",
+)
+NagGuidance = guider_of(
+    Nag,
+    "NagGuidance",
     """Normalized Attention Guidance, https://huggingface.co/papers/2505.21179.
 
-    Args:
-        scale: phi + 1; 1 is unguided. The paper's (scale, alpha): Flux, Wan (5, 0.25); SDXL (3, 0.5).
-        tau: how far a token's norm may grow.
-        alpha: share of the guided output.
-        negative_padding, guidance_scale, start, stop, enabled: as in :class:`NasaGuidance`.
-    """
-
-    @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(
-        self,
-        scale: float = 5.0,
-        tau: float = 2.5,
-        alpha: float = 0.25,
-        negative_padding: bool = True,
-        guidance_scale: float = 1.0,
-        start: float = 0.0,
-        stop: float = 1.0,
-        enabled: bool = True,
-    ) -> None:
-        super().__init__(start, stop, enabled)
-        self.guidance_scale = guidance_scale
-        self.method()
-
-    def method(self) -> Nag:
-        """NAG with this config."""
-        return Nag(self.config.scale, self.config.tau, self.config.alpha, negative_padding=self.config.negative_padding)
-
-
-class VsfGuidance(AttentionGuidanceGuider):
+    Scale 1 is unguided. The paper's (scale, alpha): Flux, Wan (5, 0.25); SDXL (3, 0.5).""",
+    scale=5.0,
+)
+VsfGuidance = guider_of(
+    Vsf,
+    "VsfGuidance",
     """Value Sign Flip, https://huggingface.co/papers/2508.10931.
 
-    Args:
-        scale: strength of the flipped values; 0 is unguided.
-        bias: added to the scores of the negative's keys.
-        negative_padding: modular SDXL and FLUX pipelines do not say which tokens are padding, so that only Wan can
-            leave it out; True elsewhere.
-        guidance_scale, start, stop, enabled: as in :class:`NasaGuidance`.
-    """
-
-    @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(
-        self,
-        scale: float = 1.0,
-        bias: float = 0.0,
-        negative_padding: bool = False,
-        guidance_scale: float = 1.0,
-        start: float = 0.0,
-        stop: float = 1.0,
-        enabled: bool = True,
-    ) -> None:
-        super().__init__(start, stop, enabled)
-        self.guidance_scale = guidance_scale
-        self.method()
-
-    def method(self) -> Vsf:
-        """VSF with this config."""
-        return Vsf(self.config.scale, self.config.bias, negative_padding=self.config.negative_padding)
+    Scale 0 is unguided. Modular SDXL and FLUX pipelines do not say which tokens are padding, so that only Wan can leave
+    the negative's padding out: ``negative_padding=True`` elsewhere.""",
+)
 
 
 def _second(data: dict[str, Any], names: tuple[str, ...]) -> Tensor | None:
