@@ -1,7 +1,7 @@
 """A mean of two models' weights: python research/average_weights.py FIRST SECOND SHARE OUTPUT
 
 FIRST and SECOND are safetensors files of one architecture, SHARE in [0, 1] is what the second counts. A mean of a tuned
-model's weights and those it began with is a good model too (arXiv 2109.01903); docs/variety.md says what for.
+model's weights and those it began with is a good model too (arXiv 2109.01903); docs/method/variety.md says what for.
 """
 
 from __future__ import annotations

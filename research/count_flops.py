@@ -1,9 +1,9 @@
-"""Counts the FLOPs of guidance on the paper's models at their true sizes, without weights, and writes docs/flops.md.
+"""Counts the FLOPs of guidance on the paper's models at their true sizes, without weights.
 
-    python research/count_flops.py [--output docs/flops.md]
+    python research/count_flops.py [--output FILE]
 
-Models live on the meta device: torch's counter sees every matrix product, nothing is computed. A multiplication and an
-addition are two operations.
+docs/method/cost.md quotes the tables. Models live on the meta device: torch's counter sees every matrix product,
+nothing is computed. A multiplication and an addition are two operations.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ padding stays. The last column is NASA as published, on the padded negative.
 def main() -> None:
     """Count and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "flops.md")
+    parser.add_argument("--output", type=Path, default=Path("runs/flops.md"))
     options = parser.parse_args()
     table, rows = image_table()
     text = TEXT.format(

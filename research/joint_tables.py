@@ -137,7 +137,7 @@ def sweep_rows(cells: Cells, seeds: Sequence[int], steps: int) -> list[str]:
 
 
 def section(cells: Cells, seeds: Sequence[int], step_counts: Sequence[int], train_steps: int) -> str:
-    """The measured part of docs/joint_attention.md."""
+    """The measured part of docs/method/joint_attention.md."""
     right = "; ".join(
         f"{steps} steps: " + ", ".join(f"{cells[f'{seed} {steps} model']['right']:.0%}" for seed in seeds)
         for steps in step_counts

@@ -1,4 +1,4 @@
-"""Chooses every method's settings on one set of prompts, reports them on another: docs/removal-table.md, JSON, plots.
+"""Chooses every method's settings on one set of prompts, reports them on another: Markdown, JSON, plots.
 
     python research/make_removal_table.py --n 200 --choose-n 48
 
@@ -233,7 +233,7 @@ def main(
         bool,
         typer.Option("--compiled", help="In bfloat16 through torch.compile: faster on a CPU with AMX."),
     ] = False,
-    docs: Annotated[Path, typer.Option(help="Where removal.json is kept, and the report written.")] = ROOT / "docs",
+    docs: Annotated[Path, typer.Option(help="Folder of removal.json and the report.")] = ROOT / "runs" / "removal",
     seconds: Annotated[
         float, typer.Option(help="Begin no cell after so many seconds, and report what there is.")
     ] = float("inf"),
@@ -289,7 +289,7 @@ def _write_report(docs: Path, kept: _Kept) -> None:
     n, choose_n = facts["n"], facts["choose_n"]
     chosen_on, rows = kept.rows("sprites", "choose", choose_n), kept.rows("sprites", "report", n)
     of_teacher = kept.rows("sprites-teacher", "choose", choose_n), kept.rows("sprites-teacher", "report", n)
-    (docs / "images").mkdir(exist_ok=True)
+    (docs / "images").mkdir(parents=True, exist_ok=True)
     if facts["best"]:
         plot(chosen_on, docs / "images" / "removal-choosing.png")
     if rows:
@@ -338,7 +338,7 @@ def _pipeline(model: str, device: str, compiled: bool) -> VideoPipeline:
     from nasa_video.models.placement import Placement
     from nasa_video.video.pipeline import VideoPipeline
 
-    # the detectors say the same of what a bfloat16 decoder makes (docs/removal.md)
+    # the detectors say the same of what a bfloat16 decoder makes (docs/method/removal.md)
     placement = Placement(half_decoder=compiled or device != "cpu")
     dtype = torch.bfloat16 if compiled else None
     pipeline = VideoPipeline.from_pretrained(

@@ -1,11 +1,11 @@
 """Compares F1, F2 and F3 of NASA, NAG and VSF by pictures that a tiny few-step FLUX draws.
 
     python research/measure_joint_attention.py [--folder runs/joint] [--seeds 0 1] [--seconds 60]
-                                             [--page docs/joint_attention.md]
+                                             [--page docs/method/joint_attention.md]
 
 Each method's scale is chosen on half of the prompts and reported on the other half. Everything is kept in the folder
 as it is made: --seconds of CPU time end a run, and the next one goes on. Nothing here speaks about the real FLUX's
-pictures; see docs/joint_attention.md.
+pictures; see docs/method/joint_attention.md.
 """
 
 # B samples, S image tokens, C values of a patch

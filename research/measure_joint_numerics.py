@@ -3,7 +3,7 @@
     python research/measure_joint_numerics.py
 
 Random queries, keys and values with what trained models have: all prompts share a part of their values, and the text
-gets a set share of the attention. Prints the markdown table of docs/joint_attention.md. Seconds on one CPU thread.
+gets a set share of the attention. Prints the table of docs/method/joint_attention.md. Seconds on one CPU thread.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Measures NASA-T on the sprites model: tables 5 and 3 of arXiv 2412.02687 in small, over several training seeds.
 
-    python research/measure_nasa_t.py --output runs/nasa-t --docs docs    the experiment; stop and start it as you like
+    python research/measure_nasa_t.py --output runs/nasa-t    the experiment; stop and start it as you like
     python research/measure_nasa_t.py --output runs/nasa-t --weights FOLDER on other weights: transformer/, vae/,
                                                                            teacher/transformer/, detector.safetensors
     python research/measure_nasa_t.py --output runs/try --iterations 2 --n 2 --captions 4 --seeds 0 --placements nowhere
 
 Every arm trains the same student with the negative in other places, from the same weights and on the same draws of a
 seed; then all are judged by the removal table's cases, and on held-out captions. Arms run side by side, one thread
-each. Trainings go on from their checkpoints, measurements from their journals. The report, docs/nasa_t_results.md, is
+each. Trainings go on from their checkpoints, measurements from their journals. The report, nasa_t_results.md, is
 written anew whenever an arm is ready; what a person wrote in it as a judgement stays.
 """
 
@@ -95,7 +95,7 @@ class Experiment:
             "attributes": ",".join(self.attributes), "cfg": self.cfg,
         }  # fmt: skip
         options = shlex.join(word for name, value in words.items() for word in (f"--{name}", str(value)))
-        return f"python research/measure_nasa_t.py --output runs/nasa-t --docs docs {options}"
+        return f"python research/measure_nasa_t.py --output runs/nasa-t {options}"
 
     def prepare(self) -> None:
         """Write the preset of the given weights.

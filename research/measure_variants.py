@@ -1,4 +1,4 @@
-"""Variants of NASA side by side on the shipped model, on the choosing prompts: writes docs/method-4-steps.md.
+"""Variants of NASA side by side on the shipped model, on the choosing prompts: docs/method/formulas.md quotes it.
 
     python research/measure_variants.py --n 48
 
@@ -303,7 +303,7 @@ def main(
     processes: Annotated[int, typer.Option(help="Processes side by side.")] = os.cpu_count() or 1,
     only: Annotated[str, typer.Option(help="Words, with commas: variants with one of them in their label.")] = "",
     folder: Annotated[Path, typer.Option(help="Where finished cells are kept.")] = ROOT / "runs" / "variants",
-    docs: Annotated[Path, typer.Option(help="Where the tables are written.")] = ROOT / "docs",
+    docs: Annotated[Path, typer.Option(help="Where the tables are written.")] = ROOT / "runs" / "variants",
 ) -> None:
     """Measures all variants; a rerun goes on where it stopped."""
     path = files("nasa_video.sprites") / "weights" / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -322,8 +322,8 @@ def main(
 
     {command}
 
-The shipped student (SHA-256 {weights}...), commit {commit.stdout.strip()}, choosing prompts; docs/method.md says what
-follows.
+The shipped student (SHA-256 {weights}...), commit {commit.stdout.strip()}, choosing prompts; docs/method/formulas.md
+says what follows.
 
 {_markdown(rows, n, attributes, steps, only)}
 ## What NASA subtracts, in multiples of |Z+|

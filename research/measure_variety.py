@@ -1,4 +1,4 @@
-"""What a model shows of what prompts leave open, beside the data: the tables of docs/variety.md.
+"""What a model shows of what prompts leave open, beside the data: the tables of docs/method/variety.md.
 
     python research/measure_variety.py student               a name in nasa_video/sprites/weights, or a file
     python research/measure_variety.py student --extended    with prompts as --extend-prompt writes them

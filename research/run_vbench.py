@@ -2,9 +2,9 @@
 
 Needs a package index and 3 GB (CPU) to 8 GB (CUDA) in FOLDER, and no weights: temporal_flickering has none. Scores in
 short and Long form, then the default dimensions with random judges (see random_judges.py) to show that their path is
-whole. FOLDER/figures.md has both tables with checkpoint, versions and settings, for docs/vbench.md. Further arguments
-go to `nasa-video eval setup vbench`, such as --torch torch==2.13.0+cpu --torch torchvision==0.28.0 on a machine without
-a GPU. What is there already is used again, videos only of the same checkpoint and settings.
+whole. FOLDER/figures.md has both tables with checkpoint, versions and settings, for docs/guides/evaluation.md. Further
+arguments go to `nasa-video eval setup vbench`, such as --torch torch==2.13.0+cpu --torch torchvision==0.28.0 on
+a machine without a GPU. What is there already is used again, videos only of the same checkpoint and settings.
 """
 
 from __future__ import annotations

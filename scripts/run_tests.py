@@ -38,7 +38,7 @@ def ensure_evaluation() -> None:
 
 
 def main() -> None:
-    """Format and lint, types, tests; with options, only pytest with them."""
+    """Format and lint, types, documentation, tests; with options, only pytest with them."""
     environment.ensure("[dev,train]")
     ensure_evaluation()
     ensure_browser()
@@ -47,6 +47,8 @@ def main() -> None:
         environment.run([*module, "ruff", "check", "."])
         environment.run([*module, "ruff", "format", "--check", "."])
         environment.run([*module, "mypy"])
+        quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+        environment.run([*module, "mkdocs", "build", "--strict", "--quiet"], env=quiet)
         # not too many: each holds torch and models; what is played and watched needs the machine for itself
         workers = ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS)), "--dist", "worksteal"]
         environment.run([*module, "pytest", *workers, "--ignore", "tests/web"])

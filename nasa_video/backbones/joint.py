@@ -2,7 +2,7 @@
 
 For image queries, attention over text keys T and image keys I splits exactly, with m = sigmoid(lse_T - lse_I):
 ``Z = m Z_T + (1 - m) Z_I``. The image part is the same for every prompt; the NASA paper gives no formula for which of
-these it subtracts, so there are four settings, side by side in docs/joint_attention.md.
+these it subtracts, so there are four settings, side by side in docs/method/joint_attention.md.
 """
 
 # B batch, Q image queries, N keys, H heads, D head dim
@@ -125,7 +125,7 @@ class JoinedKeys(JointFormula):
 
 
 def default_joint(guidance: AttentionGuidance) -> JointFormula:
-    """What each method's authors published; for NASA, which was not, F2 by the measurements of docs/joint_attention.md.
+    """What each method's authors published; for NASA, which was not, F2 (docs/method/joint_attention.md).
 
     A method of your own gets F3, the only formula that has a meaning for every method of cross-attention.
     """

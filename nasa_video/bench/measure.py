@@ -25,7 +25,7 @@ from nasa_video.models.memory_estimate import estimate, require
 
 @torch.no_grad()
 def bench(settings: BenchSettings, report: Report = lambda what, done, total: None) -> dict[str, Any]:
-    """Measure; the result holds plain values, ready for JSON (see docs/bench.md for its keys).
+    """Measure; the result holds plain values, ready for JSON (see docs/method/cost.md for its keys).
 
     Raises:
         InputError: settings that the model or the device does not allow, or too little memory for them.

@@ -14,7 +14,7 @@ The answer is JSON lines on standard output; whatever VBench prints goes to stan
     {"kind": "failed", "dimension": D, "reason": "…"}
     {"kind": "end"}
 
-Facts about VBench that this depends on are in docs/vbench.md.
+Facts about VBench that this depends on are in docs/guides/evaluation.md.
 """
 
 from __future__ import annotations

@@ -257,8 +257,8 @@ class CentredNasa(AttentionGuidance):
 
     Z0 is what a prompt without words attends to: the value of the padding token, since a softmax over equal keys gives
     their value whatever the query is. Where the negative finds nothing it attends to its padding, Z- is near Z0, and
-    nothing is subtracted; plain NASA subtracts all of Z0 there (docs/method.md has what that costs). For the same
-    reason several negatives need not share the scale: each has its own weight of it.
+    nothing is subtracted; plain NASA subtracts all of Z0 there (docs/method/formulas.md). For the same reason several
+    negatives need not share the scale: each has its own weight of it.
 
     With `conflict` the scale rises where prompt and negative contradict each other, and only there:
     ``Z = Z+ - scale (1 + conflict c) (Z- - Z0)``, c being how much of Z- - Z0 the prompt's own Z+ - Z0 contains

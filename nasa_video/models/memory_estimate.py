@@ -1,6 +1,6 @@
 """How much memory a run takes, from sizes alone, and what would fit where it does not.
 
-Measured against real runs by ``research/measure_memory.py``; see docs/memory.md.
+Measured against real runs by ``research/measure_memory.py``; see docs/guides/memory.md.
 """
 
 # B batch, L layers; sizes of pictures in pixels, of time in latent frames where the name says latent
@@ -23,7 +23,7 @@ from nasa_video.models.presets import SamplerSettings
 # Copies of a chunk's pictures: the decoder's pieces, put together, clamped, compared.
 PICTURE_COPIES = 4
 # What a CPU's kernels keep of the weights they last packed, and the C library of freed memory: a share of the weights,
-# measured at CausVid's size (docs/memory.md).
+# measured at CausVid's size (docs/guides/memory.md).
 CPU_WORKSPACE = 0.05
 # Of a transformer block, in multiples of one activation of the feed-forward's width: its input, GELU and output.
 BLOCK_TENSORS = 3

@@ -1,4 +1,4 @@
-"""The messages of the WebSocket and the bodies of the HTTP requests; ``docs/serve.md`` describes them for clients."""
+"""The messages of the WebSocket and the bodies of the HTTP requests; see ``docs/reference/live_protocol.md``."""
 
 from __future__ import annotations
 

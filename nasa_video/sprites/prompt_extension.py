@@ -1,7 +1,7 @@
 """Prompt extension: says of a short prompt what it leaves open, drawn by a seed as often as the world shows it.
 
-A few-step student answers a short prompt with its favourites (docs/variety.md); told more, it shows more. Tools for
-large models let a language model write such details (Wan 2.1's prompt extension); here the captions' grammar does.
+A few-step student answers a short prompt with its favourites (docs/method/variety.md); told more, it shows more. Tools
+for large models let a language model write such details (Wan 2.1's prompt extension); here the captions' grammar does.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def write_card(path: Path, plan: TrainingPlan, results: dict[str, Any], folder: 
     notes = f"\n## Notes on this run\n{notes_file.read_text(encoding='utf-8')}" if notes_file.exists() else ""
     steps = "; ".join(_steps_text(plan, count) for count in plan.student.steps)
     opened = (
-        ". Then the opening: what a prompt leaves open is settled by the noise (docs/variety.md)"
+        ". Then the opening: what a prompt leaves open is settled by the noise (docs/method/variety.md)"
         if plan.opening.iterations
         else ""
     )

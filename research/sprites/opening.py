@@ -1,7 +1,7 @@
 """Stage three: what a prompt leaves open is decided by the student's start noise, as often as in the data.
 
-A student of distribution matching shows its favourites, whatever its noise (docs/variety.md). Told what to show, it
-shows it. Here it learns to tell itself, in first chunks, where all is settled. Three lessons:
+A student of distribution matching shows its favourites, whatever its noise (docs/method/variety.md). Told what to show,
+it shows it. Here it learns to tell itself, in first chunks, where all is settled. Three lessons:
 
 * *open*: the first step leads in one stride to where many small ones of the teacher lead, with the noise that it has:
   what is settled on that way differs from noise to noise. There a detector that sees through noise reads what this

@@ -36,7 +36,7 @@ def test_the_model_shows_the_colour_and_background_that_it_is_asked_for(
 
 
 def test_what_a_prompt_leaves_open_differs_from_seed_to_seed(pipeline: VideoPipeline, judge: SpritesJudge) -> None:
-    """Without the opening (docs/variety.md) nine in ten sprites are big and plain, and there is no weather."""
+    """Without the opening (docs/method/variety.md) nine in ten sprites are big and plain, and there is no weather."""
     prompts = [f"a {shape}" for shape in SHAPES for _ in range(6)]
     chunks = pipeline.stream_batch(prompts, seeds=range(len(prompts)), frames=21, steps=4)
     labels = judge(list(np.concatenate([chunk.frames for chunk in chunks], axis=1)))

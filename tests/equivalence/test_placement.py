@@ -146,7 +146,7 @@ def test_every_13b_preset_has_a_place_on_24_16_and_12_gigabytes(name: str) -> No
 
 def test_the_documented_profiles_are_those_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nasa_video.models.presets.Source.find", lambda source: None)  # whatever is on this machine
-    rows = [row for row in (ROOT / "docs" / "memory.md").read_text().splitlines() if row.startswith("| ")]
+    rows = [row for row in (ROOT / "docs" / "guides" / "memory.md").read_text().splitlines() if row.startswith("| ")]
     names = (
         "causvid",
         "causvid-4step",

@@ -1,4 +1,4 @@
-"""The measurement of docs/joint_attention.md: what counts as clean, and that no scale is chosen where it counts."""
+"""What docs/method/joint_attention.md measures: what counts as clean, and that no scale is chosen where it counts."""
 
 from __future__ import annotations
 

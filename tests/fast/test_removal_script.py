@@ -135,18 +135,6 @@ def test_settings_that_are_not_all_tried_are_shown_and_none_is_chosen(tmp_path, 
     assert not list((tmp_path / "images").iterdir())
 
 
-def test_the_table_in_docs_is_that_of_its_json(removal_script):
-    docs = removal_script.ROOT / "docs"
-    facts = json.loads((docs / "removal.json").read_text())
-    rows = facts.pop("rows")
-
-    def part(model, split):
-        return [row for row in rows if (row["model"], row["split"]) == (model, split)]
-
-    parts = [part(model, split) for model in ("sprites", "sprites-teacher") for split in ("choose", "report")]
-    assert removal_script._document(facts, *parts) == (docs / "removal-table.md").read_text()
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_compiled_pipeline_computes_in_bfloat16_and_rows_say_so(monkeypatch, removal_script, compiled):
     made = {}

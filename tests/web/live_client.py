@@ -1,4 +1,4 @@
-"""A client that speaks the server's protocol, written from docs/serve.md alone."""
+"""A client that speaks the server's protocol, written from docs/reference/live_protocol.md alone."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def saved(page: Any, button: str, path: Path) -> Path:
 
 
 def acting_chunk(page: Any) -> int:
-    """The chunk from which the change that was just made acts; soon, as docs/serve.md says.
+    """The chunk from which the change that was just made acts; soon, as docs/reference/live_protocol.md says.
 
     The next chunk that is begun: two after the one on the screen where making one is fast, else three, since chunks are
     then begun earlier, so that none comes late.

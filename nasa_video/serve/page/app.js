@@ -1,4 +1,4 @@
-// The live page: one WebSocket, one stream at a time. docs/serve.md describes the messages.
+// The live page: one WebSocket, one stream at a time. docs/reference/live_protocol.md describes the messages.
 
 import { Form } from "./form.js";
 import { makePlayer, playable } from "./player.js";
