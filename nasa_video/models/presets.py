@@ -236,7 +236,7 @@ class VideoPreset(Strict):
     video: VideoSettings
     guidance: Annotated[dict[str, dict[str, Any]], AfterValidator(check_settings)] = Field(default_factory=dict)
     default_guidance: Annotated[str, AfterValidator(lambda name: find_method(name).name)] = "nasa"
-    vocabulary: Literal["sprites"] | None = None
+    vocabulary: str | None = None
 
     @property
     def needs(self) -> list[str]:

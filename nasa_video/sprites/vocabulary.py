@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -17,62 +19,43 @@ if TYPE_CHECKING:
 
 NEIGHBOUR_COSINE = 0.4
 """A word whose embedding is at least this near to a known word's counts as known."""
-_GRAMMAR = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "and",
-        "or",
-        "of",
-        "on",
-        "in",
-        "at",
-        "to",
-        "with",
-        "its",
-        "it",
-        "is",
-        "are",
-        "that",
-        "while",
-        "over",
-        "under",
-        "by",
-        "from",
-        "for",
-        "object",
-        "objects",
-        "shape",
-        "shapes",
-        "thing",
-        "things",
-        "video",
-        "clip",
-        "one",
-        "two",
-        "single",
-        "pair",
-        "background",
-        "backgrounds",
-        "sky",
-        "weather",
-        "light",
-        "moving",
-        "going",
-        "very",
-        "some",
-        "this",
-        "no",
-        "not",
-        "without",
-        "picture",
-        "image",
-        "scene",
-        "around",
-    ]
-)
+TYPO_RATIO = 0.75
+"""Two words that are at least this alike, letter by letter, are one of them misspelt."""
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
+_GRAMMAR_WORDS = """
+a an the and or of on in at to with its it is are that while over under by from for some this no not without very around
+object objects shape shapes thing things video clip picture image scene one two single pair background backgrounds sky
+weather light moving going
+"""
+_GRAMMAR = frozenset(_GRAMMAR_WORDS.split())
+
+
+class SpritesVocabulary:
+    """The sprites world as a :class:`~nasa_video.text.vocabulary.Vocabulary`."""
+
+    about = "a small world of coloured shapes"
+    example = "a red ball bouncing on a checkered background"
+
+    def words(self) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
+        """Attribute → value → phrases."""
+        return TERMS
+
+    def unknown_words(self, prompt: str, encoder: TextEncoder | None = None) -> list[str]:
+        """See :func:`unknown_words`."""
+        return unknown_words(prompt, encoder)
+
+    def suggestions(self, word: str, encoder: TextEncoder | None = None) -> list[str]:
+        """See :func:`suggestions`."""
+        return suggestions(word, encoder)
+
+    def extend_prompt(self, prompt: str, seed: int, encoder: TextEncoder | None = None) -> str:
+        """See :func:`nasa_video.sprites.prompt_extension.extend_prompt`."""
+        from nasa_video.sprites.prompt_extension import extend_prompt
+
+        return extend_prompt(prompt, seed, encoder)
+
+
+SPRITES = SpritesVocabulary()
 
 
 @lru_cache(maxsize=1)
@@ -103,8 +86,15 @@ def unknown_words(prompt: str, encoder: TextEncoder | None = None) -> list[str]:
     return [word for word, cosine in zip(words, nearest.tolist(), strict=True) if cosine < NEIGHBOUR_COSINE]
 
 
+def suggestions(word: str, encoder: TextEncoder | None = None, count: int = 3) -> list[str]:
+    """Known words to write instead: those spelt alike, then, with a text encoder, those nearest in meaning."""
+    alike = get_close_matches(word.lower(), content_words(), count, TYPO_RATIO)
+    near = nearest_known(word, encoder, count) if encoder is not None else []
+    return list(dict.fromkeys([*alike, *near]))[:count]
+
+
 def nearest_known(word: str, encoder: TextEncoder, count: int = 3) -> list[str]:
-    """Known words nearest in meaning, to suggest instead."""
+    """Known words nearest in meaning."""
     cosine = (_embed([word], encoder) @ _embed(list(content_words()), encoder).T)[0]
     return [content_words()[i] for i in cosine.topk(count).indices.tolist()]
 
