@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import image_tiny as tiny
 
 from causvid_adapter import CausalWan
-from nasa_video import ClassifierFree, Nasa, ScaleSchedule, guided
+from nasa_video import ClassifierFree, Nag, Nasa, Negative, ScaleSchedule, guided
 from nasa_video.backbones.base import NegativeContext, ScopedState
 from nasa_video.backbones.unet import GuidedLegacyAttention
 from nasa_video.errors import InputError
@@ -89,10 +89,107 @@ def test_refusals_name_the_way_out() -> None:
     with guided(pipe, "blurry", Nasa(0.5)):
         refused("guided already", pipe, "ugly")
     refused("must be", pipe, torch.zeros(4, 32))
+    refused("a list of negatives must hold", pipe, ["blurry", 3])
+    refused("a negative must be a text", pipe, 3)
+    refused("guidance must be one of nasa,", pipe, "blurry", "nasal")
+    refused("guidance must be a method or its spelling", pipe, "blurry", 0.5)
+    refused("negative_prompt and guidance_scale", pipe, "blurry", "cfg:3")
+    refused("register_backbone", nn.Linear(2, 2), "blurry")
     with pytest.raises(InputError, match="itself"), guided(pipe, "A  Fox", Nasa(0.5)):
         tiny.draw(pipe, "sd", "a fox")
     with pytest.raises(InputError, match="cannot be shared"), guided(pipe, torch.zeros(2, 16, 32), Nasa(0.5)):
         tiny.draw(pipe, "sd", "a fox", num_images_per_prompt=3)
+
+
+def test_methods_and_negatives_may_be_spelled() -> None:
+    pipe = tiny.sd_pipe()
+    with guided(pipe, [Negative("blurry", 0.4), "ugly"], Nag(5.0, tau=2.0)):
+        expected = tiny.draw(pipe, "sd")
+    with guided(pipe, "blurry:0.4, ugly", "nag:5,tau=2"):
+        assert torch.equal(tiny.draw(pipe, "sd"), expected)
+    plain = tiny.draw(pipe, "sd")
+    for nothing in ({"guidance": "none"}, {"guidance": "nasa:0"}, {"negatives": ""}, {"negatives": None}):
+        with guided(pipe, **{"negatives": "blurry", "guidance": "nasa:0.5", **nothing}) as scope:
+            assert torch.equal(tiny.draw(pipe, "sd"), plain)
+        assert scope.effect is None
+
+
+def test_what_takes_guidance_off_inside_the_scope_is_said() -> None:
+    pipe = tiny.sd_pipe()
+    with guided(pipe, "blurry", "nasa:0.5"):
+        pipe.enable_attention_slicing()
+        with pytest.raises(InputError, match="changed inside guided"):
+            tiny.draw(pipe, "sd")
+
+
+def test_an_encoder_that_is_gone_is_said() -> None:
+    """A prompt may be encoded first, and the encoder freed."""
+    pipe = tiny.sd_pipe()
+    embeds, negative = (pipe.encode_prompt(text, "cpu", 1, False)[0] for text in ("a fox", "blurry"))
+    with guided(pipe, "blurry", "nasa:0.5"):
+        expected = tiny.draw(pipe, "sd", "a fox")
+    pipe.text_encoder = None
+    with guided(pipe, negative, "nasa:0.5"):
+        assert torch.equal(tiny.draw(pipe, "sd", None, prompt_embeds=embeds), expected)
+    with pytest.raises(InputError, match=r"no text encoder any more.*NegativeContext"), guided(pipe, "blurry"):
+        tiny.draw(pipe, "sd", None, prompt_embeds=embeds)
+
+
+def test_keys_follow_a_lora_that_is_switched_off() -> None:
+    from peft import LoraConfig
+
+    pipe = tiny.sd_pipe()
+    with guided(pipe, "blurry", "nasa:0.5"):
+        expected = tiny.draw(pipe, "sd")
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
+    with guided(pipe, "blurry", "nasa:0.5"):
+        assert not torch.allclose(tiny.draw(pipe, "sd"), expected)
+        pipe.disable_lora()
+        torch.testing.assert_close(tiny.draw(pipe, "sd"), expected)
+
+
+def test_batches_whose_rows_cannot_be_told_are_refused() -> None:
+    """Three parts a sample, of which the last two are unconditional."""
+    from diffusers import StableDiffusionXLInstructPix2PixPipeline
+
+    base = tiny.sdxl_pipe(in_channels=8)
+    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+    parts = {name: base.components[name] for name in names}
+    pipe = StableDiffusionXLInstructPix2PixPipeline(**parts, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"image": Image.new("RGB", (16, 16), "red"), "num_inference_steps": 1, "width": 16, "height": 16}
+    with pytest.raises(InputError, match="3 rows for 1 samples"), guided(pipe, "blurry", "nasa:0.5"):
+        pipe("a fox", guidance_scale=3.0, **call)
+    with guided(pipe, "blurry", "nasa:0.5") as scope:
+        pipe("a fox", guidance_scale=1.0, image_guidance_scale=1.0, **call)
+    assert scope.effect is not None
+
+
+def test_classifier_free_guidance_that_ends_early_leaves_all_samples_guided() -> None:
+    """Diffusers' documented callback cuts the unconditional half off between two steps, also with two samples."""
+    pipe = tiny.sd_pipe()
+
+    def cut(pipe: Any, step: int, time: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipe._guidance_scale = 0.0
+        return {"prompt_embeds": given["prompt_embeds"].chunk(2)[-1]}
+
+    call = {"num_inference_steps": 2, "guidance_scale": 3.0, "num_images_per_prompt": 2}
+    call |= {"callback_on_step_end": cut, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    shares: list[int] = []
+    with guided(pipe, "blurry", Counting(seen=shares)):
+        tiny.draw(pipe, "sd", **call)
+    assert set(shares) == {2}
+
+
+@dataclass(frozen=True)
+class Counting(Unchanged):
+    """Notes how many samples each layer guides."""
+
+    seen: list[int] = field(default_factory=list, kw_only=True)
+
+    def __call__(self, q: Tensor, positive: Any, negatives: Sequence[Any], attend: Any) -> GuidedAttention:
+        self.seen.append(len(q))
+        return super().__call__(q, positive, negatives, attend)
 
 
 def test_ip_adapters_are_not_dropped() -> None:
