@@ -8,42 +8,11 @@ only through :meth:`KVCache.commit`, after the clean pass. The window and sink p
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from causvid_adapter.errors import ShapeError
-
-RopeMode = Literal["absolute", "window"]
-
-
-def check_window(window_frames: int | None, sink_frames: int, chunk_frames: int = 1) -> None:
-    """Refuse a window that cannot hold its sink and a chunk.
-
-    Raises:
-        ShapeError: it cannot; the message names the smallest that can.
-    """
-    if window_frames is None:
-        return
-    if not 0 <= sink_frames < window_frames:
-        raise ShapeError(f"sink_frames must be from 0 to window_frames - 1 = {window_frames - 1}, got {sink_frames}")
-    if sink_frames + chunk_frames > window_frames:
-        raise ShapeError(
-            f"a window of {window_frames} latent frames with a sink of {sink_frames} has no room for a chunk of "
-            f"{chunk_frames}; use window_frames >= {sink_frames + chunk_frames}"
-        )
-
-
-def capacity_frames(wanted: int, held: int, window_frames: int | None, num_frames: int | None) -> int:
-    """Latent frames that the buffers are made for when ``wanted`` do not fit into the ``held`` ones."""
-    limits = [limit for limit in (window_frames, num_frames) if limit is not None]
-    if limits and min(limits) >= wanted:
-        return min(limits)
-    if window_frames is not None:
-        return window_frames
-    # Doubling keeps the copies of an unlimited rollout linear in its length.
-    return max(wanted, 2 * held)
+from causvid_adapter.window import UNLIMITED, Window
 
 
 class KVCache:
@@ -52,11 +21,8 @@ class KVCache:
     Args:
         num_layers: transformer layers that read and write it.
         tokens_per_frame: tokens of one latent frame.
-        window_frames: latent frames that attention spans, the current chunk included; None keeps all.
-        sink_frames: first latent frames that never leave the window.
-        rope: "absolute" stores keys already rotated by their frame in the video (CausVid, Self-Forcing); "window"
-            stores them unrotated and counts positions inside the window, so that a long rollout never leaves the
-            positions that the model was trained on.
+        window: what a chunk may look back on. Where its positions are absolute, keys are stored already rotated by
+            their frame in the video; where they count inside the window, unrotated.
         num_frames: latent frames of the whole video, where that is known: no more room than these need is taken.
             A video may still become longer.
     """
@@ -65,46 +31,48 @@ class KVCache:
         self,
         num_layers: int,
         tokens_per_frame: int,
-        window_frames: int | None = None,
-        sink_frames: int = 0,
-        rope: RopeMode = "absolute",
+        window: Window = UNLIMITED,
         num_frames: int | None = None,
     ) -> None:
-        check_window(window_frames, sink_frames)
         self.num_layers = num_layers
         self.tokens_per_frame = tokens_per_frame
-        self.window_frames = window_frames
-        self.sink_frames = sink_frames
-        self.rope = rope
+        self.window = window
         self.num_frames = num_frames
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: the next chunk is the first of a new video, of any batch size."""
-        self.frames_held = 0
+        self.held: list[int] = []
         self.next_frame = 0
+        self._committed = 0
         self._keys: list[Tensor | None] = [None] * self.num_layers
         self._values: list[Tensor | None] = [None] * self.num_layers
         self._chunk_frames = 0
         self._staged_layers: set[int] = set()
 
+    @property
+    def frames_held(self) -> int:
+        """Committed latent frames that are still there; ``held`` numbers them from the rollout's first."""
+        return len(self.held)
+
     def begin(self, chunk_frames: int) -> None:
         """Make room for a chunk of ``chunk_frames``; what falls out of the window is dropped here."""
-        check_window(self.window_frames, self.sink_frames, chunk_frames)
+        self.window.check(chunk_frames)
         self._chunk_frames = chunk_frames
         self._staged_layers.clear()
-        if self.window_frames is None:
+        seen = self.window.seen(self._committed + chunk_frames)
+        kept = [place for place, frame in enumerate(self.held) if any(frame in part for part in seen)]
+        if len(kept) == len(self.held):
             return
-        evicted = self.frames_held + chunk_frames - self.window_frames
-        if evicted <= 0:
-            return
-        kept = self.frames_held - evicted
-        start, end = self.sink_frames * self.tokens_per_frame, kept * self.tokens_per_frame
-        shift = evicted * self.tokens_per_frame
-        for buffer in (*self._keys, *self._values):
-            if buffer is not None:
-                buffer[:, start:end] = buffer[:, start + shift : end + shift].clone()
-        self.frames_held = kept
+        first = next((i for i, place in enumerate(kept) if place != i), len(kept))
+        if first < len(kept):
+            tokens = torch.arange(self.tokens_per_frame)
+            moved = (torch.tensor(kept[first:])[:, None] * self.tokens_per_frame + tokens).flatten()
+            start, end = first * self.tokens_per_frame, len(kept) * self.tokens_per_frame
+            for buffer in (*self._keys, *self._values):
+                if buffer is not None:
+                    buffer[:, start:end] = buffer[:, moved.to(buffer.device)]
+        self.held = [self.held[place] for place in kept]
 
     def seek(self, frame: int) -> None:
         """Place the next chunk at this latent frame of the video (absolute positions only; the default is to go on)."""
@@ -113,7 +81,7 @@ class KVCache:
     @property
     def positions(self) -> tuple[Tensor, Tensor]:
         """Frame positions of (the current chunk, every key it attends to) for the rotary embedding."""
-        if self.rope == "absolute":
+        if self.window.rope == "absolute":
             chunk = torch.arange(self.next_frame, self.next_frame + self._chunk_frames)
             return chunk, chunk
         everything = torch.arange(self.frames_held + self._chunk_frames)
@@ -160,7 +128,8 @@ class KVCache:
                 "nothing to commit: run the clean chunk through the model first, without a gradient "
                 f"({len(self._staged_layers)} of {self.num_layers} layers are staged)"
             )
-        self.frames_held += self._chunk_frames
+        self.held += range(self._committed, self._committed + self._chunk_frames)
+        self._committed += self._chunk_frames
         self.next_frame += self._chunk_frames
         self._chunk_frames = 0
         self._staged_layers.clear()
@@ -183,7 +152,7 @@ class KVCache:
         if buffer is not None and total <= buffer.shape[1]:
             return buffer
         held = 0 if buffer is None else buffer.shape[1] // self.tokens_per_frame
-        frames = capacity_frames(-(-total // self.tokens_per_frame), held, self.window_frames, self.num_frames)
+        frames = self.window.capacity(-(-total // self.tokens_per_frame), held, self.num_frames)
         capacity = frames * self.tokens_per_frame
         grown = new.new_empty(batch, capacity, heads, dim)
         if buffer is not None:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from causvid_adapter.accelerate.static_cache import StaticKVCache
 from causvid_adapter.attention import Attend, CausalSelfAttention, SelfAttentionCall, sdpa
-from causvid_adapter.cache import KVCache, RopeMode
+from causvid_adapter.cache import KVCache
 from causvid_adapter.errors import ShapeError
 from causvid_adapter.mask import block_causal_mask
 from causvid_adapter.rope import FrameRope
+from causvid_adapter.window import UNLIMITED, Window
 
 # diffusers' Wan processor takes the last 512 tokens for text and what is in front of them for the image.
 IMAGE_MODEL_TEXT_TOKENS = 512
@@ -75,15 +76,13 @@ class CausalWan(nn.Module):
         self,
         height: int,
         width: int,
-        window_frames: int | None = None,
-        sink_frames: int = 0,
-        rope: RopeMode = "absolute",
+        window: Window = UNLIMITED,
         num_frames: int | None = None,
     ) -> KVCache:
         """An empty cache for videos of ``height`` x ``width`` latents; see :class:`~causvid_adapter.KVCache`."""
         tokens = self.tokens_per_frame(height, width)
         kind = StaticKVCache if self.static_cache else KVCache
-        return kind(self.num_layers, tokens, window_frames, sink_frames, rope, num_frames)
+        return kind(self.num_layers, tokens, window, num_frames)
 
     def forward(
         self,
@@ -93,8 +92,7 @@ class CausalWan(nn.Module):
         *,
         cache: KVCache | None = None,
         frames_per_chunk: int | None = None,
-        window_frames: int | None = None,
-        sink_frames: int = 0,
+        window: Window = UNLIMITED,
         image_context: Tensor | None = None,
     ) -> Tensor:
         """Predict the flow ``noise - x0``.
@@ -106,7 +104,7 @@ class CausalWan(nn.Module):
                 its own keys. An image-to-video Wan takes exactly 512 tokens, by which diffusers tells text from image.
             cache: history to attend to; the chunk's keys are staged in it.
             frames_per_chunk: without a cache: block-causal attention with chunks of this size; None is bidirectional.
-            window_frames, sink_frames: restrict the block-causal mask as a cache with that window would.
+            window: restricts the block-causal mask as a cache with that window would.
             image_context: image embeddings of an image-to-video Wan, (B, image tokens, image_dim).
 
         Returns:
@@ -136,10 +134,8 @@ class CausalWan(nn.Module):
             positions = key_positions = torch.arange(frames)
         mask = cache.mask if isinstance(cache, StaticKVCache) else None
         if frames_per_chunk is not None:
-            mask = block_causal_mask(
-                frames, rows * columns, frames_per_chunk, window_frames, sink_frames, latents.device
-            )
-        counts_in_window = cache is not None and cache.rope == "window"
+            mask = block_causal_mask(frames, rows * columns, frames_per_chunk, window, latents.device)
+        counts_in_window = cache is not None and cache.window.rope == "window"
         self._rope.call = SelfAttentionCall(
             table=self._table(positions, rows, columns),
             mask=mask,

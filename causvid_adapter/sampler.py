@@ -13,10 +13,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from causvid_adapter.cache import RopeMode, check_window
 from causvid_adapter.errors import ShapeError
 from causvid_adapter.noise import GivenNoise, NoiseSource
 from causvid_adapter.schedule import FlowMatchSchedule
+from causvid_adapter.window import UNLIMITED, Window
 
 
 class ChunkCache(Protocol):
@@ -32,15 +32,7 @@ class ChunkCache(Protocol):
 class Denoiser(Protocol):
     """What the sampler needs of a model: CausalWan itself, or something that wraps it, such as two-pass guidance."""
 
-    def new_cache(
-        self,
-        height: int,
-        width: int,
-        window_frames: int | None,
-        sink_frames: int,
-        rope: RopeMode,
-        num_frames: int | None,
-    ) -> ChunkCache: ...
+    def new_cache(self, height: int, width: int, window: Window, num_frames: int | None) -> ChunkCache: ...
 
     def __call__(self, latents: Tensor, timestep: float, context: Tensor | None, *, cache: ChunkCache) -> Tensor: ...
 
@@ -76,7 +68,7 @@ class ChunkSampler:
         model: the denoiser.
         schedule: its few steps, and those of a chunk that nothing comes before.
         frames_per_chunk: latent frames of a chunk; 3 in CausVid.
-        window_frames, sink_frames, rope: see :class:`~causvid_adapter.KVCache`.
+        window: what a chunk may look back on.
         first_schedule: steps of the chunks that open a scene, if they differ (see `opens` of :meth:`stream`).
 
     Raises:
@@ -88,20 +80,16 @@ class ChunkSampler:
         model: Denoiser,
         schedule: FlowMatchSchedule,
         frames_per_chunk: int = 3,
-        window_frames: int | None = None,
-        sink_frames: int = 0,
-        rope: RopeMode = "absolute",
+        window: Window = UNLIMITED,
         first_schedule: FlowMatchSchedule | None = None,
     ) -> None:
         if frames_per_chunk < 1:
             raise ShapeError(f"frames_per_chunk must be at least 1, got {frames_per_chunk}")
-        check_window(window_frames, sink_frames, frames_per_chunk)
+        window.check(frames_per_chunk)
         self.model = model
         self.schedule = schedule
         self.frames_per_chunk = frames_per_chunk
-        self.window_frames = window_frames
-        self.sink_frames = sink_frames
-        self.rope: RopeMode = rope
+        self.window = window
         self.first_schedule = first_schedule or schedule
 
     @torch.no_grad()
@@ -270,17 +258,15 @@ class _Rollout:
         if self._cache is None:
             s = self.sampler
             height, width = like.shape[-2:]
-            self._cache = s.model.new_cache(height, width, s.window_frames, s.sink_frames, s.rope, self.num_frames)
+            self._cache = s.model.new_cache(height, width, s.window, self.num_frames)
         return self._cache
 
     def _in_window(self, chunk: int, room: int) -> dict[int, Tensor]:
         """The latents that the window holds before ``chunk`` when it has room for ``room`` further frames."""
-        s = self.sampler
-        if s.window_frames is None:
-            return dict(self.clean)
-        oldest = chunk * s.frames_per_chunk - (s.window_frames - s.sink_frames - room)
+        size = self.sampler.frames_per_chunk
+        seen = self.sampler.window.seen(chunk * size + room)
 
         def held(index: int) -> bool:
-            return index * s.frames_per_chunk < s.sink_frames or (index + 1) * s.frames_per_chunk > oldest
+            return any(frame in part for part in seen for frame in range(index * size, (index + 1) * size))
 
         return {index: latents for index, latents in self.clean.items() if held(index)}

@@ -99,7 +99,7 @@ def wan_table() -> list[str]:
     sizes = WanSizes.of(config)
     sampler = preset.sampler
     tokens = sizes.tokens_per_frame(preset.video.height // 8, preset.video.width // 8)
-    loop = ChunkLoop(tokens, sampler.frames_per_chunk, sampler.default_steps, sampler.window_frames)
+    loop = ChunkLoop(tokens, sampler.frames_per_chunk, sampler.default_steps, sampler.window)
     positive = folded_tokens(torch.tensor([20]))
     cases = {
         "none, padded (the public model)": ((512,),),

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from causvid_adapter.cache import KVCache, RopeMode, capacity_frames
+from causvid_adapter.cache import KVCache
 from causvid_adapter.errors import ShapeError
+from causvid_adapter.window import UNLIMITED, Window
 
 
 class StaticKVCache(KVCache):
@@ -26,18 +27,16 @@ class StaticKVCache(KVCache):
         self,
         num_layers: int,
         tokens_per_frame: int,
-        window_frames: int | None = None,
-        sink_frames: int = 0,
-        rope: RopeMode = "absolute",
+        window: Window = UNLIMITED,
         num_frames: int | None = None,
     ) -> None:
-        if window_frames is None and num_frames is None:
+        if window.frames is None and num_frames is None:
             raise ShapeError(
-                "a compiled model needs a window or the video's length, by which its buffers are sized; set "
-                "window_frames, or give the number of frames"
+                "a compiled model needs a window or the video's length, by which its buffers are sized; set a window, "
+                "or give the number of frames"
             )
-        super().__init__(num_layers, tokens_per_frame, window_frames, sink_frames, rope, num_frames)
-        self.capacity = capacity_frames(1, 0, window_frames, num_frames)
+        super().__init__(num_layers, tokens_per_frame, window, num_frames)
+        self.capacity = window.capacity(1, 0, num_frames)
 
     def reset(self) -> None:
         """Forget everything; the next allocation may be of any batch size."""
@@ -97,7 +96,7 @@ class StaticKVCache(KVCache):
     def positions(self) -> tuple[Tensor, Tensor]:
         """As of KVCache; keys have positions in the whole capacity, also where nothing is held."""
         chunk, keys = super().positions
-        return (chunk, torch.arange(self.capacity)) if self.rope == "window" else (chunk, keys)
+        return (chunk, torch.arange(self.capacity)) if self.window.rope == "window" else (chunk, keys)
 
     def extend(self, layer: int, k_BSHD: Tensor, v_BSHD: Tensor) -> tuple[Tensor, Tensor]:
         """The whole buffers, (B, K, H, D), with the chunk staged in its place; attend to them under :attr:`mask`.

@@ -145,7 +145,7 @@ class Case:
         """Operations of the whole bench, about: as if every method were the unguided one."""
         s, sizes = self.preset.sampler, WanSizes.of(self.config, self.layers)
         tokens = sizes.tokens_per_frame(*self.latent_shape[1:])
-        loop = ChunkLoop(tokens, s.frames_per_chunk, s.default_steps, s.window_frames)
+        loop = ChunkLoop(tokens, s.frames_per_chunk, s.default_steps, s.window)
         videos = len(self.methods) * (self.settings.repeats + 1)
         keys = [[self.preset.components.text_encoder.max_tokens]]
         return videos * self.settings.chunks * mean_chunk_flops(sizes, loop, self.settings.chunks, keys)

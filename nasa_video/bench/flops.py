@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from causvid_adapter.model import IMAGE_MODEL_TEXT_TOKENS
+from causvid_adapter.window import UNLIMITED, Window
 
 Branches = Sequence[Sequence[int]]
 """Text keys that each layer attends to: one entry a pass of the model, one number in it an attention branch.
@@ -67,12 +68,11 @@ class ChunkLoop:
     tokens_per_frame: int
     frames_per_chunk: int
     num_steps: int
-    window_frames: int | None = None
+    window: Window = UNLIMITED
 
     def keys_seen(self, chunk: int) -> int:
         """Keys of self-attention in a chunk (from 0): the history that the window holds, and the chunk."""
-        frames = (chunk + 1) * self.frames_per_chunk
-        return self.tokens_per_frame * (frames if self.window_frames is None else min(frames, self.window_frames))
+        return self.tokens_per_frame * self.window.count((chunk + 1) * self.frames_per_chunk)
 
 
 def pass_flops(sizes: WanSizes, tokens: int, keys: int, text_keys: Sequence[int]) -> int:

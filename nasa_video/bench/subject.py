@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, KVCache, ModelCall, NoiseSource
-from causvid_adapter.cache import RopeMode
+from causvid_adapter.window import Window
 from nasa_video.backbones import wan
 from nasa_video.bench.flops import Branches, ChunkLoop, WanSizes
 from nasa_video.bench.random_model import RandomText
@@ -90,7 +90,7 @@ class Subject:
         """What the cost of a chunk depends on."""
         s = self.sampler
         tokens = self.sizes.tokens_per_frame(*self.latent_shape[1:])
-        return ChunkLoop(tokens, s.frames_per_chunk, s.default_steps, s.window_frames)
+        return ChunkLoop(tokens, s.frames_per_chunk, s.default_steps, s.window)
 
     def settings(self, method: Method) -> Guidance | None:
         """The method's guidance, set as the preset has it."""
@@ -164,7 +164,7 @@ class Rollout:
         self._chunk = 0
         s = subject.sampler
         schedule = s.schedule(s.default_steps)
-        sampler = ChunkSampler(self._denoiser, schedule, s.frames_per_chunk, s.window_frames, s.sink_frames, s.rope)
+        sampler = ChunkSampler(self._denoiser, schedule, s.frames_per_chunk, s.window)
         self._latents = sampler.stream(None, noise, before_call=self._before_call)
 
     @property
@@ -208,15 +208,9 @@ class _CacheHolder:
         self.cache: KVCache | BranchCaches | None = None
 
     def new_cache(
-        self,
-        height: int,
-        width: int,
-        window_frames: int | None,
-        sink_frames: int,
-        rope: RopeMode,
-        num_frames: int | None = None,
+        self, height: int, width: int, window: Window, num_frames: int | None = None
     ) -> KVCache | BranchCaches:
-        self.cache = self.model.new_cache(height, width, window_frames, sink_frames, rope, num_frames)
+        self.cache = self.model.new_cache(height, width, window, num_frames)
         return self.cache
 
     def __call__(self, latents: Tensor, timestep: float, context: Tensor | None, *, cache: Any) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from causvid_adapter.cache import capacity_frames
+from causvid_adapter.window import Window
 from nasa_video.bench.flops import WanSizes
 from nasa_video.errors import InputError
 from nasa_video.models.part_sizes import decoder_numbers_per_pixel, transformer_sizes, vae_sizes
@@ -147,7 +147,7 @@ def estimate(run: Run, *, loaded: bool = False) -> Estimate:
     tokens_per_frame = sizes.tokens_per_frame(run.height // stride, run.width // stride)
     tokens = run.batch * tokens_per_frame * run.sampler.frames_per_chunk // run.processes
     per_token = 2 * sizes.num_layers * sizes.dim * size
-    frames = cache_frames(run.latent_frames, run.sampler.frames_per_chunk, run.sampler.window_frames)
+    frames = cache_frames(run.latent_frames, run.sampler.frames_per_chunk, run.sampler.window)
     keys = run.batch * frames * tokens_per_frame
     pixels = run.batch * run.width * run.height if run.decoded else 0
     vae_size = torch.bfloat16.itemsize if run.placement.half_decoder else run.vae_dtype.itemsize
@@ -180,10 +180,10 @@ def frames_of_rollout(latent_frames: int | None, rollout_frames: int | None) -> 
     return min(lengths, default=None)
 
 
-def cache_frames(latent_frames: int | None, frames_per_chunk: int, window_frames: int | None) -> int:
+def cache_frames(latent_frames: int | None, frames_per_chunk: int, window: Window) -> int:
     """Latent frames that the KV cache allocates; a video without end and window is counted by its first chunk."""
     wanted = frames_per_chunk if latent_frames is None else max(latent_frames, frames_per_chunk)
-    return capacity_frames(frames_per_chunk, 0, window_frames, None if latent_frames is None else wanted)
+    return window.capacity(frames_per_chunk, 0, None if latent_frames is None else wanted)
 
 
 def _transformer_bytes(run: Run) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from causvid_adapter.errors import ShapeError
+from causvid_adapter.window import Window
 from nasa_video.errors import InputError
 from nasa_video.guidance.methods import check_settings, find_method
 from nasa_video.models.sources import Source as Source
@@ -138,28 +140,30 @@ class SamplerSettings(Strict):
                 raise ValueError(f"first_steps {self.first_steps} is not among steps {sorted(self.steps)}")
         return self
 
-    def with_window(self, window_frames: int | None, sink_frames: int | None, rope: str | None) -> SamplerSettings:
+    @property
+    def window(self) -> Window:
+        """What a chunk may look back on."""
+        return Window(self.window_frames, self.sink_frames, self.rope)
+
+    def with_window(self, frames: int | None, sink: int | None, rope: str | None) -> SamplerSettings:
         """The same loop with another window and sink in latent frames (a window of 0 is none) or other positions.
 
         Raises:
             InputError: no such positions, or the window cannot hold its sink and a chunk.
         """
-        from causvid_adapter.cache import check_window
-        from causvid_adapter.errors import ShapeError
-
-        window = self.window_frames if window_frames is None else window_frames or None
-        given = self.sink_frames if sink_frames is None else sink_frames
-        sink = 0 if window is None and sink_frames is None else given
+        window = self.window_frames if frames is None else frames or None
         if rope not in (None, "absolute", "window"):
             raise InputError(f"--rope must be absolute or window, got {rope!r}")
         if window is None and sink:
             raise InputError(f"a sink of {sink} latent frames needs a window; give --window too")
+        kept = 0 if window is None else self.sink_frames if sink is None else sink
+        update = {"window_frames": window, "sink_frames": kept, "rope": rope or self.rope}
+        changed = self.model_copy(update=update)
         try:
-            check_window(window, sink, self.frames_per_chunk)
+            changed.window.check(self.frames_per_chunk)
         except ShapeError as error:
             raise InputError(str(error)) from error
-        update = {"window_frames": window, "sink_frames": sink, "rope": rope or self.rope}
-        return self.model_copy(update=update)
+        return changed
 
     def with_first_steps(self, first_steps: int | None) -> SamplerSettings:
         """The same loop with another number of steps where a scene opens; None changes nothing.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from causvid_adapter import CausalWan, FlowMatchSchedule, KVCache
-from causvid_adapter.cache import RopeMode
+from causvid_adapter.window import UNLIMITED, Window
 
 
 class FrozenHistory(KVCache):
@@ -31,8 +31,8 @@ class FrozenHistory(KVCache):
 
     def __init__(self, cache: KVCache, chunk_frames: int, *, copy: bool) -> None:
         cache.begin(chunk_frames)
-        super().__init__(cache.num_layers, cache.tokens_per_frame, cache.window_frames, cache.sink_frames, cache.rope)
-        self.frames_held, self.next_frame = cache.frames_held, cache.next_frame
+        super().__init__(cache.num_layers, cache.tokens_per_frame, cache.window)
+        self.held, self.next_frame = list(cache.held), cache.next_frame
         self._kept: list[tuple[Tensor, Tensor]] = []
         if self.frames_held:
             pairs = (cache.history(layer) for layer in range(cache.num_layers))
@@ -62,15 +62,13 @@ class RolloutPlan:
         schedule: the few steps.
         exit_step: after which every chunk stops; the only step with a gradient. Where the first chunk has Euler steps,
             it stops behind them at the earliest: they lead to noise, not to a picture.
-        frames_per_chunk, window_frames, sink_frames, rope: as in causvid_adapter.ChunkSampler.
+        frames_per_chunk, window: as in causvid_adapter.ChunkSampler.
     """
 
     schedule: FlowMatchSchedule
     exit_step: int
     frames_per_chunk: int = 3
-    window_frames: int | None = None
-    sink_frames: int = 0
-    rope: RopeMode = "absolute"
+    window: Window = UNLIMITED
 
 
 def roll_out(
@@ -95,7 +93,7 @@ def roll_out(
     size = plan.frames_per_chunk
     with_gradient = torch.is_grad_enabled()
     height, width = noise.shape[-2:]
-    cache = student.new_cache(height, width, plan.window_frames, plan.sink_frames, plan.rope, noise.shape[1])
+    cache = student.new_cache(height, width, plan.window, noise.shape[1])
     chunks: list[Tensor] = []
     for start in range(0, noise.shape[1], size):
         x = noise[:, start : start + size]
@@ -104,7 +102,7 @@ def roll_out(
         for step, t in enumerate(schedule.timesteps[: exit_step + 1]):
             last = step == exit_step
             # committed frames move only in a window, and only a pass with a gradient may be run again
-            moves = last and with_gradient and plan.window_frames is not None
+            moves = last and with_gradient and plan.window.frames is not None
             history = FrozenHistory(cache, size, copy=moves)
             with torch.set_grad_enabled(last and with_gradient), autocast():
                 flow = student(x, t, context, cache=history)

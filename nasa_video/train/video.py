@@ -112,9 +112,7 @@ class VideoGame:
             sampler.schedule(count),
             exit_step,
             sampler.frames_per_chunk,
-            sampler.window_frames,
-            sampler.sink_frames,
-            sampler.rope,
+            sampler.window,
         )
 
     def _lesson(self, plan: RolloutPlan, generator: torch.Generator, warming: bool) -> tuple[_Lesson, dict[str, float]]:

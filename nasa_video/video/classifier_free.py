@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from causvid_adapter import CausalWan, KVCache
-from causvid_adapter.cache import RopeMode
+from causvid_adapter.window import UNLIMITED, Window
 from nasa_video.guidance.formulas import cfg
 from nasa_video.guidance.methods import ClassifierFree
 from nasa_video.guidance.state import GuidanceState, PromptKeys
@@ -55,16 +55,10 @@ class ClassifierFreeDenoiser:
         self.negative: PromptKeys | None = None
 
     def new_cache(
-        self,
-        height: int,
-        width: int,
-        window_frames: int | None = None,
-        sink_frames: int = 0,
-        rope: RopeMode = "absolute",
-        num_frames: int | None = None,
+        self, height: int, width: int, window: Window = UNLIMITED, num_frames: int | None = None
     ) -> BranchCaches:
         """Two caches: guidance in output space costs twice the history."""
-        sizes = (height, width, window_frames, sink_frames, rope, num_frames)
+        sizes = (height, width, window, num_frames)
         return BranchCaches(self.model.new_cache(*sizes), self.model.new_cache(*sizes))
 
     def __call__(self, latents: Tensor, timestep: float, context: Tensor | None, *, cache: BranchCaches) -> Tensor:

@@ -379,9 +379,7 @@ class VideoPipeline:
             director.denoiser,
             settings.schedule(num_steps),
             settings.frames_per_chunk,
-            settings.window_frames,
-            settings.sink_frames,
-            settings.rope,
+            settings.window,
             settings.schedule(first_steps),
         )
         noise = SeededNoise(seeds, (channels, latent_height, latent_width), self.model.device)

@@ -19,6 +19,7 @@ from torch import Tensor
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, StreamingDecoder
 from causvid_adapter.noise import SeededNoise
 from causvid_adapter.vae import denormalize
+from causvid_adapter.window import Window
 from nasa_video.sprites.captions import full_caption, held_out_caption, value_names
 from nasa_video.sprites.detectors import BETWEEN, NONE, Detector
 from nasa_video.sprites.world import ATTRIBUTES, COLOURS, FLAWS, SHAPES, sample_scenes
@@ -115,8 +116,8 @@ class Studio:
         sink_frames: int,
         later: tuple[int, Sequence[str]],
     ) -> Tensor:
-        rope = "absolute" if window_frames is None else "window"
-        sampler = ChunkSampler(model, schedule, 3, window_frames, sink_frames, rope=rope)  # type: ignore[arg-type]
+        window = Window(window_frames, sink_frames, "absolute" if window_frames is None else "window")
+        sampler = ChunkSampler(model, schedule, 3, window)
         noise = SeededNoise(seeds, self.latent_size, model.device)
         first = self.encoder(list(prompts)).embeds.to(model.device)
         second = self.encoder(list(later[1])).embeds.to(model.device)

@@ -57,7 +57,7 @@ def test_a_window_by_choice_acts_when_it_is_reached_and_comes_back_with_from(nas
     ("options", "message"),
     [
         (["--window", "2"], "has no room for a chunk of 3"),
-        (["--window", "5", "--sink", "3"], "use window_frames >= 6"),
+        (["--window", "5", "--sink", "3"], "a window of at least 6"),
         (["--window", "0", "--sink", "3"], "needs a window"),
         (["--rope", "round"], "--rope must be absolute or window"),
     ],

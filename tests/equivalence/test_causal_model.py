@@ -20,7 +20,7 @@ from causvid_adapter import (
     SeededNoise,
     ShapeError,
 )
-from causvid_adapter.cache import RopeMode
+from causvid_adapter.window import RopeMode, Window
 from nasa_video.text import TextContext
 
 Distance = Callable[[Tensor, Tensor], float]
@@ -74,9 +74,9 @@ def test_cached_chunks_are_one_masked_pass(
     latents, embeds = new_latents(12, batch=2), new_context([5, 3]).embeds
     timesteps = torch.rand(2, 12 // chunk, generator=torch.Generator().manual_seed(0)).mul(1000)
     timesteps = timesteps.repeat_interleave(chunk, dim=1)
-    cache = model.new_cache(*SIZE, window_frames=window, sink_frames=sink)
+    cache = model.new_cache(*SIZE, window=Window(window, sink))
     cached = torch.cat(list(chunk_by_chunk(model, latents, timesteps, embeds, cache, chunk)), dim=1)
-    masked = model(latents, timesteps, embeds, frames_per_chunk=chunk, window_frames=window, sink_frames=sink)
+    masked = model(latents, timesteps, embeds, frames_per_chunk=chunk, window=Window(window, sink))
     assert distance(cached, masked) < 1e-5
     if window is not None and window < 12:
         unlimited = model(latents, timesteps, embeds, frames_per_chunk=chunk)
@@ -105,9 +105,9 @@ def test_made_causal_twice_it_is_the_same_model(model: CausalWan, new_latents: N
 
 @pytest.mark.parametrize("rope", ["absolute", "window"])
 def test_a_window_that_is_never_reached_is_no_window(model: CausalWan, embeds: Tensor, rope: RopeMode) -> None:
-    unlimited = video(ChunkSampler(model, SCHEDULE, rope=rope), embeds, 9)
-    assert torch.equal(video(ChunkSampler(model, SCHEDULE, window_frames=9, rope=rope), embeds, 9), unlimited)
-    shorter = video(ChunkSampler(model, SCHEDULE, window_frames=6, rope=rope), embeds, 9)
+    unlimited = video(ChunkSampler(model, SCHEDULE, window=Window(rope=rope)), embeds, 9)
+    assert torch.equal(video(ChunkSampler(model, SCHEDULE, window=Window(9, rope=rope)), embeds, 9), unlimited)
+    shorter = video(ChunkSampler(model, SCHEDULE, window=Window(6, rope=rope)), embeds, 9)
     assert torch.equal(shorter[:, :6], unlimited[:, :6])
     assert not torch.equal(shorter, unlimited)
 
@@ -116,7 +116,7 @@ def test_positions_in_the_window_are_absolute_until_it_is_exceeded(
     model: CausalWan, embeds: Tensor, distance: Distance
 ) -> None:
     absolute, window = (
-        video(ChunkSampler(model, SCHEDULE, window_frames=6, rope=rope), embeds, 9)
+        video(ChunkSampler(model, SCHEDULE, window=Window(6, rope=rope)), embeds, 9)
         for rope in ("absolute", "window")  # type: ignore[misc]
     )
     assert distance(window[:, :6], absolute[:, :6]) < 1e-6
@@ -129,14 +129,14 @@ def test_positions_in_the_window_are_those_of_a_video_that_began_there(
     model.transformer.blocks = model.transformer.blocks[:1]
     latents = new_latents(12)
     timesteps = torch.full((1, 12), 300.0)
-    long, short = (model.new_cache(*SIZE, window_frames=6, rope="window") for _ in range(2))
+    long, short = (model.new_cache(*SIZE, window=Window(6, rope="window")) for _ in range(2))
     expected = list(chunk_by_chunk(model, latents[:, 6:], timesteps[:, 6:], embeds, short, 3))[-1]
     actual = list(chunk_by_chunk(model, latents, timesteps, embeds, long, 3))[-1]
     assert distance(actual, expected) < 1e-5
 
 
 def test_denoising_steps_never_change_history(model: CausalWan, new_latents: NewLatents, embeds: Tensor) -> None:
-    cache = model.new_cache(*SIZE, window_frames=6, sink_frames=1)
+    cache = model.new_cache(*SIZE, window=Window(6, 1))
     for seed in range(3):
         model(new_latents(3, seed=seed), 0.0, embeds, cache=cache)
         cache.commit()
@@ -166,7 +166,7 @@ def test_a_pass_that_fails_leaves_the_next_one_whole(model: CausalWan, new_laten
 
 
 def test_a_batch_is_its_samples_one_by_one(model: CausalWan, new_context: NewContext, distance: Distance) -> None:
-    sampler = ChunkSampler(model, SCHEDULE, window_frames=6, sink_frames=1)
+    sampler = ChunkSampler(model, SCHEDULE, window=Window(6, 1))
     context = new_context([5, 2])
     together = video(sampler, context.embeds, 9, seeds=[3, 4])
     for sample, seed in enumerate([3, 4]):
@@ -198,7 +198,7 @@ def test_start_noise_from_a_tensor_is_that_of_its_source(model: CausalWan, embed
 def test_a_continued_video_is_the_uninterrupted_one(
     model: CausalWan, embeds: Tensor, window: int | None, sink: int, rope: RopeMode
 ) -> None:
-    sampler = ChunkSampler(model, SCHEDULE, window_frames=window, sink_frames=sink, rope=rope)
+    sampler = ChunkSampler(model, SCHEDULE, window=Window(window, sink, rope))
     whole = video(sampler, embeds, 12)
     assert torch.equal(video(sampler, embeds, 6, prefix=whole[:, :6]), whole[:, 6:])
 
@@ -245,7 +245,7 @@ def test_recomputing_with_a_window_sees_the_same_frames(
     model: CausalWan, embeds: Tensor, window: int, sink: int
 ) -> None:
     # What is kept for a recomputation must cover the window, at the frames' own places.
-    sampler = ChunkSampler(model, SCHEDULE, window_frames=window, sink_frames=sink)
+    sampler = ChunkSampler(model, SCHEDULE, window=Window(window, sink))
     caches: list[KVCache] = []
     new_cache = model.new_cache
     model.new_cache = lambda *sizes: caches.append(new_cache(*sizes)) or caches[-1]  # type: ignore[method-assign, assignment, func-returns-value]
@@ -265,7 +265,7 @@ def test_a_remade_window_is_that_of_a_video_which_had_the_new_prompt(
     model: CausalWan, new_context: NewContext, window: int | None, sink: int, rope: RopeMode
 ) -> None:
     old, new = new_context([5]).embeds, new_context([4], seed=1).embeds
-    sampler = ChunkSampler(model, SCHEDULE, window_frames=window, sink_frames=sink, rope=rope)
+    sampler = ChunkSampler(model, SCHEDULE, window=Window(window, sink, rope))
     noise = SeededNoise([7], SHAPE)
 
     def prompts(chunk: int) -> Tensor:
@@ -292,7 +292,7 @@ def test_no_more_is_remade_than_the_chunk_looks_back_on(
                 asked.append(frames.start // 3)
             return super().__call__(frames, step)
 
-    sampler = ChunkSampler(model, SCHEDULE, window_frames=window, sink_frames=sink)
+    sampler = ChunkSampler(model, SCHEDULE, window=Window(window, sink))
     list(sampler.stream(embeds, Noise([7], SHAPE), num_frames=18, on_change=at(5, "remake")))
     assert asked == [0, 1, 2, 3, 4, *remade, 5]
 
@@ -303,7 +303,7 @@ def test_an_interrupted_stream_goes_on_with_the_window_that_it_had(
     model: CausalWan, new_context: NewContext, window: int | None, sink: int, rope: RopeMode, change: OnChange
 ) -> None:
     old, new = new_context([5]).embeds, new_context([4], seed=1).embeds
-    sampler = ChunkSampler(model, SCHEDULE, window_frames=window, sink_frames=sink, rope=rope)
+    sampler = ChunkSampler(model, SCHEDULE, window=Window(window, sink, rope))
 
     def stream(frames: int, **options: Any) -> Tensor:
         noise = SeededNoise([7], SHAPE)
@@ -402,7 +402,7 @@ def test_steps_of_its_own_follow_the_flow_from_the_noise(model: CausalWan, embed
     sampler = ChunkSampler(model, FlowMatchSchedule(1, [1000, 757], alone=alone))
     x = noise(range(3), 0)
     for t, t_next in ((1000.0, 600.0), (600.0, 0.0)):
-        flow = model(x, t, embeds, cache=model.new_cache(*SHAPE[1:], None, 0, "absolute", None))
+        flow = model(x, t, embeds, cache=model.new_cache(*SHAPE[1:]))
         x = x + (t_next - t) / 1000 * flow
     torch.testing.assert_close(video(sampler, embeds, 3), x, atol=1e-5, rtol=1e-4)
 

@@ -10,6 +10,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise
+from causvid_adapter.window import Window
 from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.guidance.attention import SdpaAttend
 from nasa_video.guidance.methods import ClassifierFree
@@ -33,7 +34,7 @@ def two_rollouts(model: CausalWan, positive: Tensor, negative: Tensor, scale: fl
     """The few-step loop written out, with a plain model and a cache for each prompt."""
     noise = SeededNoise([7, 8], SHAPE)
     contexts = (positive, negative)
-    caches = [model.new_cache(*SHAPE[1:], window_frames=window) for _ in contexts]
+    caches = [model.new_cache(*SHAPE[1:], window=Window(window)) for _ in contexts]
     chunks = []
     for start in range(0, FRAMES, 3):
         frames = range(start, start + 3)
@@ -51,7 +52,7 @@ def two_rollouts(model: CausalWan, positive: Tensor, negative: Tensor, scale: fl
 
 
 def stream(denoiser: ClassifierFreeDenoiser, window: int) -> Tensor:
-    sampler = ChunkSampler(denoiser, SCHEDULE, window_frames=window)
+    sampler = ChunkSampler(denoiser, SCHEDULE, window=Window(window))
     return torch.cat(list(sampler.stream(None, SeededNoise([7, 8], SHAPE), num_frames=FRAMES)), dim=1)
 
 
@@ -120,7 +121,7 @@ def test_a_branch_without_a_prompt_is_refused(model: CausalWan, new_context: New
 
 def test_both_caches_are_reset_placed_and_counted(model: CausalWan, new_context: NewContext) -> None:
     denoiser = branched(model, new_context([5]), new_context([3], seed=1), ClassifierFree(2.0))
-    caches = denoiser.new_cache(*SHAPE[1:], window_frames=6)
+    caches = denoiser.new_cache(*SHAPE[1:], window=Window(6))
     with install(model.transformer, denoiser.steering):
         denoiser(torch.zeros(1, 3, *SHAPE), 0.0, None, cache=caches)
     caches.commit()

@@ -22,7 +22,7 @@ from causvid_adapter import (
     compile_generator,
 )
 from causvid_adapter.accelerate.offload import offload_blocks
-from causvid_adapter.cache import RopeMode
+from causvid_adapter.window import RopeMode, Window
 from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.guidance.attention import FOLDED_TILE, SdpaAttend
 from nasa_video.guidance.methods import AttentionGuidance, Nag, Nasa
@@ -49,7 +49,7 @@ def stream(
     sink: int = 0,
     rope: RopeMode = "absolute",
 ) -> Iterator[Tensor]:
-    sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000, 757]), 1, window, sink, rope)
+    sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000, 757]), 1, Window(window, sink, rope))
     with install(model.transformer, steering):
         yield from sampler.stream(
             None,
@@ -123,7 +123,7 @@ def test_a_session_may_change_its_guidance_more_often_than_torch_compiles_by_its
 def test_the_static_cache_is_the_growing_one(new_wan: NewWan, new_context: NewContext) -> None:
     model = CausalWan(new_wan())
     embeds = new_context([5]).embeds
-    sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000]), 3, 7, 1)
+    sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000]), 3, Window(7, 1))
 
     def video() -> Tensor:
         return torch.cat(list(sampler.stream(embeds, SeededNoise([1], SHAPE), num_frames=15)), dim=1)

@@ -11,6 +11,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise
+from causvid_adapter.window import Window
 from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.guidance.attention import SdpaAttend
 from nasa_video.guidance.methods import AttentionGuidance, CentredNasa, Nag, Nasa, Vsf
@@ -47,7 +48,7 @@ def steering_of(
 
 
 def stream(model: CausalWan, steering: GuidanceState, chunks: int) -> Tensor:
-    sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000, 757]), 1, window_frames=3, sink_frames=1)
+    sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000, 757]), 1, window=Window(3, 1))
     noise = SeededNoise([7], SHAPE)
     with install(model.transformer, steering):
         frames = sampler.stream(

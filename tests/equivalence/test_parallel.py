@@ -63,7 +63,7 @@ def by_torchrun(count: int, *words: str, cwd: Path) -> subprocess.CompletedProce
 WORKER = """
 import sys, torch, torch.distributed as dist
 from diffusers import WanTransformer3DModel
-from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise
+from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise, Window
 from causvid_adapter.accelerate.parallel import parallelise
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -75,7 +75,7 @@ model.new_cache = lambda *sizes: caches.append(new_cache(*sizes)) or caches[-1]
 context = torch.load(sys.argv[2])
 parts = []
 for window, sink, rope in ((None, 0, "absolute"), (4, 1, "absolute"), (4, 0, "window")):
-    sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000, 757]), 2, window, sink, rope)
+    sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000, 757]), 2, Window(window, sink, rope))
     parts.append(torch.cat(list(sampler.stream(context, SeededNoise([7], (4, 4, 6)), num_frames=6)), dim=1))
 torch.save({"latents": torch.cat(parts), "bytes": caches[0].num_bytes}, f"{sys.argv[3]}.{dist.get_rank()}")
 dist.barrier()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from causvid_adapter import ChunkSampler, FlowMatchSchedule, KVCache, ShapeError
-from causvid_adapter.cache import RopeMode
+from causvid_adapter.window import RopeMode, Window
 
 TOKENS = 2
 
@@ -41,7 +41,7 @@ def test_a_staged_chunk_is_no_history() -> None:
 
 
 def test_the_window_fills_to_the_last_frame_before_anything_leaves() -> None:
-    cache = KVCache(1, TOKENS, window_frames=6, sink_frames=1)
+    cache = KVCache(1, TOKENS, window=Window(6, 1))
     assert run(cache, range(3)) == [0, 1, 2]
     assert run(cache, range(3, 6)) == [0, 1, 2, 3, 4, 5]
     assert run(cache, range(6, 9)) == [0, 4, 5, 6, 7, 8]
@@ -49,7 +49,7 @@ def test_the_window_fills_to_the_last_frame_before_anything_leaves() -> None:
 
 
 def test_a_window_that_is_no_multiple_of_the_chunk_evicts_single_frames() -> None:
-    cache = KVCache(1, TOKENS, window_frames=5)
+    cache = KVCache(1, TOKENS, window=Window(5))
     for frames in (range(3), range(3, 6)):
         seen = run(cache, frames)
     assert seen == [1, 2, 3, 4, 5]
@@ -57,7 +57,7 @@ def test_a_window_that_is_no_multiple_of_the_chunk_evicts_single_frames() -> Non
 
 
 def test_eviction_happens_once_however_many_steps_a_chunk_takes() -> None:
-    cache = KVCache(1, TOKENS, window_frames=6)
+    cache = KVCache(1, TOKENS, window=Window(6))
     run(cache, range(3))
     run(cache, range(3, 6))
     for _ in range(3):
@@ -66,13 +66,13 @@ def test_eviction_happens_once_however_many_steps_a_chunk_takes() -> None:
 
 
 def test_a_window_as_large_as_sink_and_chunk_keeps_the_sink_alone() -> None:
-    cache = KVCache(1, TOKENS, window_frames=4, sink_frames=1)
+    cache = KVCache(1, TOKENS, window=Window(4, 1))
     run(cache, range(3))
     assert run(cache, range(3, 6)) == [0, 3, 4, 5]
 
 
 def test_memory_stays_constant_with_a_window() -> None:
-    cache = KVCache(1, TOKENS, window_frames=6)
+    cache = KVCache(1, TOKENS, window=Window(6))
     sizes = set()
     for start in range(0, 60, 3):
         run(cache, range(start, start + 3))
@@ -91,7 +91,7 @@ def test_an_unlimited_cache_grows_and_forgets_nothing() -> None:
     ("rope", "chunk", "everything"), [("absolute", [6, 7, 8], [6, 7, 8]), ("window", [3, 4, 5], [0, 1, 2, 3, 4, 5])]
 )
 def test_positions_count_in_the_video_or_in_the_window(rope: RopeMode, chunk: list[int], everything: list[int]) -> None:
-    cache = KVCache(1, TOKENS, window_frames=6, rope=rope)
+    cache = KVCache(1, TOKENS, window=Window(6, rope=rope))
     run(cache, range(3))
     run(cache, range(3, 6))
     cache.begin(3)
@@ -146,18 +146,18 @@ def test_history_of_an_empty_cache_is_refused() -> None:
 
 @pytest.mark.parametrize(("window", "sink"), [(3, 3), (3, 4), (3, -1), (0, 0)])
 def test_a_sink_that_leaves_no_room_is_refused(window: int, sink: int) -> None:
-    with pytest.raises(ShapeError, match="sink_frames must be"):
-        KVCache(1, TOKENS, window, sink)
+    with pytest.raises(ShapeError, match="must be from 0 to"):
+        KVCache(1, TOKENS, Window(window, sink))
 
 
 def test_a_chunk_larger_than_the_window_is_refused_with_the_smallest_that_fits() -> None:
-    with pytest.raises(ShapeError, match="window_frames >= 5"):
-        KVCache(1, TOKENS, 4, 2).begin(3)
+    with pytest.raises(ShapeError, match="a window of at least 5"):
+        KVCache(1, TOKENS, Window(4, 2)).begin(3)
 
 
 def test_the_sampler_refuses_such_a_window_before_it_runs() -> None:
-    with pytest.raises(ShapeError, match="window_frames >= 5"):
-        ChunkSampler(None, FlowMatchSchedule(8, [1000]), 3, window_frames=4, sink_frames=2)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="a window of at least 5"):
+        ChunkSampler(None, FlowMatchSchedule(8, [1000]), 3, window=Window(4, 2))  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match="frames_per_chunk"):
         ChunkSampler(None, FlowMatchSchedule(8, [1000]), 0)  # type: ignore[arg-type]
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise, StreamingDecoder
+from causvid_adapter.window import Window
 from nasa_video.bench.random_model import RandomText
 from nasa_video.errors import InputError
 from nasa_video.guidance.methods import ClassifierFree
@@ -53,13 +54,13 @@ def test_the_history_is_what_the_cache_allocates(
     new_wan: Callable[..., WanTransformer3DModel], frames: int | None, window: int | None, sink: int
 ) -> None:
     model = CausalWan(new_wan())
-    sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000]), 3, window, sink)
+    sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000]), 3, Window(window, sink))
     caches = []
     model.new_cache = lambda *sizes: caches.append(CausalWan.new_cache(model, *sizes)) or caches[0]  # type: ignore[method-assign]
     context = torch.zeros(1, 1, 10)
     for _ in sampler.stream(context, SeededNoise([0], (4, 4, 6)), num_frames=frames or 30):
         pass
-    expected = cache_frames(frames, 3, window) * 6 * 2 * 2 * 48 * 4
+    expected = cache_frames(frames, 3, Window(window)) * 6 * 2 * 2 * 48 * 4
     assert caches[0].num_bytes == expected
 
 

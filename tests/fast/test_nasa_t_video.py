@@ -15,6 +15,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule
+from causvid_adapter.window import Window
 from nasa_video.backbones import wan
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import SdpaAttend
@@ -74,7 +75,7 @@ def new_game(new_wan: Callable[..., WanTransformer3DModel]) -> Callable[..., Vid
 
 
 def plan(window: int | None = None, exit_step: int = 0, rope: Any = "absolute") -> RolloutPlan:
-    return RolloutPlan(FlowMatchSchedule(1.0, (1000.0, 600.0)[: exit_step + 1]), exit_step, 2, window, 0, rope)
+    return RolloutPlan(FlowMatchSchedule(1.0, (1000.0, 600.0)[: exit_step + 1]), exit_step, 2, Window(window, 0, rope))
 
 
 def student_of(transformer: WanTransformer3DModel) -> tuple[CausalWan, Any]:
@@ -222,7 +223,7 @@ def test_a_rollout_is_what_the_sampler_makes(new_wan, new_context, distance, win
     alone = None if euler_steps is None else FlowMatchSchedule(1.0, (990.0, 500.0), euler_steps=euler_steps)
     schedule = FlowMatchSchedule(1.0, timesteps, alone=alone)
     with wan.install(transformer, steering):
-        sampler = ChunkSampler(CausalWan(transformer), schedule, 2, window)
+        sampler = ChunkSampler(CausalWan(transformer), schedule, 2, Window(window))
         expected = torch.cat(list(sampler.stream(None, source, num_frames=8)), 1)
     model, training = student_of(transformer)
     with torch.no_grad(), steered(training, torch.tensor([0.6])):

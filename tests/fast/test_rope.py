@@ -9,6 +9,7 @@ from torch import Tensor
 
 from causvid_adapter import CausalWan
 from causvid_adapter.rope import FrameRope, rotate
+from causvid_adapter.window import Window
 
 HEAD_DIM = 24
 CPU = torch.device("cpu")
@@ -63,7 +64,7 @@ def test_an_endless_rollout_keeps_few_tables(
     new_wan: Callable[..., WanTransformer3DModel], new_latents: Callable[..., Tensor]
 ) -> None:
     model = CausalWan(new_wan())
-    cache = model.new_cache(4, 6, window_frames=2)
+    cache = model.new_cache(4, 6, window=Window(2))
     for _ in range(20):
         model(new_latents(frames=1), 0.0, torch.zeros(1, 2, 10), cache=cache)
         cache.commit()

@@ -13,6 +13,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, SeededNoise
+from causvid_adapter.window import Window
 from nasa_video.backbones.wan import install, prompt_keys
 from nasa_video.bench.case import BenchSettings
 from nasa_video.bench.measure import bench
@@ -134,7 +135,7 @@ def rollout(
     positive = prompt_keys(transformer, new_context([5]))
     negatives = [(prompt_keys(transformer, new_context([3], seed=1), padding=padding), 1.0)]
     steering = GuidanceState(attend, model.num_layers, method, positive, negatives)
-    sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000, 757]), 3, window_frames=9, sink_frames=3)
+    sampler = ChunkSampler(model, FlowMatchSchedule(8, [1000, 757]), 3, window=Window(9, 3))
     with install(transformer, steering):
         noise = SeededNoise([7], SHAPE, model.device)
         return torch.cat(list(sampler.stream(None, noise, num_frames=12)), dim=1).cpu()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, load_generator
 from causvid_adapter.noise import GivenNoise
+from causvid_adapter.window import Window
 
 DATA = Path(__file__).parent / "data"
 META = json.loads((DATA / "meta.json").read_text())
@@ -82,7 +83,7 @@ def test_self_forcing_with_a_rolling_window_and_a_sink(model: CausalWan, distanc
     meta, size = META["self_forcing"], META["frames_per_chunk"]
     schedule = FlowMatchSchedule(meta["timestep_shift"], meta["steps"], warp=True)
     assert schedule.timesteps == pytest.approx(meta["warped_timesteps"], abs=1e-3)
-    sampler = ChunkSampler(model, schedule, size, meta["local_attn_size"], meta["sink_size"])
+    sampler = ChunkSampler(model, schedule, size, Window(meta["local_attn_size"], meta["sink_size"]))
     noise = GivenNoise(SELF_FORCING["noise"], RecordedNoise(SELF_FORCING["renoise"], size))
     latents = torch.cat(list(sampler.stream(SELF_FORCING["prompt_embeds"], noise)), dim=1)
     assert distance(latents, SELF_FORCING["latents"]) < TOLERANCE
