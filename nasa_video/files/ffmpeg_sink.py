@@ -18,10 +18,11 @@ from typing import Any
 
 from nasa_video.errors import OutputError
 from nasa_video.files import ffmpeg
+from nasa_video.files.atomic import commit
 from nasa_video.files.formats import RawVideo, format_of
 from nasa_video.files.frames import Frames, Upscale
 from nasa_video.files.metadata import to_ffmetadata, to_json
-from nasa_video.files.sinks import VideoSink, check_folder
+from nasa_video.files.sinks import VideoSink, check_file
 
 _SECONDS_TO_FLUSH = 60.0
 _HEADER = struct.Struct(">I4s")
@@ -52,17 +53,17 @@ class FfmpegSink(VideoSink):
         super().__init__(metadata)
         self.path = Path(path)
         self._format = format_of(self.path)
+        self._suffix = self.path.suffix
         self._raw = RawVideo(fps, scale, upscale)
         if self._raw.rate > self._format.max_fps:
             raise OutputError(f"{self.path.suffix} holds at most {self._format.max_fps:g} frames a second, got {fps:g}")
         self._crf = self._format.default_crf if crf is None else crf
-        if os.path.isdir(self.path):
-            raise OutputError(f"{self.path} is a folder; end -o in / for PNG frames, or name a file in it")
-        check_folder(self.path.absolute().parent, output=self.path)
+        check_file(self.path)
+        if self.path.is_symlink():  # The file that it names is written, and the link stays.
+            self.path = self.path.resolve()
         to_json(self.metadata)  # Fails now rather than at the end.
         self._capture: _Capture | None = None
         self._temporary: list[Path] = []
-        self._new_file().unlink()  # Fails now for a name that the file system does not take.
 
     def _write(self, frames: Frames) -> None:
         if self._capture is None:
@@ -92,7 +93,7 @@ class FfmpegSink(VideoSink):
             return self._keep(capture) if self.num_frames else None
         except BaseException:  # A second Ctrl-C: what is on disk stays, as it is.
             if self._capture.path.exists():
-                _rename(self._capture.path, self._partial_path(".mp4"))
+                commit(self._capture.path, self._partial_path(".mp4"))
             raise
         finally:
             self._capture.close()
@@ -100,14 +101,19 @@ class FfmpegSink(VideoSink):
 
     def _partial_path(self, suffix: str) -> Path:
         """Where an aborted video is kept, in the same folder; what an earlier run left there stays."""
-        names = (f"{self.path.stem}.partial{number if number > 1 else ''}{suffix}" for number in count(1))
-        return next(path for name in names if not (path := self.path.with_name(name)).exists())
+        paths = (self._beside(f".partial{number if number > 1 else ''}{suffix}") for number in count(1))
+        return next(path for path in paths if not path.exists())
+
+    def _beside(self, ending: str) -> Path:
+        """A name of the same stem, which is cut where a file system takes no longer one (255 bytes)."""
+        stem = os.fsencode(self.path.stem)[: 255 - len(ending)].decode(errors="ignore")
+        return self.path.with_name(stem + ending)
 
     def _keep(self, capture: Path) -> Path:
         with contextlib.suppress(OutputError):
-            return self._convert(capture, self._partial_path(self.path.suffix))
+            return self._convert(capture, self._partial_path(self._suffix))
         kept = self._partial_path(".mp4")
-        _rename(capture, kept)
+        commit(capture, kept)
         return kept
 
     def _append(self, pending: list[bytes]) -> tuple[Path, int]:
@@ -137,9 +143,7 @@ class FfmpegSink(VideoSink):
         try:
             self._format.convert(capture, part, to_json(self.metadata))
             _check_count(part, self.num_frames)
-            _rename(part, target)
-        except OSError as error:
-            raise OutputError(f"cannot write {target}: {error.strerror}") from error
+            commit(part, target)
         finally:
             part.unlink(missing_ok=True)
         return target
@@ -155,7 +159,7 @@ class FfmpegSink(VideoSink):
     def _new_file(self) -> Path:
         """Create `name.part.mp4` beside the final name; `name.part2.mp4` and so on if there is one (another run's)."""
         for number in count(1):
-            path = self.path.with_name(f"{self.path.stem}.part{number if number > 1 else ''}.mp4")
+            path = self._beside(f".part{number if number > 1 else ''}.mp4")
             try:
                 path.touch(exist_ok=False)
             except FileExistsError:
@@ -272,10 +276,3 @@ def _check_count(path: Path, expected: int) -> None:
     counted = ffmpeg.count_frames(path)
     if counted != expected:
         raise OutputError(f"the written video has {counted} frames instead of {expected}")
-
-
-def _rename(source: Path, target: Path) -> None:
-    try:
-        os.replace(source, target)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror}") from error

@@ -184,6 +184,18 @@ class FramesSink(VideoSink):
         return None
 
 
+def check_file(path: Path) -> None:
+    """OutputError unless a file can be written as `path`."""
+    try:
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder; end -o in / for PNG frames, or name a file in it")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path} is a device or a pipe; a finished file would replace it: use -o - > {path}")
+    except OSError as error:  # A name that the file system does not take.
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    check_folder(path.absolute().parent, output=path)
+
+
 def check_folder(folder: Path, *, output: Path) -> None:
     """OutputError unless a file can be written in `folder`, the place for `output`.
 

@@ -1,7 +1,6 @@
 """Side by side and contact sheets."""
 
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pytest
@@ -111,8 +110,8 @@ def test_a_sheet_replaces_an_older_sheet_and_nothing_else(tmp_path: Path) -> Non
 
 
 def test_a_sheet_that_cannot_be_written_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Image.Image, path: IO[bytes], *_: object, **__: object) -> None:
-        path.write(b"half")
+    def full(self: Image.Image, path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)

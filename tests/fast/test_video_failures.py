@@ -248,6 +248,42 @@ def test_errors_before_anything_is_generated(tmp_path: Path, target: str, messag
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("stem", ["x" * 251, "漢" * 83, "é" * 125])
+def test_a_name_that_is_just_short_enough(tmp_path: Path, stem: str) -> None:
+    """What lies beside the video while it is made has a longer ending than its own."""
+    for end in ("finish", "abort"):
+        sink = FfmpegSink(tmp_path / f"{stem}.mp4", 16)
+        sink.write(make_clip(3))
+        kept = getattr(sink, end)()
+        assert kept is not None
+        assert len(decode(kept)) == 3
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_two_runs_with_one_stem_keep_their_frames(tmp_path: Path) -> None:
+    sinks = [FfmpegSink(tmp_path / f"a{suffix}", 16) for suffix in (".mp4", ".webm")]
+    sinks[1].write(make_clip(3))
+    sinks[0].write(make_clip(5))
+    assert [len(decode(sink.finish() or tmp_path)) for sink in sinks] == [5, 3]
+    late = FfmpegSink(tmp_path / "b.mp4", 16)
+    first = FfmpegSink(tmp_path / "b.webm", 16)
+    first.write(make_clip(3))
+    late.abort()  # made nothing, and takes nothing of the other's away
+    assert len(decode(first.finish() or tmp_path)) == 3
+
+
+def test_what_is_no_plain_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.mp4")
+    with pytest.raises(OutputError, match="a device or a pipe"):
+        FfmpegSink(tmp_path / "a.mp4", 16)
+    (tmp_path / "real.mp4").touch()
+    (tmp_path / "link.mp4").symlink_to("real.mp4")
+    with FfmpegSink(tmp_path / "link.mp4", 16) as sink:
+        sink.write(make_clip(3))
+    assert (tmp_path / "link.mp4").is_symlink()
+    assert len(decode(tmp_path / "real.mp4")) == 3
+
+
 def test_a_folder_with_a_videos_name(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").mkdir()
     with pytest.raises(OutputError, match="is a folder; end -o in /"):
