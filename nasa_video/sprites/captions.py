@@ -113,12 +113,12 @@ def full_caption(row: Mapping[str, int], rng: random.Random) -> Caption:
     names = value_names(row)
     stated = _ALWAYS_THERE | {flaw for flaw in FLAWS if row[flaw]}
     stated |= {name for name in ("texture", "weather") if row[name]}
-    return Caption(_sentence(names, stated, rng), stated)
+    return Caption(sentence_stating(names, stated, rng), stated)
 
 
 def caption_stating(row: Mapping[str, int], stated: frozenset[str], rng: random.Random) -> Caption:
     """A sentence that states exactly these attributes of a scene (the shape's noun is always there)."""
-    return Caption(_sentence(value_names(row), stated, rng), stated)
+    return Caption(sentence_stating(value_names(row), stated, rng), stated)
 
 
 def random_caption(row: Mapping[str, int], rng: random.Random, full: bool = False) -> Caption:
@@ -127,24 +127,6 @@ def random_caption(row: Mapping[str, int], rng: random.Random, full: bool = Fals
         caption = full_caption(row, rng) if full else _draw(row, rng)
         if not is_held_out(caption.text):
             return caption
-
-
-def caption_for_training(row: Mapping[str, int], stated: frozenset[str], rng: random.Random) -> Caption:
-    """A caption for training that states exactly these attributes, never a held-out one."""
-    while is_held_out((caption := caption_stating(row, stated, rng)).text):
-        pass
-    return caption
-
-
-def caption_as_users_write(row: Mapping[str, int], rng: random.Random) -> Caption:
-    """A caption for training as users write them: of one thing, often the shape, of nothing, of a part, of all."""
-    kind = rng.random()
-    if kind < 0.05:
-        return Caption("", frozenset())
-    if kind < 0.45:
-        attribute = "shape" if kind < 0.35 else rng.choice(things_to_state(row))
-        return caption_for_training(row, frozenset({attribute}), rng)
-    return random_caption(row, rng, full=kind > 0.8)
 
 
 def leaves_open(stated: frozenset[str]) -> frozenset[str]:
@@ -158,31 +140,6 @@ def leaves_open(stated: frozenset[str]) -> frozenset[str]:
     return frozenset({*ATTRIBUTES, "shape2", "colour2"}) - stated - of_both
 
 
-def switched_captions(before: Mapping[str, int], after: Mapping[str, int], rng: random.Random) -> tuple[str, str]:
-    """Two captions for training, of a clip that turns into another: both state what changes, and the same besides."""
-    first, second = value_names(before), value_names(after)
-    changed = {a for a in ATTRIBUTES if first[a] != second[a]}
-    if "two" in (first["count"], second["count"]):
-        changed |= {a for a in ("shape", "colour") if first[a + "2"] != second[a + "2"]}
-    while True:
-        also = {a for a in ATTRIBUTES if rng.random() < _stating_share(a, first)}
-        texts = []
-        for names, row in ((first, before), (second, after)):
-            stated = frozenset((changed | also) & set(things_to_state(row)))
-            texts.append(_sentence(names, stated, rng))
-        if not any(map(is_held_out, texts)):
-            return texts[0], texts[1]
-
-
-def held_out_caption(row: Mapping[str, int], rng: random.Random, tries: int = 400) -> Caption | None:
-    """A full sentence from the held-out twentieth, or None where this scene has none within the tries."""
-    for _ in range(tries):
-        caption = full_caption(row, rng)
-        if is_held_out(caption.text):
-            return caption
-    return None
-
-
 def _draw(row: Mapping[str, int], rng: random.Random) -> Caption:
     if rng.random() < 0.2:
         return full_caption(row, rng)
@@ -191,17 +148,17 @@ def _draw(row: Mapping[str, int], rng: random.Random) -> Caption:
     if rng.random() < 0.12:
         attribute = rng.choice(there)
         return Caption(_phrase(attribute, names[attribute], rng), frozenset({attribute}))
-    stated = frozenset(a for a in there if rng.random() < _stating_share(a, names))
+    stated = frozenset(a for a in there if rng.random() < stating_share(a, names))
     if not stated:
         stated = frozenset({rng.choice(there)})
     if rng.random() < 0.2:
         phrases = [_phrase(a, names[a], rng) for a in stated]
         rng.shuffle(phrases)
         return Caption(", ".join(phrases), stated)
-    return Caption(_sentence(names, stated, rng), stated)
+    return Caption(sentence_stating(names, stated, rng), stated)
 
 
-def _stating_share(attribute: str, names: Mapping[str, str]) -> float:
+def stating_share(attribute: str, names: Mapping[str, str]) -> float:
     """How often a caption states an attribute; shapes are the hardest to learn and come most often."""
     if attribute == "shape":
         return 0.8
@@ -258,7 +215,8 @@ def _background(value: str, rng: random.Random) -> str:
     return f"on a {phrase}"
 
 
-def _sentence(names: Mapping[str, str], stated: frozenset[str], rng: random.Random) -> str:
+def sentence_stating(names: Mapping[str, str], stated: frozenset[str], rng: random.Random) -> str:
+    """A sentence about a scene, given by its value names, that states these attributes."""
     parts = [_subject(names, stated, rng)]
     if "motion" in stated:
         parts.append(_phrase("motion", names["motion"], rng))

@@ -13,15 +13,15 @@ import torch.nn.functional as nn_f
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nasa_video.sprites.world import ATTRIBUTES, COLOURS, FLAWS, SHAPES, Scenes
+from nasa_video.sprites.world import ATTRIBUTES, COLOURS, FLAWS, SHAPES
 
 GROUP = 4
 """Frames that the first convolution reads together, as channels; what flickers repeats with this period."""
 UNSURE_BELOW = 0.4
 NONE, UNSURE, BETWEEN = "none", "unsure", "+"
 
-_SEVERAL = {"colour": COLOURS, "shape": SHAPES}
-_CHOICES = {
+SEVERAL = {"colour": COLOURS, "shape": SHAPES}
+CHOICES = {
     "count": (*ATTRIBUTES["count"], NONE),
     "size": ATTRIBUTES["size"],
     "texture": ATTRIBUTES["texture"],
@@ -29,9 +29,9 @@ _CHOICES = {
     "background": ATTRIBUTES["background"],
     "weather": ATTRIBUTES["weather"],
 }
-HEADS = {name: len(values) for name, values in (_SEVERAL | _CHOICES).items()} | {"flaws": len(FLAWS)}
+HEADS = {name: len(values) for name, values in (SEVERAL | CHOICES).items()} | {"flaws": len(FLAWS)}
 """Answers of a detector by attribute."""
-_OF_A_SPRITE = ("colour", "shape", "size", "texture", "motion")
+OF_A_SPRITE = ("colour", "shape", "size", "texture", "motion")
 
 
 class DetectorNetwork(nn.Module):
@@ -72,24 +72,6 @@ def over_time(layer: nn.Module, x: Tensor, batch: int) -> Tensor:
     return mixed.view(shape).permute(0, 4, 3, 1, 2).flatten(0, 1)
 
 
-def targets(scenes: Scenes) -> dict[str, Tensor]:
-    """What `DetectorNetwork` should say: 0/1 rows for colours, shapes and flaws, integers for the rest.
-
-    A scene whose `count` is -1 shows no sprite; its sprite's attributes are then -100, which the loss leaves out.
-    """
-    two, there = scenes.count == 1, scenes.count >= 0
-    result = {}
-    for name, first, second in (("colour", scenes.colour, scenes.colour2), ("shape", scenes.shape, scenes.shape2)):
-        row = nn_f.one_hot(first, 6) + nn_f.one_hot(second, 6) * two[:, None].long()
-        result[name] = (row.clamp(max=1) * there[:, None].long()).float()
-    for name in _CHOICES:
-        value = getattr(scenes, name)
-        result[name] = torch.where(there, value, -100) if name in _OF_A_SPRITE else value
-    result["count"] = torch.where(there, scenes.count, 2)
-    result["flaws"] = torch.stack([getattr(scenes, flaw) for flaw in FLAWS], 1).float()
-    return result
-
-
 class Detector:
     """A trained network with names for its answers."""
 
@@ -125,7 +107,7 @@ class Detector:
         device = next(self.network.parameters()).device
         for part in frames.split(batch):
             logits = self.network(part.to(device).float())
-            for name, column in _read(logits).items():
+            for name, column in read_labels(logits).items():
                 labels[name] += column
         return labels
 
@@ -135,19 +117,20 @@ def shows(label: str, value: str) -> bool:
     return value in label.split(BETWEEN)
 
 
-def _read(logits: dict[str, Tensor]) -> dict[str, list[str]]:
+def read_labels(logits: dict[str, Tensor]) -> dict[str, list[str]]:
+    """Labels by attribute, a list of B strings each, from a detector's logits."""
     columns: dict[str, list[str]] = {}
-    for name, values in _CHOICES.items():
+    for name, values in CHOICES.items():
         best, index = logits[name].softmax(-1).max(-1)
         columns[name] = [
             values[i] if p >= UNSURE_BELOW else UNSURE for p, i in zip(best.tolist(), index.tolist(), strict=True)
         ]
-    for name, values in _SEVERAL.items():
+    for name, values in SEVERAL.items():
         columns[name] = [
             _several(row, values, count)
             for row, count in zip(logits[name].sigmoid().tolist(), columns["count"], strict=True)
         ]
-    for name in _OF_A_SPRITE:
+    for name in OF_A_SPRITE:
         columns[name] = [
             NONE if count == NONE else label for label, count in zip(columns[name], columns["count"], strict=True)
         ]
@@ -162,12 +145,3 @@ def _several(probabilities: list[float], values: tuple[str, ...], count: str) ->
     ranked = sorted(range(len(values)), key=lambda i: -probabilities[i])[:number]
     kept = [values[i] for i in sorted(ranked) if probabilities[i] >= UNSURE_BELOW]
     return BETWEEN.join(kept) if kept else UNSURE
-
-
-def truth(scenes: Scenes) -> dict[str, list[str]]:
-    """The labels that a perfect detector gives."""
-    goal = targets(scenes)
-    logits = {name: (goal[name] * 2 - 1) * 20 for name in (*_SEVERAL, "flaws")}
-    for name, values in _CHOICES.items():
-        logits[name] = nn_f.one_hot(goal[name].clamp(min=0), len(values)).float() * 40
-    return _read(logits)

@@ -20,11 +20,12 @@ from causvid_adapter import CausalWan, ChunkSampler, FlowMatchSchedule, Streamin
 from causvid_adapter.noise import SeededNoise
 from causvid_adapter.vae import denormalize
 from causvid_adapter.window import Window
-from nasa_video.sprites.captions import full_caption, held_out_caption, value_names
+from nasa_video.sprites.captions import full_caption, value_names
 from nasa_video.sprites.detectors import BETWEEN, NONE, Detector
 from nasa_video.sprites.world import ATTRIBUTES, COLOURS, FLAWS, SHAPES, sample_scenes
 from nasa_video.text import TextEncoder
 from research.sprites.autoencoder import autocast
+from research.sprites.captions import held_out_caption
 from research.sprites.flow import shifted
 
 

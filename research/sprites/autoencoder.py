@@ -16,12 +16,13 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nasa_video.sprites.renderer import render_switched, render_with_mask
-from nasa_video.sprites.world import sample_scenes, sample_switches
+from nasa_video.sprites.world import sample_scenes
 from nasa_video.train.checkpoint import Average, load_state, save_state
 from nasa_video.train.journal import Journal, contact_sheet
 from nasa_video.train.optimiser import MatrixOptimiser, inner_convolution, warm_then_linear
 from research.sprites.parallel import Team
+from research.sprites.renderer import render_switched, render_with_mask
+from research.sprites.scenes import sample_switches
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import torch
 from causvid_adapter import CausalWan, FlowMatchSchedule
 from nasa_video.sprites.detectors import Detector
 from nasa_video.sprites.prompt_extension import extend_prompt
-from nasa_video.sprites.renderer import render
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS, SHAPES
 from research.sprites.assessment import (
     HeldOutPrompt,
@@ -27,6 +26,7 @@ from research.sprites.assessment import (
 )
 from research.sprites.detector import detector_accuracy, draw_scenes, rendered_clips
 from research.sprites.plan import TrainingPlan
+from research.sprites.renderer import render
 
 _SPREAD_ATTRIBUTES = ("colour", "background", "motion", "size", "texture", "count", "weather")
 

@@ -18,23 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from causvid_adapter.vae import normalize
-from nasa_video.sprites.captions import random_caption, switched_captions
-from nasa_video.sprites.renderer import render_switched
-from nasa_video.sprites.world import (
-    ATTRIBUTES,
-    CLIP_CHUNKS,
-    CLIP_FRAMES,
-    FLAWS,
-    MOTIONS,
-    Scenes,
-    concatenate,
-    first_frame_of,
-    sample_scenes,
-    sample_switches,
-)
+from nasa_video.sprites.captions import random_caption
+from nasa_video.sprites.world import ATTRIBUTES, FLAWS, MOTIONS, Scenes, sample_scenes
 from nasa_video.train.checkpoint import load_state, save_state
 from research.sprites.autoencoder import autocast
+from research.sprites.captions import switched_captions
 from research.sprites.parallel import Team
+from research.sprites.renderer import render_switched
+from research.sprites.scenes import CLIP_CHUNKS, CLIP_FRAMES, concatenate, first_frame_of, sample_switches
 
 SHARD_CLIPS = 256
 CHUNK_FRAMES = 9

@@ -14,14 +14,15 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nasa_video.sprites.detectors import Detector, DetectorNetwork, targets, truth
-from nasa_video.sprites.renderer import render
-from nasa_video.sprites.world import ATTRIBUTES, Scenes, concatenate, sample_scenes
+from nasa_video.sprites.detectors import CHOICES, OF_A_SPRITE, SEVERAL, Detector, DetectorNetwork, read_labels
+from nasa_video.sprites.world import ATTRIBUTES, FLAWS, Scenes, sample_scenes
 from nasa_video.train.checkpoint import Average, load_state, save_state
 from nasa_video.train.journal import Journal
 from nasa_video.train.optimiser import MatrixOptimiser, inner_convolution, warm_then_linear
 from research.sprites.autoencoder import autocast
 from research.sprites.parallel import Team
+from research.sprites.renderer import render
+from research.sprites.scenes import concatenate
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,33 @@ class DetectorTraining:
     empty_share: float = 0.03
     average_decay: float = 0.995
     checkpoint_every: int = 200
+
+
+def targets(scenes: Scenes) -> dict[str, Tensor]:
+    """What `DetectorNetwork` should say: 0/1 rows for colours, shapes and flaws, integers for the rest.
+
+    A scene whose `count` is -1 shows no sprite; its sprite's attributes are then -100, which the loss leaves out.
+    """
+    two, there = scenes.count == 1, scenes.count >= 0
+    result = {}
+    for name, first, second in (("colour", scenes.colour, scenes.colour2), ("shape", scenes.shape, scenes.shape2)):
+        row = nn_f.one_hot(first, 6) + nn_f.one_hot(second, 6) * two[:, None].long()
+        result[name] = (row.clamp(max=1) * there[:, None].long()).float()
+    for name in CHOICES:
+        value = getattr(scenes, name)
+        result[name] = torch.where(there, value, -100) if name in OF_A_SPRITE else value
+    result["count"] = torch.where(there, scenes.count, 2)
+    result["flaws"] = torch.stack([getattr(scenes, flaw) for flaw in FLAWS], 1).float()
+    return result
+
+
+def truth(scenes: Scenes) -> dict[str, list[str]]:
+    """The labels that a perfect detector gives."""
+    goal = targets(scenes)
+    logits = {name: (goal[name] * 2 - 1) * 20 for name in (*SEVERAL, "flaws")}
+    for name, values in CHOICES.items():
+        logits[name] = nn_f.one_hot(goal[name].clamp(min=0), len(values)).float() * 40
+    return read_labels(logits)
 
 
 def draw_scenes(n: int, empty_share: float, generator: torch.Generator) -> Scenes:

@@ -25,18 +25,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from causvid_adapter import CausalWan, FlowMatchSchedule
-from nasa_video.sprites.captions import leaves_open, random_caption, switched_captions
-from nasa_video.sprites.world import ATTRIBUTES, CLIP_CHUNKS, MOTIONS, Scenes, sample_scenes, sample_switches
+from nasa_video.sprites.captions import leaves_open, random_caption
+from nasa_video.sprites.world import ATTRIBUTES, MOTIONS, Scenes, sample_scenes
 from nasa_video.text import TextEncoder
 from nasa_video.train.attention import compile_blocks
 from nasa_video.train.checkpoint import Average
 from nasa_video.train.journal import Journal
 from nasa_video.train.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
 from research.sprites.autoencoder import autocast
+from research.sprites.captions import switched_captions
 from research.sprites.dataset import text_a_chunk
 from research.sprites.flow import shifted
 from research.sprites.latent_detector import LatentDetector, blurred_by_noise, legible, stated_loss
 from research.sprites.parallel import Team
+from research.sprites.scenes import CLIP_CHUNKS, sample_switches
 from research.sprites.stage import Stage
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from causvid_adapter import CausalWan
-from nasa_video.sprites.world import CLIP_CHUNKS
 from nasa_video.text import TextEncoder
 from nasa_video.train.attention import compile_blocks, trainable
 from nasa_video.train.checkpoint import Average, load_state, save_state
@@ -31,6 +30,7 @@ from nasa_video.train.optimiser import MatrixOptimiser, block_matrix, warm_then_
 from research.sprites.autoencoder import autocast
 from research.sprites.dataset import ClipBatch, Draw, LatentClips, text_a_chunk
 from research.sprites.parallel import Team, made_ahead
+from research.sprites.scenes import CLIP_CHUNKS
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from nasa_video.evaluation.quality import mean_quality, quality
 from nasa_video.evaluation.removal import Method
 from nasa_video.files.frames import Frames, frames_from_tensor, tensor_from_frames
 from nasa_video.sprites.detectors import Detector
-from nasa_video.sprites.renderer import render
 from nasa_video.sprites.world import sample_scenes
 from nasa_video.train.lists import draw_negative_for, make_texts
 from nasa_video.train.settings import SpritesList
 from nasa_video.video.pipeline import VideoPipeline
 from research.sprites.assessment import HeldOutPrompt, held_out_prompts
+from research.sprites.renderer import render
 
 # Seeds of what is asked and of what it is compared with; training draws from others.
 PROMPTS_SEED, NEGATIVES_SEED, WORLD_SEED = 20261123, 1, 20261124

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as nn_f
 from torch import Tensor, nn
 
-from nasa_video.sprites.detectors import HEADS, over_time, targets
+from nasa_video.sprites.detectors import HEADS, over_time
 from nasa_video.sprites.world import FLAWS, Scenes
 from nasa_video.train.checkpoint import Average, load_state, save_state
 from nasa_video.train.journal import Journal
 from nasa_video.train.optimiser import MatrixOptimiser, inner_convolution, warm_then_linear
 from research.sprites.autoencoder import autocast
 from research.sprites.dataset import LatentClips
-from research.sprites.detector import detector_loss
+from research.sprites.detector import detector_loss, targets
 from research.sprites.parallel import Team
 
 

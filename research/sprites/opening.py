@@ -33,18 +33,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from causvid_adapter import CausalWan, FlowMatchSchedule
-from nasa_video.sprites.captions import Caption, caption_as_users_write, leaves_open, random_caption
-from nasa_video.sprites.world import CLIP_CHUNKS, Scenes, sample_scenes
+from nasa_video.sprites.captions import Caption, leaves_open, random_caption
+from nasa_video.sprites.world import Scenes, sample_scenes
 from nasa_video.text import TextEncoder
 from nasa_video.train.attention import compile_blocks
 from nasa_video.train.checkpoint import Average
 from nasa_video.train.journal import Journal
 from nasa_video.train.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
 from research.sprites.autoencoder import autocast
+from research.sprites.captions import caption_as_users_write
 from research.sprites.dataset import Draw, LatentClips
 from research.sprites.latent_detector import LatentDetector
 from research.sprites.parallel import Team
 from research.sprites.reading import Reader, left_open
+from research.sprites.scenes import CLIP_CHUNKS
 from research.sprites.stage import Stage
 
 Lesson = Literal["open", "later", "as before"]

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from nasa_video.sprites.detectors import Detector, truth
-from nasa_video.sprites.renderer import render
+from nasa_video.sprites.detectors import Detector
 from nasa_video.sprites.world import sample_scenes
+from research.sprites.detector import truth
+from research.sprites.renderer import render
 
 
 @pytest.fixture(scope="module")

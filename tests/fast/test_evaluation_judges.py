@@ -219,8 +219,8 @@ def test_the_sprites_detectors_know_the_words_of_their_world() -> None:
 
 def test_the_sprites_detectors_judge_a_rendered_scene() -> None:
     from nasa_video.files.frames import frames_from_tensor
-    from nasa_video.sprites.renderer import render
     from nasa_video.sprites.world import COLOURS, sample_scenes
+    from research.sprites.renderer import render
 
     scenes = sample_scenes(1, torch.Generator().manual_seed(3)).replace(count=0, blurry=0, dim=0, noisy=0)
     frames = frames_from_tensor(render(scenes, 21)[0])

@@ -2,17 +2,9 @@ import random
 
 import torch
 
-from nasa_video.sprites.captions import (
-    TERMS,
-    caption_as_users_write,
-    full_caption,
-    held_out_caption,
-    is_held_out,
-    leaves_open,
-    random_caption,
-    term,
-)
+from nasa_video.sprites.captions import TERMS, full_caption, is_held_out, leaves_open, random_caption, term
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS, sample_scenes
+from research.sprites.captions import caption_as_users_write, held_out_caption
 
 
 def rows(n: int = 300, seed: int = 0):

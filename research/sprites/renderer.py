@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as nn_f
 from torch import Tensor
 
-from nasa_video.sprites.flaws import apply_flaws
-from nasa_video.sprites.geometry import SDF_EXTENT, pixel_grid, shape_fields
-from nasa_video.sprites.world import CLIP_FRAMES, FRAME_SIZE, MOTIONS, Scenes
+from nasa_video.sprites.world import MOTIONS, Scenes
+from research.sprites.flaws import apply_flaws
+from research.sprites.geometry import SDF_EXTENT, pixel_grid, shape_fields
+from research.sprites.scenes import CLIP_FRAMES, FRAME_SIZE
 
 RADIUS = (12.0, 20.0)
 """Radius of a small and of a big sprite in pixels."""

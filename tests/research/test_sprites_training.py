@@ -11,17 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from causvid_adapter import CausalWan
 from nasa_video.models.presets import find_preset
-from nasa_video.sprites.captions import (
-    TERMS,
-    Caption,
-    caption_as_users_write,
-    full_caption,
-    is_held_out,
-    leaves_open,
-)
-from nasa_video.sprites.detectors import HEADS, Detector, DetectorNetwork, shows, truth
+from nasa_video.sprites.captions import TERMS, Caption, full_caption, is_held_out, leaves_open
+from nasa_video.sprites.detectors import HEADS, Detector, DetectorNetwork, shows
 from nasa_video.sprites.vocabulary import nearest_known, unknown_words
-from nasa_video.sprites.world import ATTRIBUTES, FLAWS, MOTIONS, Scenes, sample_scenes, sample_switches
+from nasa_video.sprites.world import ATTRIBUTES, FLAWS, MOTIONS, Scenes, sample_scenes
 from nasa_video.text import WordLlamaEncoder
 from nasa_video.train.attention import matrix_attention
 from nasa_video.train.checkpoint import load_state, save_state
@@ -29,7 +22,9 @@ from nasa_video.train.dry_run import HashEncoder
 from nasa_video.train.journal import Journal
 from nasa_video.train.optimiser import orthogonalise, warm_then_linear
 from research.sprites.assessment import held_out_prompts, rare_prompts
+from research.sprites.captions import caption_as_users_write
 from research.sprites.dataset import LatentClips
+from research.sprites.detector import truth
 from research.sprites.distill import Distillation, DistillTraining, matching_direction, rollout
 from research.sprites.flow import (
     FlowDraws,
@@ -44,6 +39,7 @@ from research.sprites.opening import Opening, OpeningDraw, OpeningTraining
 from research.sprites.parallel import Team, made_ahead
 from research.sprites.plan import load_plan
 from research.sprites.reading import VALUES, Reader, left_open
+from research.sprites.scenes import sample_switches
 
 TINY = {
     "patch_size": (1, 2, 2),

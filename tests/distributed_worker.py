@@ -1,6 +1,6 @@
 """One process of a fleet: trains a tiny video game, data parallel and sharded, and writes the states it comes to.
 
-python -m torch.distributed.run --nproc-per-node 2 tests/fleet_worker.py FOLDER
+python -m torch.distributed.run --nproc-per-node 2 tests/distributed_worker.py FOLDER
 """
 
 from __future__ import annotations

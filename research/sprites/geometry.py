@@ -11,7 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nasa_video.sprites.world import FRAME_SIZE, SHAPES
+from nasa_video.sprites.world import SHAPES
+from research.sprites.scenes import FRAME_SIZE
 
 SDF_SIZE = 96
 """Samples of a distance field along each axis."""

@@ -1,18 +1,9 @@
 import pytest
 import torch
 
-from nasa_video.sprites.renderer import CELL, render, render_switched, render_with_mask
-from nasa_video.sprites.world import (
-    ATTRIBUTES,
-    CLIP_FRAMES,
-    FLAWS,
-    FRAME_SIZE,
-    MOTIONS,
-    concatenate,
-    first_frame_of,
-    sample_scenes,
-    sample_switches,
-)
+from nasa_video.sprites.world import ATTRIBUTES, FLAWS, MOTIONS, sample_scenes
+from research.sprites.renderer import CELL, render, render_switched, render_with_mask
+from research.sprites.scenes import CLIP_FRAMES, FRAME_SIZE, concatenate, first_frame_of, sample_switches
 
 
 def scenes(n: int = 16, seed: int = 0):

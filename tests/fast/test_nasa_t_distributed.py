@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import fleet_worker as worker
+import distributed_worker as worker
 
 from nasa_video.errors import InputError
 from nasa_video.train.fleet import Fleet

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as nn_f
 from torch import Tensor
 
-from nasa_video.sprites.geometry import pixel_grid
-from nasa_video.sprites.world import FRAME_SIZE, Scenes
+from nasa_video.sprites.world import Scenes
+from research.sprites.geometry import pixel_grid
+from research.sprites.scenes import FRAME_SIZE
 
 
 @lru_cache(maxsize=4)

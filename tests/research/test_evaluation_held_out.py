@@ -13,10 +13,10 @@ import torch
 from nasa_video.evaluation.removal import Method
 from nasa_video.files.frames import frames_from_tensor
 from nasa_video.guidance.methods import Nasa
-from nasa_video.sprites.renderer import render
 from nasa_video.sprites.world import sample_scenes
 from nasa_video.train.lists import content_words
 from research.sprites.held_out import Observer, held_out, kernel_distance, rendered_world
+from research.sprites.renderer import render
 
 
 def normal(n: int, seed: int, mean: float = 0.0) -> torch.Tensor:
