@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from causvid_adapter.mask import block_causal_mask
     from causvid_adapter.model import CausalWan
     from causvid_adapter.noise import GivenNoise, NoiseSource, SeededNoise
-    from causvid_adapter.sampler import ChunkSampler, ModelCall, OnChange
+    from causvid_adapter.sampler import ChunkSampler, ModelCall
     from causvid_adapter.schedule import FlowMatchSchedule
     from causvid_adapter.vae import StreamingDecoder, StreamingEncoder, denormalize, normalize
-    from causvid_adapter.window import Window
+    from causvid_adapter.window import OnChange, Window
 
 _HOMES = {
     "CausalWan": "model",
@@ -29,7 +29,7 @@ _HOMES = {
     "KVCache": "cache",
     "ModelCall": "sampler",
     "NoiseSource": "noise",
-    "OnChange": "sampler",
+    "OnChange": "window",
     "SeededNoise": "noise",
     "ShapeError": "errors",
     "StaticKVCache": "accelerate.static_cache",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from causvid_adapter.errors import ShapeError
 from causvid_adapter.noise import GivenNoise, NoiseSource
 from causvid_adapter.schedule import FlowMatchSchedule
-from causvid_adapter.window import UNLIMITED, Window
+from causvid_adapter.window import UNLIMITED, OnChange, Window
 
 
 class ChunkCache(Protocol):
@@ -52,15 +52,6 @@ Context = Tensor | None | Callable[[int], Tensor | None]
 """Text embeddings (B, text tokens, text_dim), or a function of the chunk's index that gives them."""
 
 
-OnChange = Literal["keep", "recompute", "remake"]
-"""What becomes of the window when a chunk is to show something new.
-
-"keep": its keys stay as they are. "recompute": its clean latents are run again at t = 0, so that its keys belong to the
-new prompt (the "KV recache" of LongLive, arXiv 2509.22622); they still show what they showed. "remake": its latents are
-generated again under the new prompt, each chunk from its own noise; nobody sees them, but the chunk follows them.
-"""
-
-
 class ChunkSampler:
     """Generates latent frames chunk by chunk.
 
@@ -69,7 +60,7 @@ class ChunkSampler:
         schedule: its few steps, and those of a chunk that nothing comes before.
         frames_per_chunk: latent frames of a chunk; 3 in CausVid.
         window: what a chunk may look back on.
-        first_schedule: steps of the chunks that open a scene, if they differ (see `opens` of :meth:`stream`).
+        first_chunk_schedule: steps of a scene's first chunks, if they differ (``is_first_chunk`` of :meth:`stream`).
 
     Raises:
         ShapeError: the window has no room for the sink and a chunk.
@@ -81,7 +72,7 @@ class ChunkSampler:
         schedule: FlowMatchSchedule,
         frames_per_chunk: int = 3,
         window: Window = UNLIMITED,
-        first_schedule: FlowMatchSchedule | None = None,
+        first_chunk_schedule: FlowMatchSchedule | None = None,
     ) -> None:
         if frames_per_chunk < 1:
             raise ShapeError(f"frames_per_chunk must be at least 1, got {frames_per_chunk}")
@@ -90,7 +81,7 @@ class ChunkSampler:
         self.schedule = schedule
         self.frames_per_chunk = frames_per_chunk
         self.window = window
-        self.first_schedule = first_schedule or schedule
+        self.first_chunk_schedule = first_chunk_schedule or schedule
 
     @torch.no_grad()
     def stream(
@@ -105,7 +96,7 @@ class ChunkSampler:
         first_step: int = 0,
         before_call: Callable[[ModelCall], None] | None = None,
         on_change: Callable[[int], OnChange] | None = None,
-        opens: Callable[[int], bool] | None = None,
+        is_first_chunk: Callable[[int], bool] | None = None,
     ) -> Iterator[Tensor]:
         """Yield the latents of each chunk, (B, frames_per_chunk, C, H, W), as soon as they are finished.
 
@@ -121,9 +112,9 @@ class ChunkSampler:
                 they are noised to the timestep of ``first_step``, and the steps before it are left out.
             before_call: told of every model call before it is made.
             on_change: asked before each chunk but the first: what becomes of the window. The prompt of the window's
-                new keys is this chunk's. A given prefix cannot be remade: its keys are recomputed.
-            opens: which chunks, counted with the prefix, take the steps of ``first_schedule``, with what of the window
-                is remade for them; by default the first that is neither given nor was made.
+                new keys is this chunk's. A given prefix cannot be regenerated: it is recached.
+            is_first_chunk: which chunks, counted with the prefix, take the steps of ``first_chunk_schedule``, with
+                what of the window is regenerated for them; by default the first that is neither given nor was made.
 
         Raises:
             ShapeError: a length that is not whole chunks.
@@ -151,7 +142,7 @@ class ChunkSampler:
             before_call,
             on_change is not None,
             total_frames,
-            opens or (lambda chunk: chunk * size == given),
+            is_first_chunk or (lambda chunk: chunk * size == given),
         )
         total = None if total_frames is None else total_frames // size
         for chunk in count() if total is None else range(total):
@@ -176,7 +167,7 @@ class ChunkSampler:
 
 
 class _Rollout:
-    """State of one stream: its cache, and the clean latents from which the window's keys can be made anew."""
+    """State of one stream: its cache, and the clean latents from which the window's keys can be made again."""
 
     def __init__(
         self,
@@ -189,10 +180,10 @@ class _Rollout:
         before_call: Callable[[ModelCall], None] | None,
         remember: bool,
         num_frames: int | None,
-        opens: Callable[[int], bool],
+        is_first_chunk: Callable[[int], bool],
     ) -> None:
         self.sampler = sampler
-        self.opens = opens
+        self.is_first_chunk = is_first_chunk
         self.noise = noise
         self.source = source
         self.first_step = first_step
@@ -210,8 +201,9 @@ class _Rollout:
         prompt_chunk = chunk if prompt_chunk is None else prompt_chunk
         size = self.sampler.frames_per_chunk
         frames = range(chunk * size, (chunk + 1) * size)
-        schedule = self.sampler.first_schedule if self.opens(prompt_chunk) else self.sampler.schedule
-        schedule = schedule if self.has_history else schedule.alone
+        sampler = self.sampler
+        schedule = sampler.first_chunk_schedule if self.is_first_chunk(prompt_chunk) else sampler.schedule
+        schedule = schedule if self.has_history else schedule.without_history
         timesteps = schedule.timesteps
         x = self.noise(frames, 0)
         if self.source is not None:
@@ -242,15 +234,15 @@ class _Rollout:
         """What becomes of the window before ``chunk``, which shows something new."""
         if change == "keep":
             return
-        # What is remade is no more than the chunk will look back on; keys need the frames before theirs as well.
-        room = self.sampler.frames_per_chunk if change == "remake" else 0
+        # What is regenerated is no more than the chunk will look back on; keys need the frames before theirs as well.
+        room = self.sampler.frames_per_chunk if change == "regenerate" else 0
         window, self.clean = self._in_window(chunk, room), {}
         assert self._cache is not None
         self._cache.reset()
         self.has_history = False
         for index, latents in window.items():
             given = index * self.sampler.frames_per_chunk < self.given_frames
-            again = change == "remake" and not given
+            again = change == "regenerate" and not given
             self.keep(self.denoise(index, chunk) if again else latents, index, prompt_chunk=chunk)
 
     def cache(self, like: Tensor) -> ChunkCache:

@@ -24,8 +24,8 @@ class FlowMatchSchedule:
         warp: read ``timesteps`` as positions in the unshifted schedule: t becomes the table's entry 1000 - t
             (1000, 750, 500, 250 with shift 5 becomes 1000, 937.5, 833.3, 625).
         euler_steps: how many of the first steps keep their noise and follow the flow (Euler); the others guess the
-            picture and noise it afresh, as consistency models do.
-        alone: the steps of a chunk with nothing before it, if they differ.
+            picture and renoise it, as consistency models do.
+        without_history: the steps of a chunk with nothing before it, if they differ.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class FlowMatchSchedule:
         timesteps: Sequence[float],
         warp: bool = False,
         euler_steps: int = 0,
-        alone: FlowMatchSchedule | None = None,
+        without_history: FlowMatchSchedule | None = None,
     ) -> None:
         if not 0 < shift < math.inf:
             raise ValueError(f"shift must be positive, got {shift}")
@@ -45,7 +45,7 @@ class FlowMatchSchedule:
         if not 0 <= euler_steps < len(steps):
             raise ValueError(f"euler_steps must be from 0 to {len(steps) - 1}, fewer than the steps, got {euler_steps}")
         self.euler_steps = euler_steps
-        self.alone = alone or self
+        self.without_history = without_history or self
         self.shift = shift
         u = torch.linspace(1, 0, NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64)[:-1]
         self._sigmas = shift * u / (1 + (shift - 1) * u)

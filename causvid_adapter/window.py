@@ -6,12 +6,33 @@ Imported without torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from causvid_adapter.errors import ShapeError
 
 RopeMode = Literal["absolute", "window"]
 _FOREVER = 1 << 62
+
+OnChange = Literal["keep", "recache", "regenerate"]
+"""What becomes of the window when a chunk is to show something new.
+
+"keep": its keys stay as they are. "recache": its clean latents are run again at t = 0, so that its keys belong to the
+new prompt (the "KV recache" of LongLive, arXiv 2509.22622); they still show what they showed. "regenerate": its latents
+are generated again under the new prompt, each chunk from its own noise; nobody sees them, but the chunk follows them.
+"""
+_OLDER_CHOICES = {"recompute": "recache", "remake": "regenerate"}
+
+
+def read_on_change(value: str) -> OnChange:
+    """The choice of that name, or of the name that nasa-video 0.1 had for it.
+
+    Raises:
+        ValueError: there is no such choice.
+    """
+    name = _OLDER_CHOICES.get(value, value)
+    if name not in get_args(OnChange):
+        raise ValueError(f"on_change must be one of {', '.join(get_args(OnChange))}, got {value!r}")
+    return cast(OnChange, name)
 
 
 @dataclass(frozen=True)

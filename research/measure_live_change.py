@@ -1,7 +1,7 @@
 """How often a colour goes after its name is typed as a negative while the shipped model's video plays.
 
     python research/measure_live_change.py [--seeds 16] [--methods nasa:0.5,nasa:1,nasa:1.5,nag,nag+nopad:1.5]
-                                          [--windows keep,recompute,remake] [--before 2] [--output FILE.json]
+                                          [--windows keep,recache,regenerate] [--before 2] [--output FILE.json]
 
 Chunks without a negative, then two with it, as a viewer of the live page sees them; no video is chosen. In "free" the
 prompt names no colour (the world's squares are mostly red, balls blue, triangles green), in "named" it asks for that
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=16, help="videos of each of the three shapes")
     parser.add_argument("--methods", default=METHODS)
-    parser.add_argument("--windows", default="keep,recompute,remake")
+    parser.add_argument("--windows", default="keep,recache,regenerate")
     parser.add_argument("--before", type=int, default=2, help="chunks that are shown before the change")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--output", type=Path)

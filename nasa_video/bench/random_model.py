@@ -75,7 +75,7 @@ def write_tiny_model(folder: Path, default_steps: int) -> Path:
         },
         "video": {"width": 32, "height": 16, "fps": 12, "frames": 21, "upscale": 2},
     }
-    preset["sampler"] |= {"steps": {2: [1000, 750], 1: [1000]}, "alone": None, "default_steps": default_steps}
+    preset["sampler"] |= {"steps": {2: [1000, 750], 1: [1000]}, "without_history": None, "default_steps": default_steps}
     del preset["vocabulary"]
     (folder / "preset.yaml").write_text(yaml.safe_dump(preset))
     return folder

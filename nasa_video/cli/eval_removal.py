@@ -165,7 +165,7 @@ class _Asked:
         counts = whole_numbers(self.steps, "steps") if self.steps else [preset.sampler.default_steps]
         for count in counts:
             preset.sampler.timesteps(count)
-        preset.sampler.with_first_steps(self.first_steps)
+        preset.sampler.with_first_chunk_steps(self.first_steps)
         table = cells(methods_of(self.methods, preset), counts, self.kinds, self.attributes, self.first_steps)
         draw = Draw(self.n, self.split, self.seed, self.frames or preset.video.frames)
         dtype = model_dtype(self.device)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from causvid_adapter.window import OnChange, read_on_change
 
 NegOption = Annotated[
     list[str] | None,
@@ -64,11 +66,22 @@ RopeOption = Annotated[
         show_default="the model's",
     ),
 ]
+
+
+def _on_change(value: str) -> OnChange:
+    try:
+        return read_on_change(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 OnChangeOption = Annotated[
-    Literal["keep", "recompute", "remake"] | None,
+    OnChange | None,
     typer.Option(
-        help="Where prompt, negatives or guidance change, the window's frames: keep, recompute (the same frames, read "
-        "under the new text) or remake (made again for it, unseen).",
+        parser=_on_change,
+        metavar="[keep|recache|regenerate]",
+        help="Where prompt, negatives or guidance change, the window's frames: keep, recache (the same frames, read "
+        "under the new text) or regenerate (made again for it, unseen).",
         show_default="the model's",
     ),
 ]

@@ -100,7 +100,7 @@ def plan_cells(preset: VideoPreset, plan: Sequence[Cell], draw: Draw, dtype: str
                 attribute=cell.attribute,
                 kind=cell.kind,
                 settings={
-                    "sampler": stored_sampler(preset.sampler.with_first_steps(cell.first_steps)),
+                    "sampler": stored_sampler(preset.sampler.with_first_chunk_steps(cell.first_steps)),
                     "dtype": dtype,
                 },
                 **dataclasses.asdict(draw),

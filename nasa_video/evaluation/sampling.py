@@ -96,7 +96,7 @@ class VideoModel:
         self, model: str, device: str | None = None, frames: int | None = None, first_steps: int | None = None
     ) -> None:
         preset = find_preset(model)
-        self.preset = preset.model_copy(update={"sampler": preset.sampler.with_first_steps(first_steps)})
+        self.preset = preset.model_copy(update={"sampler": preset.sampler.with_first_chunk_steps(first_steps)})
         self.name = self.preset.name
         self._frames = frames
         self._dtype = model_dtype(device)

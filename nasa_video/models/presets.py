@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, ValidationError, model_validator
 
 from causvid_adapter.errors import ShapeError
-from causvid_adapter.window import Window
+from causvid_adapter.window import OnChange as Change
+from causvid_adapter.window import Window, read_on_change
 from nasa_video.errors import InputError
 from nasa_video.guidance.methods import check_settings, find_method
 from nasa_video.models.sources import Source as Source
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from causvid_adapter import FlowMatchSchedule
 
 DEFAULT_MODEL = "sprites"
+# Keys as presets and stored jobs of 0.1 have them.
+_ALSO_ALONE = AliasChoices("without_history", "alone")
+_ALSO_FIRST_STEPS = AliasChoices("first_chunk_steps", "first_steps")
 
 
 class WordLlamaText(Strict):
@@ -84,11 +88,11 @@ class Components(Strict):
         return (self.transformer, *self.loras, self.vae, *encoder)
 
 
-OnChange = Literal["keep", "recompute", "remake"]
-"""As causvid_adapter.OnChange, which cannot be had without loading torch."""
+OnChange = Annotated[Change, BeforeValidator(lambda value: read_on_change(value) if isinstance(value, str) else value)]
+"""As causvid_adapter.OnChange; names of 0.1 are read too."""
 
 
-class AloneSettings(Strict):
+class FirstChunkSteps(Strict):
     """Steps of a chunk with nothing before it: see ``FlowMatchSchedule``."""
 
     timesteps: tuple[float, ...]
@@ -100,17 +104,17 @@ class SamplerSettings(Strict):
 
     ``rollout_frames`` are latent frames: a longer video is made in rollouts of that length, which overlap by a chunk.
     ``on_change``: what becomes of the window where prompt, negatives or guidance change, unless somebody says.
-    ``first_steps``: the number of steps of chunks that open a scene (the first, and those that show something new)
+    ``first_chunk_steps``: the number of steps of a scene's first chunks (the first, and those that show something new)
     where it is another than the rest's, as in Causal-Forcing's models of one and two steps.
-    ``alone``: by the number of steps, how chunks with nothing before them take it where they take it otherwise.
+    ``without_history``: by the number of steps, the timesteps of chunks with nothing before them where they differ.
     """
 
     shift: float = Field(gt=0)
     warp: bool = False
     steps: dict[int, tuple[float, ...]] | Literal["any"]
-    alone: dict[int, AloneSettings] | None = None
+    without_history: dict[int, FirstChunkSteps] | None = Field(default=None, validation_alias=_ALSO_ALONE)
     default_steps: int = Field(gt=0)
-    first_steps: int | None = Field(default=None, gt=0)
+    first_chunk_steps: int | None = Field(default=None, gt=0, validation_alias=_ALSO_FIRST_STEPS)
     frames_per_chunk: int = Field(gt=0)
     window_frames: int | None = None
     sink_frames: int = 0
@@ -129,15 +133,17 @@ class SamplerSettings(Strict):
             for count, timesteps in self.steps.items():
                 if count != len(timesteps):
                     raise ValueError(f"steps: {count} lists {len(timesteps)} timesteps")
-            for count, alone in (self.alone or {}).items():
+            for count, own in (self.without_history or {}).items():
                 if count not in self.steps:
-                    raise ValueError(f"alone: {count} is not among steps {sorted(self.steps)}")
-                if count != len(alone.timesteps):
-                    raise ValueError(f"alone: {count} lists {len(alone.timesteps)} timesteps")
-                if alone.euler_steps >= count:
-                    raise ValueError(f"alone: {count} steps cannot have {alone.euler_steps} Euler steps, give fewer")
-            if self.first_steps is not None and self.first_steps not in self.steps:
-                raise ValueError(f"first_steps {self.first_steps} is not among steps {sorted(self.steps)}")
+                    raise ValueError(f"without_history: {count} is not among steps {sorted(self.steps)}")
+                if count != len(own.timesteps):
+                    raise ValueError(f"without_history: {count} lists {len(own.timesteps)} timesteps")
+                if own.euler_steps >= count:
+                    raise ValueError(
+                        f"without_history: {count} steps cannot have {own.euler_steps} Euler steps, give fewer"
+                    )
+            if self.first_chunk_steps is not None and self.first_chunk_steps not in self.steps:
+                raise ValueError(f"first_chunk_steps {self.first_chunk_steps} is not among steps {sorted(self.steps)}")
         return self
 
     @property
@@ -165,16 +171,16 @@ class SamplerSettings(Strict):
             raise InputError(str(error)) from error
         return changed
 
-    def with_first_steps(self, first_steps: int | None) -> SamplerSettings:
+    def with_first_chunk_steps(self, steps: int | None) -> SamplerSettings:
         """The same loop with another number of steps where a scene opens; None changes nothing.
 
         Raises:
             InputError: the model was not made for it.
         """
-        if first_steps is None:
+        if steps is None:
             return self
-        self.timesteps(first_steps)
-        return self.model_copy(update={"first_steps": first_steps})
+        self.timesteps(steps)
+        return self.model_copy(update={"first_chunk_steps": steps})
 
     def without_end(self, rollout_frames: int | None, window_frames: int) -> SamplerSettings:
         """The same loop for a video without end, whose memory must have one.
@@ -213,9 +219,9 @@ class SamplerSettings(Strict):
         """
         from causvid_adapter import FlowMatchSchedule
 
-        own = (self.alone or {}).get(num_steps)
-        alone = None if own is None else FlowMatchSchedule(self.shift, own.timesteps, self.warp, own.euler_steps)
-        return FlowMatchSchedule(self.shift, self.timesteps(num_steps), self.warp, alone=alone)
+        own = (self.without_history or {}).get(num_steps)
+        first = None if own is None else FlowMatchSchedule(self.shift, own.timesteps, self.warp, own.euler_steps)
+        return FlowMatchSchedule(self.shift, self.timesteps(num_steps), self.warp, without_history=first)
 
 
 class VideoSettings(Strict):

@@ -102,7 +102,7 @@ class LiveCues:
                 before = cue
         sampler = self.pipeline.preset.sampler
         return Timeline(
-            model=model, seed=seed, steps=steps, first_steps=sampler.first_steps, frames=frames,
+            model=model, seed=seed, steps=steps, first_steps=sampler.first_chunk_steps, frames=frames,
             timeline=tuple(entries),
         )  # fmt: skip
 

@@ -97,7 +97,7 @@ def roll_out(
     chunks: list[Tensor] = []
     for start in range(0, noise.shape[1], size):
         x = noise[:, start : start + size]
-        schedule = plan.schedule if start else plan.schedule.alone
+        schedule = plan.schedule if start else plan.schedule.without_history
         exit_step = max(plan.exit_step, schedule.euler_steps)
         for step, t in enumerate(schedule.timesteps[: exit_step + 1]):
             last = step == exit_step

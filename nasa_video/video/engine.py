@@ -140,7 +140,7 @@ class LongVideo:
         def announce(call: ModelCall) -> None:
             self.director.before_call(dataclasses.replace(call, chunk=call.chunk + shift_chunks))
 
-        def opens(chunk: int) -> bool:
+        def is_first_chunk(chunk: int) -> bool:
             index = chunk + shift_chunks
             return index == first_made or (index > 0 and self.director.shows_new(index))
 
@@ -154,5 +154,5 @@ class LongVideo:
             first_step=self.first_step,
             before_call=announce,
             on_change=lambda chunk: self.director.on_change(chunk + shift_chunks),
-            opens=opens,
+            is_first_chunk=is_first_chunk,
         )

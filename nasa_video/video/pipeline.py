@@ -153,7 +153,7 @@ class VideoPipeline:
         Raises:
             InputError: the model was not made for it.
         """
-        return self.with_sampler(self.preset.sampler.with_first_steps(first_steps))
+        return self.with_sampler(self.preset.sampler.with_first_chunk_steps(first_steps))
 
     def stream(
         self,
@@ -362,7 +362,7 @@ class VideoPipeline:
         num_steps = settings.default_steps if steps is None else steps
         channels = self.model.transformer.config.in_channels
         start = start or Beginning()
-        first_steps = num_steps if settings.first_steps is None else settings.first_steps
+        first_steps = num_steps if settings.first_chunk_steps is None else settings.first_chunk_steps
         if start.source is not None and first_steps != num_steps:
             raise InputError(f"a redrawn video has as many steps in every chunk; give --first-steps {num_steps}")
         first_step = start.first_step(num_steps)

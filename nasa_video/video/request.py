@@ -366,7 +366,7 @@ class VideoRequest(PromptRequest):
             InputError: the model has no such steps, or the window cannot hold its sink and a chunk.
         """
         windowed = own if self.window is None else self.window.of(own)
-        return windowed.with_first_steps(self.first_chunk_steps)
+        return windowed.with_first_chunk_steps(self.first_chunk_steps)
 
     def most_frames(self, first_chunk: int) -> int | None:
         """The most frames that the model will have to remember; None is the preset's length."""
@@ -528,7 +528,7 @@ def read_older(data: Mapping[str, Any]) -> dict[str, Any]:
             new.setdefault(name, new.pop(old))
     for old in ("recompute", "recompute_window"):
         if (recompute := new.pop(old, None)) is not None:
-            new.setdefault("on_change", "recompute" if recompute else "keep")
+            new.setdefault("on_change", "recache" if recompute else "keep")
     if (scale := new.pop("scale", None)) is not None and new.get("guidance") != "none":
         new["guidance"] = change_guidance(_read_guidance(new.get("guidance")), f":{float(scale)!r}".removesuffix(".0"))
     start = new.get("start")

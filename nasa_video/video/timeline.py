@@ -171,7 +171,7 @@ def older_on_change(data: Any, name: str) -> Any:
         return data
     recompute = data[name]
     rest = {key: value for key, value in data.items() if key != name}
-    return rest if recompute is None else {"on_change": "recompute" if recompute else "keep", **rest}
+    return rest if recompute is None else {"on_change": "recache" if recompute else "keep", **rest}
 
 
 def format_negative(negative: Negative) -> str:

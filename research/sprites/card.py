@@ -146,9 +146,9 @@ def _steps_text(plan: TrainingPlan, count: int) -> str:
     """Timesteps of a number of steps, and those of a first chunk where they differ."""
     schedule = plan.schedule(count)
     text = f"{count}: {[round(t) for t in schedule.timesteps]}"
-    if schedule.alone is schedule:
+    if schedule.without_history is schedule:
         return text
-    alone = schedule.alone
+    alone = schedule.without_history
     return f"{text}, of a first chunk {[round(t) for t in alone.timesteps]}, {alone.euler_steps} of them Euler's"
 
 

@@ -84,7 +84,7 @@ class TrainingPlan:
         steps, opening, alone = self.student.steps[num_steps], self.opening, None
         if opening.iterations and num_steps > 1:
             alone = FlowMatchSchedule(1.0, (opening.first_timestep, *steps[1:]), euler_steps=1)
-        return FlowMatchSchedule(1.0, steps, alone=alone)
+        return FlowMatchSchedule(1.0, steps, without_history=alone)
 
 
 _STAGES: dict[str, type] = {

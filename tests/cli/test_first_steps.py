@@ -92,10 +92,10 @@ def test_what_goes_on_from_a_clip_opens_and_what_is_resumed_does_not(
 def test_a_number_of_steps_that_the_model_has_not_is_refused(pipeline: VideoPipeline) -> None:
     sampler = find_preset("sprites").sampler
     with pytest.raises(InputError, match="runs in 1, 2, 4 steps, got 3"):
-        sampler.with_first_steps(3)
-    assert sampler.with_first_steps(None) == sampler
-    with pytest.raises(ValueError, match="first_steps 3 is not among steps"):
-        SamplerSettings.model_validate(sampler.model_dump() | {"first_steps": 3})
+        sampler.with_first_chunk_steps(3)
+    assert sampler.with_first_chunk_steps(None) == sampler
+    with pytest.raises(ValueError, match="first_chunk_steps 3 is not among steps"):
+        SamplerSettings.model_validate(sampler.model_dump() | {"first_chunk_steps": 3})
     source = torch.cat(latents(pipeline), dim=1)
     with pytest.raises(InputError, match="give --first-steps 1"):
         latents(pipeline.opening_in(2), steps=1, source=source)
@@ -105,8 +105,8 @@ def test_a_number_of_steps_that_the_model_has_not_is_refused(pipeline: VideoPipe
 @pytest.mark.parametrize(
     ("alone", "says"),
     [
-        ({3: {"timesteps": [990, 800, 500]}}, "alone: 3 is not among steps"),
-        ({4: {"timesteps": [990, 500]}}, "alone: 4 lists 2 timesteps"),
+        ({3: {"timesteps": [990, 800, 500]}}, "without_history: 3 is not among steps"),
+        ({4: {"timesteps": [990, 500]}}, "without_history: 4 lists 2 timesteps"),
         ({2: {"timesteps": [990, 500], "euler_steps": 2}}, "cannot have 2 Euler steps, give fewer"),
         ({2: {"timesteps": [990, 500], "heun_steps": 1}}, "heun_steps"),
     ],
@@ -114,13 +114,23 @@ def test_a_number_of_steps_that_the_model_has_not_is_refused(pipeline: VideoPipe
 def test_steps_of_a_chunk_with_nothing_before_it_must_fit(alone: dict[int, object], says: str) -> None:
     settings = find_preset("sprites").sampler.model_dump()
     with pytest.raises(ValueError, match=says):
-        SamplerSettings.model_validate(settings | {"alone": alone})
+        SamplerSettings.model_validate(settings | {"without_history": alone})
+
+
+def test_presets_of_the_version_before_are_read() -> None:
+    shipped = find_preset("causal-forcing-1step").sampler
+    now = shipped.model_dump() | {"on_change": "regenerate", "without_history": {1: {"timesteps": [990]}}}
+    names = {"first_chunk_steps": "first_steps", "without_history": "alone"}
+    older = {names.get(name, name): value for name, value in now.items()} | {"on_change": "remake"}
+    assert SamplerSettings.model_validate(older) == SamplerSettings.model_validate(now) != shipped
+    with pytest.raises(ValueError, match="keep, recache, regenerate, got 'redo'"):
+        SamplerSettings.model_validate(now | {"on_change": "redo"})
 
 
 def test_a_chunk_with_nothing_before_it_may_have_steps_of_its_own(pipeline: VideoPipeline, calls: list[float]) -> None:
     settings = find_preset("sprites").sampler.model_dump()
     alone = {4: {"timesteps": [990, 800, 500, 250], "euler_steps": 2}}
-    opened = pipeline.with_sampler(SamplerSettings.model_validate(settings | {"alone": alone}))
+    opened = pipeline.with_sampler(SamplerSettings.model_validate(settings | {"without_history": alone}))
     for steps, first in ((4, [990.0, 800.0, 500.0, 250.0]), (2, [1000.0, 750.0])):
         calls.clear()
         latents(opened, steps=steps, frames=21)
@@ -132,10 +142,16 @@ def test_a_model_may_bring_it(pipeline: VideoPipeline, calls: list[float]) -> No
     """As Causal Forcing++ does: a frame a chunk, in one or two steps, the first in four."""
     for count in (1, 2):
         sampler = find_preset(f"causal-forcing-{count}step").sampler
-        assert (sampler.default_steps, sampler.first_steps, sampler.frames_per_chunk) == (count, 4, 1)
+        assert (sampler.default_steps, sampler.first_chunk_steps, sampler.frames_per_chunk) == (count, 4, 1)
         assert sampler.timesteps(4) == find_preset("self-forcing").sampler.timesteps(4)
     own = pipeline.preset.sampler
-    update = {"default_steps": 1, "first_steps": 2, "frames_per_chunk": 1, "window_frames": None, "sink_frames": 0}
+    update = {
+        "default_steps": 1,
+        "first_chunk_steps": 2,
+        "frames_per_chunk": 1,
+        "window_frames": None,
+        "sink_frames": 0,
+    }
     chunks = latents(pipeline.with_sampler(own.model_copy(update=update)), frames=17)
     assert [chunk.shape[1] for chunk in chunks] == 5 * [1]
     assert noisy_calls(calls) == [2, 1, 1, 1, 1]

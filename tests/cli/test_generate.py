@@ -193,7 +193,7 @@ def test_a_timeline_changes_the_picture_from_its_chunk_on(nasa_video: Run) -> No
 
 def test_the_window_changes_what_follows_a_prompt_switch(nasa_video: Run) -> None:
     Path("t.yaml").write_text("timeline:\n- {at: 0, prompt: a red star}\n- {at: 0.7, prompt: a blue heart}\n")
-    names = ("keep", "recompute", "remake")
+    names = ("keep", "recompute", "regenerate")  # the second is what 0.1 called recache
     for name in names:
         nasa_video("generate", "--timeline", "t.yaml", "--on-change", name, "--model", "{model}", "-o", f"{name}/")
     for frame, same in ((8, True), (15, False)):

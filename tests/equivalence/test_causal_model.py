@@ -216,7 +216,7 @@ def test_recomputing_under_the_same_prompt_changes_nothing(
 
     def at_the_third(chunk: int) -> OnChange:
         asked.append(chunk)
-        return "recompute" if chunk == 2 else "keep"
+        return "recache" if chunk == 2 else "keep"
 
     recomputed = video(sampler, embeds, 12, on_change=at_the_third)
     assert asked == [1, 2, 3]
@@ -233,7 +233,7 @@ def test_recomputing_under_a_new_prompt_is_a_history_that_had_it(
     def prompts(chunk: int) -> Tensor:
         return new if chunk == 2 else old
 
-    switched = torch.cat(list(sampler.stream(prompts, noise, num_frames=9, on_change=at(2, "recompute"))), dim=1)
+    switched = torch.cat(list(sampler.stream(prompts, noise, num_frames=9, on_change=at(2, "recache"))), dim=1)
     kept = torch.cat(list(sampler.stream(prompts, noise, num_frames=9)), dim=1)
     as_if_always_new = video(sampler, new, 3, prefix=switched[:, :6])
     assert distance(switched[:, 6:], as_if_always_new) < 1e-5
@@ -250,7 +250,7 @@ def test_recomputing_with_a_window_sees_the_same_frames(
     new_cache = model.new_cache
     model.new_cache = lambda *sizes: caches.append(new_cache(*sizes)) or caches[-1]  # type: ignore[method-assign, assignment, func-returns-value]
     keys: dict[str, Tensor] = {}
-    for name, recompute in (("kept", None), ("recomputed", at(5, "recompute"))):
+    for name, recompute in (("kept", None), ("recomputed", at(5, "recache"))):
         video(sampler, embeds, 18, on_change=recompute)
         keys[name] = caches[-1].history(0)[0].clone()
         assert caches[-1].next_frame == 15
@@ -272,7 +272,7 @@ def test_a_remade_window_is_that_of_a_video_which_had_the_new_prompt(
         return new if chunk >= 2 else old
 
     calls: list[ModelCall] = []
-    remade = sampler.stream(prompts, noise, num_frames=12, before_call=calls.append, on_change=at(2, "remake"))
+    remade = sampler.stream(prompts, noise, num_frames=12, before_call=calls.append, on_change=at(2, "regenerate"))
     always_new = video(sampler, new, 12)
     assert torch.equal(torch.cat(list(remade)[2:], dim=1), always_new[:, 6:])
     assert [call.clean for call in calls if call.chunk == 2] == 2 * [False, False, True] + [False, False, True]
@@ -293,11 +293,11 @@ def test_no_more_is_remade_than_the_chunk_looks_back_on(
             return super().__call__(frames, step)
 
     sampler = ChunkSampler(model, SCHEDULE, window=Window(window, sink))
-    list(sampler.stream(embeds, Noise([7], SHAPE), num_frames=18, on_change=at(5, "remake")))
+    list(sampler.stream(embeds, Noise([7], SHAPE), num_frames=18, on_change=at(5, "regenerate")))
     assert asked == [0, 1, 2, 3, 4, *remade, 5]
 
 
-@pytest.mark.parametrize("change", ["keep", "recompute", "remake"])
+@pytest.mark.parametrize("change", ["keep", "recache", "regenerate"])
 @pytest.mark.parametrize(("window", "sink", "rope"), [(None, 0, "absolute"), (9, 3, "window")])
 def test_an_interrupted_stream_goes_on_with_the_window_that_it_had(
     model: CausalWan, new_context: NewContext, window: int | None, sink: int, rope: RopeMode, change: OnChange
@@ -333,14 +333,14 @@ def test_a_prefix_is_not_remade(model: CausalWan, new_context: NewContext, dista
         return torch.cat(list(sampler.stream(noise=noise, num_frames=6, prefix=prefix, **options)), dim=1)
 
     # The given chunk under the new prompt, the made one again: as if the prefix had been continued with it at once.
-    remade = stream(context=prompts, on_change=at(2, "remake"))
+    remade = stream(context=prompts, on_change=at(2, "regenerate"))
     assert torch.equal(remade[:, 3:], stream(context=new)[:, 3:])
 
 
 def test_calls_are_announced_in_order(model: CausalWan, embeds: Tensor) -> None:
     calls: list[ModelCall] = []
     first = FlowMatchSchedule(8, [1000])
-    sampler = ChunkSampler(model, SCHEDULE, first_schedule=first)
+    sampler = ChunkSampler(model, SCHEDULE, first_chunk_schedule=first)
     list(sampler.stream(embeds, SeededNoise([7], SHAPE), num_frames=6, before_call=calls.append))
     assert [(call.chunk, call.step, call.num_steps, call.clean) for call in calls] == [
         (0, 0, 1, False), (0, 2, 2, True), (1, 0, 2, False), (1, 1, 2, False)
@@ -349,7 +349,7 @@ def test_calls_are_announced_in_order(model: CausalWan, embeds: Tensor) -> None:
 
 def test_more_steps_where_the_caller_says_that_a_scene_opens(model: CausalWan, embeds: Tensor) -> None:
     few = FlowMatchSchedule(8, [1000])
-    sampler = ChunkSampler(model, few, first_schedule=SCHEDULE)
+    sampler = ChunkSampler(model, few, first_chunk_schedule=SCHEDULE)
     noise = SeededNoise([7], SHAPE)
 
     def steps(**options: Any) -> list[tuple[int, int]]:
@@ -358,8 +358,8 @@ def test_more_steps_where_the_caller_says_that_a_scene_opens(model: CausalWan, e
         return [(call.chunk, call.step) for call in calls if not call.clean]
 
     assert steps() == [(0, 0), (0, 1), (1, 0), (2, 0)]
-    assert steps(opens=lambda chunk: chunk == 1) == [(0, 0), (1, 0), (1, 1), (2, 0)]
-    remade = steps(opens=lambda chunk: chunk == 2, on_change=at(2, "remake"))
+    assert steps(is_first_chunk=lambda chunk: chunk == 1) == [(0, 0), (1, 0), (1, 1), (2, 0)]
+    remade = steps(is_first_chunk=lambda chunk: chunk == 2, on_change=at(2, "regenerate"))
     assert remade == [(0, 0), (1, 0), *3 * [(2, 0), (2, 1)]], "the window is made for the chunk that it opens with"
     prefix = video(sampler, embeds, 6)
     assert steps(prefix=prefix) == [(2, 0), (2, 1), (3, 0), (4, 0)], "the first behind what is given"
@@ -384,7 +384,7 @@ def test_a_chunk_with_nothing_before_it_has_steps_of_its_own(model: CausalWan, e
 
     def calls(**options: Any) -> list[tuple[float, int]]:
         recorder = Timesteps(model)
-        sampler = ChunkSampler(recorder, FlowMatchSchedule(8, [1000, 757], alone=alone))  # type: ignore[arg-type]
+        sampler = ChunkSampler(recorder, FlowMatchSchedule(8, [1000, 757], without_history=alone))  # type: ignore[arg-type]
         list(sampler.stream(embeds, noise, num_frames=6, **options))
         return [(t, frames) for t, frames in recorder.calls if t]
 
@@ -393,13 +393,13 @@ def test_a_chunk_with_nothing_before_it_has_steps_of_its_own(model: CausalWan, e
     prefix = video(ChunkSampler(model, SCHEDULE), embeds, 3)
     assert calls(prefix=prefix) == [*usual, (1000.0, 6), (757.0, 6)], "what is given comes before"
     again = [(990.0, 0), (600.0, 0)]
-    assert calls(on_change=at(1, "remake")) == [*again, *again, *usual], "remade from its start"
+    assert calls(on_change=at(1, "regenerate")) == [*again, *again, *usual], "remade from its start"
 
 
 def test_steps_of_its_own_follow_the_flow_from_the_noise(model: CausalWan, embeds: Tensor) -> None:
     noise = SeededNoise([7], SHAPE)
     alone = FlowMatchSchedule(1, [1000, 600], euler_steps=1)
-    sampler = ChunkSampler(model, FlowMatchSchedule(1, [1000, 757], alone=alone))
+    sampler = ChunkSampler(model, FlowMatchSchedule(1, [1000, 757], without_history=alone))
     x = noise(range(3), 0)
     for t, t_next in ((1000.0, 600.0), (600.0, 0.0)):
         flow = model(x, t, embeds, cache=model.new_cache(*SHAPE[1:]))

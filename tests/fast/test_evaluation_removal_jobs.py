@@ -130,7 +130,7 @@ def test_cells_whose_first_chunk_has_more_steps_are_others_and_say_so(
     pipelines: list[Any] = []
     worker._pipeline.with_sampler = lambda sampler: pipelines.append(sampler)  # type: ignore[method-assign, assignment]
     done = make(opened, tmp_path, worker)
-    assert [sampler.first_steps for sampler in pipelines] == [None, None, 4, 4]
+    assert [sampler.first_chunk_steps for sampler in pipelines] == [None, None, 4, 4]
     assert [row["first_steps"] for row in rows(opened, done)] == [None, None, 4, 4]
     text = markdown(rows(opened, done))
     assert "| none | 4 | conflict |" in text

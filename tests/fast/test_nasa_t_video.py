@@ -221,7 +221,7 @@ def test_a_rollout_is_what_the_sampler_makes(new_wan, new_context, distance, win
     pos, neg = (wan.prompt_keys(transformer, context, padding=True) for context in (positive, negative))
     steering = GuidanceState(SdpaAttend(), 2, Nasa(0.6), pos, [(neg, 1.0)])
     alone = None if euler_steps is None else FlowMatchSchedule(1.0, (990.0, 500.0), euler_steps=euler_steps)
-    schedule = FlowMatchSchedule(1.0, timesteps, alone=alone)
+    schedule = FlowMatchSchedule(1.0, timesteps, without_history=alone)
     with wan.install(transformer, steering):
         sampler = ChunkSampler(CausalWan(transformer), schedule, 2, Window(window))
         expected = torch.cat(list(sampler.stream(None, source, num_frames=8)), 1)

@@ -245,7 +245,7 @@ def test_the_ring_keeps_the_newest_and_never_repeats() -> None:
 def test_a_timeline_says_what_changed_and_gives_the_same_cues(pipeline: VideoPipeline) -> None:
     cues = LiveCues(pipeline, Wanted(prompt="a ball"))
     history = [cues(0), cues(1)]
-    cues.change(Wanted(prompt="a ball", negatives=({"text": "red", "weight": 0.5},), scale=0.7, on_change="remake"))  # type: ignore[arg-type]
+    cues.change(Wanted(prompt="a ball", negatives=({"text": "red", "weight": 0.5},), scale=0.7, on_change="regenerate"))  # type: ignore[arg-type]
     assert cues.next_chunk == 2
     history.append(cues(2))
     cues.change(Wanted(prompt="a star", guidance="nag", scale=2.0))
@@ -333,30 +333,30 @@ def test_what_becomes_of_the_window(pipeline: VideoPipeline) -> None:
         latents[on_change] = [chunk.latents for chunk in chunks]
         return [chunk.frames for chunk in chunks]
 
-    kept, recomputed, remade = video("keep"), video("recompute"), video("remake")
+    kept, recomputed, remade = video("keep"), video("recache"), video("regenerate")
     for chunk in range(2):
         np.testing.assert_array_equal(kept[chunk], recomputed[chunk])
         np.testing.assert_array_equal(kept[chunk], remade[chunk])
     assert (kept[2] != recomputed[2]).any()
     # The promise of recomputing: chunk 2 is what follows those two chunks in a video that was about the new text.
-    prefix = torch.cat(latents["recompute"][:2], dim=1)
+    prefix = torch.cat(latents["recache"][:2], dim=1)
     (of_new,) = (c.latents for c in pipeline.stream("a", cues=lambda chunk: after, frames=33, prefix=prefix))
-    away = {name: float((latents[name][2] - of_new).abs().max()) for name in ("keep", "recompute", "remake")}
-    assert away["recompute"] < 1e-5
-    assert away["keep"] > 30 * away["recompute"], "kept keys still hold the old text"
-    assert away["remake"] > 30 * away["recompute"], "other frames are remembered"
+    away = {name: float((latents[name][2] - of_new).abs().max()) for name in ("keep", "recache", "regenerate")}
+    assert away["recache"] < 1e-5
+    assert away["keep"] > 30 * away["recache"], "kept keys still hold the old text"
+    assert away["regenerate"] > 30 * away["recache"], "other frames are remembered"
     # The promise of remaking, where the window reaches back to the start: the video that was about it all along.
     new = [chunk.latents for chunk in pipeline.stream("a", cues=lambda chunk: after, frames=45)]
-    for one, other in zip(latents["remake"][2:], new[2:], strict=True):
+    for one, other in zip(latents["regenerate"][2:], new[2:], strict=True):
         assert torch.equal(one, other)
-    np.testing.assert_array_equal(np.concatenate(video(None, "recompute")), np.concatenate(recomputed))
-    np.testing.assert_array_equal(np.concatenate(video("keep", "remake")), np.concatenate(kept))
-    assert pipeline.preset.sampler.on_change == "remake"
+    np.testing.assert_array_equal(np.concatenate(video(None, "recache")), np.concatenate(recomputed))
+    np.testing.assert_array_equal(np.concatenate(video("keep", "regenerate")), np.concatenate(kept))
+    assert pipeline.preset.sampler.on_change == "regenerate"
     np.testing.assert_array_equal(np.concatenate(video(None)), np.concatenate(remade))
 
 
 @pytest.mark.parametrize("rollout", [0, 33])
-@pytest.mark.parametrize("on_change", ["recompute", "remake"])
+@pytest.mark.parametrize("on_change", ["recache", "regenerate"])
 def test_an_interrupted_video_goes_on_as_if_nothing_had_been(
     pipeline: VideoPipeline, on_change: OnChange, rollout: int
 ) -> None:
@@ -375,9 +375,9 @@ def test_an_interrupted_video_goes_on_as_if_nothing_had_been(
 
 def test_only_what_acts_touches_the_window(pipeline: VideoPipeline) -> None:
     """A negative without a method, and a scale of zero, leave the video as it is to the bit."""
-    plain = Cue.of("a red ball", on_change="remake")
-    idle = [Cue.of("a red ball", "snow", None, "remake"), Cue.of("a red ball", "snow", Nasa(0), "remake")]
-    acting = [Cue.of("a red ball", "snow", Nasa(scale), "remake") for scale in (0.5, 1)]
+    plain = Cue.of("a red ball", on_change="regenerate")
+    idle = [Cue.of("a red ball", "snow", None, "regenerate"), Cue.of("a red ball", "snow", Nasa(0), "regenerate")]
+    acting = [Cue.of("a red ball", "snow", Nasa(scale), "regenerate") for scale in (0.5, 1)]
 
     def video(cues: list[Cue]) -> torch.Tensor:
         chunks = pipeline.stream("a", cues=cues.__getitem__, frames=9 + 12 * 3)

@@ -74,7 +74,7 @@ def test_values_that_json_cannot_hold_fail_before_the_work(tmp_path: Path) -> No
         FfmpegSink(tmp_path / "a.mp4", 16, {"path": tmp_path})
 
 
-@pytest.mark.parametrize(("stored", "read"), [(False, "keep"), (True, "recompute")])
+@pytest.mark.parametrize(("stored", "read"), [(False, "keep"), (True, "recache")])
 def test_what_an_older_version_stored_of_the_window_is_read(stored: bool, read: str) -> None:
     """Before it could be remade, a truth value said whether it was recomputed."""
     entries = [{"at": 0, "prompt": "a", "recompute": stored}, {"at": 1, "prompt": "b", "recompute": None}]

@@ -551,8 +551,11 @@ def test_the_package_samples_as_it_was_taught(repository, preset):
     plan, sampler = load_plan(repository / "research/configs" / f"{preset}.yaml"), find_preset("sprites").sampler
     for count in (4, 2, 1):
         taught, shipped = plan.schedule(count), sampler.schedule(count)
-        assert (taught.timesteps, taught.alone.timesteps) == (shipped.timesteps, shipped.alone.timesteps)
-        assert taught.alone.euler_steps == shipped.alone.euler_steps
+        assert (taught.timesteps, taught.without_history.timesteps) == (
+            shipped.timesteps,
+            shipped.without_history.timesteps,
+        )
+        assert taught.without_history.euler_steps == shipped.without_history.euler_steps
 
 
 def test_a_plan_with_an_opening_samples_first_chunks_as_it_teaches_them(repository):
@@ -560,10 +563,10 @@ def test_a_plan_with_an_opening_samples_first_chunks_as_it_teaches_them(reposito
     for count in (4, 2):
         schedule = plan.schedule(count)
         assert schedule.timesteps == STEPS[count]
-        assert schedule.alone.timesteps == (990.0, *STEPS[count][1:])
-        assert schedule.alone.euler_steps == 1
+        assert schedule.without_history.timesteps == (990.0, *STEPS[count][1:])
+        assert schedule.without_history.euler_steps == 1
     only = plan.schedule(1)
-    assert only.alone is only
+    assert only.without_history is only
     with pytest.raises(ValueError, match="4, 2, 1 steps, not 3"):
         plan.schedule(3)
 

@@ -86,17 +86,17 @@ def test_a_refused_change_is_taken_back(server: Server, open_page: Any) -> None:
 def test_what_the_window_does_is_chosen(server: Server, open_page: Any) -> None:
     page = open_page(server.address)
     ready(page)
-    assert page.input_value("#on-change") == "remake", "the model's own"
+    assert page.input_value("#on-change") == "regenerate", "the model's own"
     page.select_option("#on-change", "keep")
     play(page)
     (kept,) = server.hub.streams._things.values()
     assert kept.stream.start.on_change == "keep"
-    page.select_option("#on-change", "recompute")
+    page.select_option("#on-change", "recache")
     until(page, "document.body.dataset.accepted")
     assert kept.stream.timeline().timeline[0].on_change == "keep"
     page.reload()
     ready(page)
-    assert page.input_value("#on-change") == "recompute"
+    assert page.input_value("#on-change") == "recache"
 
 
 def go_to(page: Any, element: str) -> None:

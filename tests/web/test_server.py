@@ -123,8 +123,8 @@ def test_changes_act_from_the_next_chunk_and_replay_to_the_same_frames(
     client.start(seed=11, on_change="keep", steps=1, first_steps=2)
     changes: list[dict[str, Any]] = [
         {"negatives": [{"text": "ratio 16:9"}, {"text": "blue", "weight": 0.3}]},
-        {"prompt": "a blue star", "on_change": "remake"},
-        {"guidance": "nag", "scale": 2.5, "on_change": "recompute"},
+        {"prompt": "a blue star", "on_change": "regenerate"},
+        {"guidance": "nag", "scale": 2.5, "on_change": "recache"},
         {"guidance": "none"},
         {"guidance": "vsf", "negatives": [{"text": "snow"}]},
         {"negatives": []},
@@ -191,7 +191,7 @@ def test_side_by_side_is_the_guided_and_the_unguided_stream(
 ) -> None:
     sent: list[np.ndarray[Any, Any]] = []
     monkeypatch.setattr(delivery.Delivery, "_send", lambda self, item: sent.append(item.sent))
-    started = client.start(negatives=[{"text": "red"}], compare=True, frames=21, on_change="remake")
+    started = client.start(negatives=[{"text": "red"}], compare=True, frames=21, on_change="regenerate")
     assert started["width"] == 2 * 64
     client.watch(2)
     client.hear("ended")
@@ -252,7 +252,7 @@ def test_a_change_needs_no_memory_for_another_stream(client: Client, monkeypatch
         raise InputError("there is no memory for one more")
 
     monkeypatch.setattr("nasa_video.video.pipeline.require", nothing_left)
-    client.send("update", negatives=[{"text": "red"}], on_change="remake")
+    client.send("update", negatives=[{"text": "red"}], on_change="regenerate")
     accepted = client.hear("accepted")["from_chunk"]
     while (chunk := client.watch(1)[0])["index"] < accepted:
         pass
