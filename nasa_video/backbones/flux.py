@@ -77,7 +77,7 @@ class GuidedJointAttention(GuidedProcessor):
     def _advance_negatives(
         self, attn: FluxAttention, image: TextKeys, rotary: Rotary | None, length: int, double: bool
     ) -> list[tuple[TextKeys, float]]:
-        """The negatives' keys; their streams go on to the next block, where one reads them."""
+        """The negatives' keys; their streams move to the next block, where one reads them."""
         negatives = []
         for stream in self.run.streams:
             enter_block(self.block, stream, double=double)
@@ -156,15 +156,12 @@ class FluxBackbone(Backbone):
         return [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
 
     def find_layers(self) -> list[Any]:
-        """The attention of every block."""
         return [block.attn for block in self.blocks]
 
     def replaces(self, layer: Any) -> bool:
-        """FLUX's own processor."""
         return isinstance(layer.processor, FluxAttnProcessor)
 
     def make_processor(self, layer: int, before: Any) -> GuidedJointAttention:
-        """Takes the negatives' streams through the block too."""
         return GuidedJointAttention(layer, self.blocks[layer], self.run, before)
 
     def keys_of(self, negative: NegativeContext) -> PromptKeys:
@@ -172,7 +169,6 @@ class FluxBackbone(Backbone):
         return PromptKeys(())
 
     def as_context(self, embeds: Tensor, second: Any, mask: Tensor) -> NegativeContext:
-        """FLUX gives the pooled embedding second."""
         return NegativeContext(embeds, mask, second)
 
     def use(self, negatives: Sequence[NegativeContext], *, lora_scale: float | None = None) -> None:

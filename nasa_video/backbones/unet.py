@@ -114,7 +114,6 @@ class LegacyBackbone(Backbone):
         return isinstance(model, PixArtTransformer2DModel | UNet2DConditionModel)
 
     def find_layers(self) -> list[Attention]:
-        """Those that attend to text."""
         return cross_attentions(self.model)
 
     def replaces(self, layer: Attention) -> bool:
@@ -122,11 +121,9 @@ class LegacyBackbone(Backbone):
         return isinstance(layer.processor, REPLACEABLE)
 
     def make_processor(self, layer: int, before: Any) -> GuidedLegacyAttention:
-        """Where guidance does not act, the one before does the work."""
         return GuidedLegacyAttention(layer, self.state, before)
 
     def as_context(self, embeds: Tensor, second: Any, mask: Tensor) -> NegativeContext:
-        """PixArt gives its mask itself."""
         return NegativeContext(embeds, second if self._is_pixart else mask)
 
     def keys_of(self, negative: NegativeContext) -> PromptKeys:

@@ -145,7 +145,6 @@ class WanBackbone(Backbone):
         return all(hasattr(getattr(block, "attn2", None), name) for block in blocks for name in _OFFERED)
 
     def find_layers(self) -> list[Any]:
-        """``attn2`` of every block."""
         self.model = _transformer(self.model)
         return [block.attn2 for block in guided_blocks(self.model)]
 
@@ -154,7 +153,6 @@ class WanBackbone(Backbone):
         return type(layer.processor).__module__ == type(layer).__module__
 
     def make_processor(self, layer: int, before: Any) -> GuidedCrossAttention:
-        """Takes the positive keys from the text that the model passes."""
         return GuidedCrossAttention(layer, self.state)
 
     def keys_of(self, negative: NegativeContext) -> PromptKeys:

@@ -104,7 +104,7 @@ def _copy_to(*muxer: str) -> Callable[[Path, Path, str], None]:
 
 
 def _convert_to_gif(capture: Path, target: Path, comment: str) -> None:
-    """Two passes, palette then picture: one pass with `split` would hold the whole video in memory."""
+    """Two passes, palette then frames: one pass with `split` would hold the whole video in memory."""
     inputs = ["-xerror", "-i", ffmpeg.url(capture)]
     # Colours from every third frame: palettegen is slow where there are many, and they last longer than that.
     one_png = ["-frames:v", "1", "-c:v", "png", "-f", "image2pipe", "pipe:1"]

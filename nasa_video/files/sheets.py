@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -198,14 +199,8 @@ def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: f
     text = " ".join(text[: 4 * int(width)].split())
     if font.getlength(text) <= width:
         return text
-    fits, too_long = 0, len(text)
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        if font.getlength(text[:middle] + "…") <= width:
-            fits = middle
-        else:
-            too_long = middle
-    return text[:fits].rstrip() + "…"
+    fits = bisect.bisect(range(len(text)), width, key=lambda length: font.getlength(text[:length] + "…")) - 1
+    return text[: max(0, fits)].rstrip() + "…"
 
 
 def _names(output: Path) -> Iterator[Path]:

@@ -16,6 +16,8 @@ from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
+from causvid_adapter.checkpoint import read_state_dict
+from causvid_adapter.errors import CheckpointError
 from nasa_video.errors import InputError, NasaVideoError
 from nasa_video.guidance.methods import ClassifierFree, Guidance
 from nasa_video.guidance.state import Effect
@@ -26,18 +28,13 @@ from nasa_video.integrations.diffusers.guided import guided
 from nasa_video.models.presets import Source
 from nasa_video.models.stored import find_repository
 
-PIPELINES: dict[str, Any] = {
-    "pixart": diffusers.PixArtAlphaPipeline,
-    "sd": diffusers.StableDiffusionPipeline,
-    "sdxl": diffusers.StableDiffusionXLPipeline,
-    "flux": diffusers.FluxPipeline,
+FAMILIES: dict[str, tuple[Any, str, Any]] = {
+    "pixart": (diffusers.PixArtAlphaPipeline, "transformer", diffusers.PixArtTransformer2DModel),
+    "sd": (diffusers.StableDiffusionPipeline, "unet", diffusers.UNet2DConditionModel),
+    "sdxl": (diffusers.StableDiffusionXLPipeline, "unet", diffusers.UNet2DConditionModel),
+    "flux": (diffusers.FluxPipeline, "transformer", diffusers.FluxTransformer2DModel),
 }
-DENOISERS: dict[str, tuple[str, Any]] = {
-    "pixart": ("transformer", diffusers.PixArtTransformer2DModel),
-    "sd": ("unet", diffusers.UNet2DConditionModel),
-    "sdxl": ("unet", diffusers.UNet2DConditionModel),
-    "flux": ("transformer", diffusers.FluxTransformer2DModel),
-}
+"""Of each family the pipeline, and its denoiser's name and class."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +80,15 @@ class ImagePipeline:
                 f"({preset.weights.missing}): give them with --weights FOLDER (diffusers' layout) or FILE"
                 f"{_noted(preset)}"
             )
-        source = _Base(preset, base)
-        parts: dict[str, Any] = {}
+        if base is not None and not (base / "model_index.json").is_file():
+            raise InputError(f"{base} is no pipeline in diffusers' layout: it has no model_index.json")
+        place = str(base or find_repository(preset.base.repo) or preset.base.repo)
+        parts: dict[str, Any] = {} if base or preset.base.variant is None else {"variant": preset.base.variant}
+        pipeline, name, _ = FAMILIES[preset.family]
         if preset.weights is not None and preset.weights.kind != "lora":
-            name, _ = DENOISERS[preset.family]
-            parts[name] = _load_denoiser(preset, preset.weights, source, weights, dtype)
-        with _explained(f"the pipeline {source.place} of {preset.name}", preset, source.place):
-            pipe = PIPELINES[preset.family].from_pretrained(source.place, dtype=dtype, **source.options, **parts)
+            parts[name] = _load_denoiser(preset, preset.weights, place, weights, dtype)
+        with _explained(f"the pipeline {place} of {preset.name}", preset, place):
+            pipe = pipeline.from_pretrained(place, dtype=dtype, **parts)
         if preset.weights is not None and preset.weights.kind == "lora":
             _load_lora(pipe, preset, preset.weights, weights)
         if preset.scheduler is not None:
@@ -158,65 +157,37 @@ class ImagePipeline:
         return call
 
 
-class _Base:
-    """Where the parts that are not the preset's own come from."""
-
-    def __init__(self, preset: ImagePreset, folder: Path | None) -> None:
-        self.place = str(folder) if folder is not None else _place(preset.base.repo)
-        self.options = {} if folder is not None or preset.base.variant is None else {"variant": preset.base.variant}
-        if folder is not None and not (folder / "model_index.json").is_file():
-            raise InputError(f"{folder} is no pipeline in diffusers' layout: it has no model_index.json")
-
-
-def _place(repo: str) -> str:
-    """Where to load a repository from: NASA_VIDEO_MODELS if it has it, otherwise the hub or its cache."""
-    return str(find_repository(repo) or repo)
-
-
-def _load_denoiser(preset: ImagePreset, own: Weights, base: _Base, given: Path | None, dtype: torch.dtype) -> Any:
-    name, model = DENOISERS[preset.family]
+def _load_denoiser(preset: ImagePreset, own: Weights, base: str, given: Path | None, dtype: torch.dtype) -> Any:
+    """The preset's denoiser: a folder in diffusers' layout, or a state dict whose config is the base's."""
+    _, name, model = FAMILIES[preset.family]
     if given is not None and not given.exists():
         raise InputError(f"{given} does not exist; --weights takes a folder of the {name} or a file with its tensors")
-    if (given is not None and given.is_dir()) or (given is None and own.kind == "folder"):
-        place = str(given) if given is not None else _place(str(own.repo))
-        variant = {"variant": own.variant} if given is None and own.variant else {}
+    if own.kind == "folder" if given is None else given.is_dir():
+        place = str(given or find_repository(str(own.repo)) or own.repo)
+        inside = {"subfolder": own.subfolder, "variant": own.variant} if given is None else {}
         with _explained(f"the weights {own.description} of {preset.name}", preset, place):
-            return model.from_pretrained(
-                place, subfolder=own.subfolder if given is None else None, dtype=dtype, **variant
-            )
+            return model.from_pretrained(place, dtype=dtype, **{key: value for key, value in inside.items() if value})
     path = given if given is not None else _download(preset, own)
-    with _explained(f"the {name} config of {base.place}", preset, base.place):
-        config = model.load_config(base.place, subfolder=name)
-    tensors = _read_tensors(path)
+    with _explained(f"the {name} config of {base}", preset, base):
+        config = model.load_config(base, subfolder=name)
+    try:
+        tensors = read_state_dict(path)
+    except CheckpointError as error:
+        raise InputError(str(error)) from error
     with init_empty_weights(include_buffers=False):
         denoiser = model.from_config(config)
     wanted, there = set(denoiser.state_dict()), set(tensors)
     if wanted != there:
         raise InputError(
-            f"{path} is not a {name} of {base.place}: {len(wanted - there)} tensors are missing (such as "
+            f"{path} is not a {name} of {base}: {len(wanted - there)} tensors are missing (such as "
             f"{min(wanted - there, default='none')}), {len(there - wanted)} are unknown (such as "
             f"{min(there - wanted, default='none')})"
         )
     try:
         denoiser.load_state_dict({key: value.to(dtype) for key, value in tensors.items()}, assign=True)
     except RuntimeError as error:
-        raise InputError(f"{path} has tensors of other sizes than a {name} of {base.place}: {error}") from error
+        raise InputError(f"{path} has tensors of other sizes than a {name} of {base}: {error}") from error
     return denoiser.eval()
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict; pickles are read without running them."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(path))
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise many unrelated types for a broken file
-        raise InputError(f"{path} cannot be read as a state dict: {' '.join(str(error).split())[:300]}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise InputError(f"{path} holds no plain state dict")
-    return tensors
 
 
 def _load_lora(pipe: Any, preset: ImagePreset, own: Weights, given: Path | None) -> None:

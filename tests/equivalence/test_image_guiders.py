@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,10 +23,17 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import image_tiny as tiny
 
-from nasa_video import Nag, Nasa, Vsf, guided
+from nasa_video import CentredNasa, Nag, Nasa, Vsf, guided
 from nasa_video.errors import InputError
+from nasa_video.guidance.methods import AttentionGuidance, setting
 from nasa_video.integrations.diffusers.flux_modular import guided_flux_blocks
-from nasa_video.integrations.diffusers.guiders import NagGuidance, NasaGuidance, VsfGuidance
+from nasa_video.integrations.diffusers.guiders import (
+    CentredNasaGuidance,
+    NagGuidance,
+    NasaGuidance,
+    VsfGuidance,
+    guider_of,
+)
 
 BLOCKS = {"sdxl": StableDiffusionXLAutoBlocks, "wan": WanBlocks, "flux": guided_flux_blocks}
 METHODS = [
@@ -222,6 +231,48 @@ def test_config_survives_saving(tmp_path: Path) -> None:
     assert loaded.config.stop == 0.5
     with pytest.raises(InputError):
         NasaGuidance(scale=-1.0)
+
+
+@dataclass(frozen=True)
+class Half(AttentionGuidance):
+    """A user's own: half of what NASA subtracts."""
+
+    name: ClassVar[str] = "half"
+    label: ClassVar[str] = "Half NASA"
+    extra: float = setting(0.0, "does nothing")
+
+    def __call__(self, q: Tensor, positive: Any, negatives: Any, attend: Any) -> Any:
+        return Nasa(self.scale / 2)(q, positive, negatives, attend)
+
+
+HalfGuidance = guider_of(Half, "HalfGuidance", "Half of NASA.")
+
+
+@pytest.mark.parametrize(
+    ("guider", "method"),
+    [
+        (HalfGuidance(scale=1.4), Nasa(0.7)),
+        (CentredNasaGuidance(scale=0.4, conflict=1.5), CentredNasa(0.4, conflict=1.5)),
+    ],
+    ids=["own", "centred"],
+)
+def test_every_method_has_a_guider_ones_own_too(guider: Any, method: Any, tmp_path: Path) -> None:
+    classic, pipe = modular("wan")
+    model, noise = tiny.denoiser(classic), noise_of("wan")
+    pipe.update_components(guider=guider)
+    (other,) = predictions(model, lambda: draw(pipe, "wan", noise, negative_prompt="blurry"))
+    with guided(classic, "blurry", method):
+        run = lambda: classic("a fox", latents=noise, output_type="latent", **tiny.CALLS["wan"])  # noqa: E731
+        expected = predictions(model, run)[0]
+    torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-5)
+    guider.save_pretrained(tmp_path)
+    assert type(guider).from_pretrained(tmp_path).method() == guider.method()
+    assert list(inspect.signature(HalfGuidance).parameters)[:2] == ["scale", "extra"]
+
+
+def test_embeddings_under_an_unknown_name_are_not_ignored() -> None:
+    with pytest.raises(InputError, match="cap_feats"):
+        NasaGuidance().prepare_inputs({"cap_feats": (torch.zeros(1), torch.zeros(1))})
 
 
 def test_modular_pipelines_are_sent_to_the_guider() -> None:

@@ -114,7 +114,7 @@ class FluxGuidedLoopDenoiser(_GuidedLoop, FluxLoopDenoiser):  # type: ignore[mis
 
 
 class FluxKontextGuidedLoopDenoiser(_GuidedLoop, FluxKontextLoopDenoiser):  # type: ignore[misc]
-    """Kontext's, guided: the rows of the picture that is edited are image rows like the others."""
+    """Kontext's, guided: the rows of the image that is edited are image rows like the others."""
 
 
 def guided_flux_blocks(blocks: FluxAutoBlocks | FluxKontextAutoBlocks | None = None) -> Any:
