@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from torch import Tensor, cat, nn
 
 from nasa_video.backbones.base import Backbone, GuidedProcessor, NegativeContext, expand_keys, register_backbone
-from nasa_video.backbones.flux_streams import EmbedText, EmbedTime, FluxRun, TextStream, enter_block, leave_block
+from nasa_video.backbones.flux_streams import FluxRun, TextStream, enter_block, leave_block
 from nasa_video.backbones.joint import JointFormula, default_joint, join_keys
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import Attend, TextKeys
@@ -185,7 +185,7 @@ class FluxBackbone(Backbone):
         """Guide the model's joint attention inside the scope; what was there comes back, also after an error."""
         with ExitStack() as stack:
             stack.callback(self.run.streams.clear)
-            stack.callback(self.model.time_text_embed.register_forward_hook(EmbedTime(self.run)).remove)
-            stack.callback(self.model.context_embedder.register_forward_hook(EmbedText(self.run)).remove)
+            stack.callback(self.model.time_text_embed.register_forward_hook(self.run.embed_time).remove)
+            stack.callback(self.model.context_embedder.register_forward_hook(self.run.embed_text).remove)
             with super().install():
                 yield

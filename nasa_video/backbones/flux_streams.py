@@ -49,34 +49,22 @@ class FluxRun:
         layers = range(self.state.num_layers - 1, -1, -1)
         return next((layer for layer in layers if self.streams and self.state.acts(layer)), -1)
 
-
-class EmbedTime:
-    """Hook of the timestep embedding: the same for each negative, with its own pooled embedding."""
-
-    def __init__(self, run: FluxRun) -> None:
-        self.run = run
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if self.run.last_layer < 0:
+    def embed_time(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Hook of the timestep embedding: the same for each negative, with its own pooled embedding."""
+        if self.last_layer < 0:
             return
         *times, pooled = args
-        for stream in self.run.streams:
+        for stream in self.streams:
             assert stream.context.pooled is not None
             own = expand_rows(stream.context.pooled.to(pooled), pooled.shape[0])
             stream.temb = module.forward(*times, own)
 
-
-class EmbedText:
-    """Hook of the text embedding: starts each negative's stream, and says how long the positive one is."""
-
-    def __init__(self, run: FluxRun) -> None:
-        self.run = run
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if self.run.last_layer < 0:
+    def embed_text(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Hook of the text embedding: starts each negative's stream, and notes how long the positive one is."""
+        if self.last_layer < 0:
             return
-        self.run.text_tokens = args[0].shape[1]
-        for stream in self.run.streams:
+        self.text_tokens = args[0].shape[1]
+        for stream in self.streams:
             embeds = expand_rows(stream.context.embeds.to(args[0]), args[0].shape[0])
             stream.text = module.forward(embeds)
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ from PIL import Image
 from causvid_adapter.checkpoint import read_state_dict
 from causvid_adapter.errors import CheckpointError
 from nasa_video.errors import InputError, NasaVideoError
-from nasa_video.guidance.methods import ClassifierFree, Guidance
+from nasa_video.guidance.methods import ClassifierFree, Guidance, parse_guidance
 from nasa_video.guidance.state import Effect
-from nasa_video.guidance.terms import Negative
-from nasa_video.images.presets import ImagePreset, Weights
+from nasa_video.guidance.terms import Negatives, as_negatives
+from nasa_video.images.presets import ImagePreset, Weights, find_image_preset
 from nasa_video.images.schedulers import make_scheduler
 from nasa_video.integrations.diffusers.guided import guided
 from nasa_video.models.presets import Source
@@ -56,7 +56,7 @@ class ImagePipeline:
     @classmethod
     def from_preset(
         cls,
-        preset: ImagePreset,
+        preset: ImagePreset | str,
         *,
         base: Path | None = None,
         weights: Path | None = None,
@@ -65,6 +65,7 @@ class ImagePipeline:
         """Load a model.
 
         Args:
+            preset: or its name, or a preset file.
             base: folder in diffusers' layout, instead of the preset's repository.
             weights: the preset's own weights on this machine: a folder of the denoiser, a state dict or a LoRA.
             device: CUDA if there is one by default; on a CPU everything runs in float32.
@@ -72,6 +73,7 @@ class ImagePipeline:
         Raises:
             InputError: a part is missing and cannot be downloaded; the message says where it comes from and what to do.
         """
+        preset = find_image_preset(preset) if isinstance(preset, str) else preset
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.float32 if device.type == "cpu" else getattr(torch, preset.dtype)
         if preset.weights is not None and preset.weights.repo is None and weights is None:
@@ -98,8 +100,8 @@ class ImagePipeline:
     def draw(
         self,
         prompt: str,
-        negatives: Sequence[Negative] = (),
-        guidance: Guidance | None = None,
+        negatives: Negatives = (),
+        guidance: Guidance | str | None = None,
         *,
         seed: int = 0,
         count: int = 1,
@@ -109,18 +111,23 @@ class ImagePipeline:
     ) -> Drawn:
         """``count`` images with the seeds from ``seed`` on; each is what its seed alone gives.
 
+        Args:
+            negatives: texts (by their grammar) or :class:`~nasa_video.Negative`.
+            guidance: a method, or its spelling such as "nasa:0.5", with what it leaves open from the preset.
+
         Raises:
             InputError: the model was made for other step counts, or the negatives cannot act.
             NasaVideoError: there is not enough memory.
         """
         call = self._call(seed, count, steps, width, height)
+        negatives, guidance = as_negatives(negatives), parse_guidance(guidance, self.preset.guidance)
         if guidance is None or not negatives or not guidance.active:
             return Drawn(self._run(prompt, call), None)
         if isinstance(guidance, ClassifierFree):
             scale = "true_cfg_scale" if self.preset.family == "flux" else "guidance_scale"
-            call |= {"negative_prompt": ", ".join(negative.text for negative in negatives), scale: guidance.scale}
+            call |= {"negative_prompt": ", ".join(one.text for one in negatives), scale: guidance.scale}
             return Drawn(self._run(prompt, call), None)
-        with guided(self.pipe, list(negatives), guidance) as scope:
+        with guided(self.pipe, negatives, guidance) as scope:
             images = self._run(prompt, call)
         return Drawn(images, scope.effect)
 

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from nasa_video.errors import InputError
 from nasa_video.guidance.methods import METHODS, Guidance, check_settings, parse_guidance
@@ -22,7 +22,6 @@ class HubFolder(Strict):
 
     repo: str
     variant: str | None = None
-    subfolder: str | None = None
 
 
 class Weights(Strict):
@@ -157,11 +156,7 @@ def parse_image_preset(path: Path) -> ImagePreset:
     Raises:
         InputError: an unknown key or a wrong value; the message names each.
     """
-    try:
-        return ImagePreset.model_validate(read_yaml(path))
-    except ValidationError as error:
-        rows = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
-        raise InputError(f"{path.name} is not a valid image preset: {rows}") from error
+    return ImagePreset.validated(read_yaml(path), f"{path.name} is not a valid image preset")
 
 
 @cache

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
 
 from causvid_adapter.errors import ShapeError
 from causvid_adapter.window import OnChange as Change
@@ -286,12 +286,7 @@ def parse_preset(path: Path) -> VideoPreset:
     Raises:
         InputError: an unknown key or a wrong value; the message names each.
     """
-    data = read_yaml(path)
-    try:
-        return VideoPreset.model_validate(data)
-    except ValidationError as error:
-        rows = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
-        raise InputError(f"{path.name} is not a valid preset: {rows}") from error
+    return VideoPreset.validated(read_yaml(path), f"{path.name} is not a valid preset")
 
 
 @cache

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.resources
 from pathlib import Path
+from typing import Any, Self
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from nasa_video.errors import InputError
 from nasa_video.models.stored import MODELS_FOLDER, WEIGHT_SUFFIXES, find_file, find_folder
@@ -16,6 +17,15 @@ class Strict(BaseModel):
     """Settings in which an unknown key is an error, and which do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def validated(cls, data: Any, what: str) -> Self:
+        """A record from a mapping; InputError where ``what`` has an unknown key or a wrong value, which names each."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            rows = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise InputError(f"{what}: {rows}") from error
 
 
 class Source(Strict):
