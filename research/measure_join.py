@@ -15,18 +15,17 @@ import itertools
 import json
 import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from nasa_video.cli.console import chunk_progress
-from nasa_video.cli.generation import Request, run
+from nasa_video.cli.generation import RunOptions, run
 from nasa_video.evaluation.cases import build_cases
 from nasa_video.files.source import read_frames
-from nasa_video.video.inputs import StoredStart
 from nasa_video.video.pipeline import VideoPipeline
+from nasa_video.video.request import StartFile, VideoRequest
 
 COLUMNS = ("join", "given", "new", "unrelated")
 
@@ -59,7 +58,8 @@ def measure(model: str, clips: int, frames: int, new: int) -> dict[str, list[dic
     rows: dict[str, list[dict[str, float]]] = {"extend": [], "image": []}
 
     def make(output: str, **settings: Any) -> np.ndarray[Any, Any]:
-        run(Request(model=model, **settings), output, chunk_progress, lambda text: None, load=lambda *a, **k: pipeline)
+        request = VideoRequest(model=model, **settings)
+        run(request, output, RunOptions(), chunk_progress, lambda text: None, load=lambda *a, **k: pipeline)
         return read_frames(output)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -69,8 +69,9 @@ def measure(model: str, clips: int, frames: int, new: int) -> dict[str, list[dic
             Image.fromarray(made[-1]).save(picture)
             other = make(f"{folder}/other.mp4", prompt=prompts[number + 1], seed=1000 + number, frames=frames)
             for kind, path, given in (("extend", clip, frames), ("image", picture, 1)):
-                start = StoredStart.of_file(kind, Path(path), new_frames=new)  # type: ignore[arg-type]
-                long = make(f"{folder}/long.mp4", prompt=prompts[number], seed=500 + number, start=start)
+                start = StartFile.of_file(kind, path)  # type: ignore[arg-type]
+                said = {"prompt": prompts[number], "seed": 500 + number, "start": start, "frames": new}
+                long = make(f"{folder}/long.mp4", **said)
                 assert len(long) == given + new
                 rows[kind].append(row(long, given, other[0]))
     return rows

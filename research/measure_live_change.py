@@ -30,7 +30,7 @@ from nasa_video.cli.console import say
 from nasa_video.evaluation.removal import Method, SpritesJudge, parse_methods
 from nasa_video.files.frames import Frames
 from nasa_video.models.presets import OnChange
-from nasa_video.video.timeline import Cue
+from nasa_video.video.request import PromptState
 
 SHAPES = (("square", "square", 0, "red"), ("ball", "circle", 2, "blue"), ("triangle", "triangle", 1, "green"))
 """A shape in the prompt, the detector's name for it, the channel of its colour, and the colour's name."""
@@ -57,11 +57,13 @@ def chunks_of(
         for shape, _, _, colour, _ in cases
     )
     typed = tuple((Negative(colour),) if method.guidance else () for _, _, _, colour, _ in cases)
-    quiet, loud = (Cue(prompts, negatives, method.guidance, window) for negatives in (((),) * len(cases), typed))
+    quiet, loud = (
+        PromptState(prompts, negatives, method.guidance, window) for negatives in (((),) * len(cases), typed)
+    )
     chunks = pipeline.stream_batch(
         prompts,
         seeds=[seed for *_, seed in cases],
-        cues=lambda chunk: quiet if chunk < before else loud,
+        states=lambda chunk: quiet if chunk < before else loud,
         frames=pipeline.frames_until(before + 2),
     )
     return [(shape, channel) for _, shape, channel, _, _ in cases], [chunk.frames for chunk in chunks]

@@ -14,6 +14,7 @@ from nasa_video.cli.extend import extend
 from nasa_video.cli.generate import generate
 from nasa_video.cli.image import image
 from nasa_video.cli.models import models
+from nasa_video.cli.options import Command
 from nasa_video.cli.serve import serve
 from nasa_video.cli.stream import stream
 from nasa_video.cli.train import train
@@ -42,13 +43,8 @@ def main(
     """Negative prompts for few-step and one-step video and image generators."""
 
 
-app.command()(generate)
-app.command()(serve)
-app.command()(stream)
-app.command()(bench)
-app.command()(extend)
-app.command()(batch)
-app.command()(image)
+for command in (generate, serve, stream, bench, extend, batch, image):
+    app.command(cls=Command)(command)
 app.add_typer(models)
 app.add_typer(evaluate)
 app.add_typer(train)

@@ -2,60 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from nasa_video.cli.console import chunk_progress, emit_json, say, shown_warnings
-from nasa_video.cli.option_groups import LoadOptions, grouped
-from nasa_video.cli.options import AsJsonOption
+from nasa_video.cli.options import OUTPUT, SPEED, AsJsonOption, ModelOptions, grouped, option, requested
 from nasa_video.errors import InputError
 from nasa_video.files.atomic import slug
-from nasa_video.models.presets import Strict
-
-if TYPE_CHECKING:
-    from nasa_video.cli.generation import Request
+from nasa_video.video.request import LoadOptions, VideoRequest
 
 
-class BatchJob(Strict):
-    """One video of the list; what is left out is the model's own."""
+class BatchJob(VideoRequest):
+    """One video of the list, which may have a name; what is left out is the model's own."""
 
-    prompt: str
-    negatives: tuple[str, ...] = ()
-    guidance: str | None = None
-    scale: float | None = None
-    seed: int = 0
-    frames: int | None = None
-    steps: int | None = None
-    first_steps: int | None = None
-    width: int | None = None
-    height: int | None = None
     name: str | None = Field(default=None, pattern=r"^[\w][\w.-]*$")
 
 
 @grouped
 def batch(
     jobs: Annotated[Path, typer.Argument(help="YAML or JSON list, or JSON lines: prompt, negatives, seed, name …")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the videos.")],
-    load: LoadOptions,
+    output: Annotated[Path, option("Folder for the videos.", "-o", "--output", panel=OUTPUT)],
+    model: ModelOptions,
     shard: Annotated[
-        str | None, typer.Option(help="i/n: this process's share.", show_default="of torchrun or Slurm, else all")
+        str | None, option("i/n: this process's share.", panel=SPEED, default="of torchrun or Slurm, else all")
     ] = None,
     as_json: AsJsonOption = False,
 ) -> None:
     """Make every video of JOBS that is not in the folder yet. Under torchrun each process takes its share and GPU."""
-    from nasa_video.cli.generation import Request
     from nasa_video.jobs.processes import Processes, Shard
 
     own = Shard.choose(shard).of(named_jobs(jobs))
-    shared = Request(**load.asked | {"device": Processes.of_environment().device(load.device)})
+    shared = requested(model.said)
+    loading = model.loading(device=Processes.of_environment().device(model.device))
     with shown_warnings():
-        result = run_batch(own, output, shared, say)
+        result = run_batch(own, output, shared, loading, say)
     if as_json:
         emit_json(result)
     if result["failed"]:
@@ -78,12 +63,12 @@ def named_jobs(path: Path) -> list[tuple[str, BatchJob]]:
         raise InputError(f"{path} must hold a list of jobs, such as: - {{prompt: a red ball, negatives: [blurry]}}")
     named: dict[str, BatchJob] = {}
     for number, row in enumerate(rows):
-        try:
-            job = BatchJob.model_validate(row)
-        except ValidationError as error:
-            reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise InputError(f"{path}, job {number}: {reasons}") from error
-        name = job.name or f"{number:04}-{slug(job.prompt)}"
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, job {number}: must be a mapping with a prompt, got {type(row).__name__}")
+        job = BatchJob.read(row, f"{path}, job {number}")
+        if job.prompt is None and job.timeline is None:
+            raise InputError(f"{path}, job {number}: say what the video should show, as prompt: a red ball")
+        name = job.name or f"{number:04}-{slug(job.prompt or '')}"
         if name in named:
             raise InputError(f"{path} gives the name {name!r} twice")
         named[name] = job
@@ -93,12 +78,13 @@ def named_jobs(path: Path) -> list[tuple[str, BatchJob]]:
 def run_batch(
     jobs: list[tuple[str, BatchJob]],
     folder: Path,
-    shared: Request,
+    shared: VideoRequest,
+    options: LoadOptions,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Make what is missing, as ``shared`` says; a job that cannot be made is told of, and the next is begun."""
     from nasa_video.cli.console import is_user_error
-    from nasa_video.cli.generation import run
+    from nasa_video.cli.generation import RunOptions, run
     from nasa_video.video.pipeline import VideoPipeline
 
     loaded: dict[str, VideoPipeline] = {}
@@ -120,9 +106,8 @@ def run_batch(
         if path.exists():
             found += 1
             continue
-        request = dataclasses.replace(shared, **job.model_dump(exclude={"name"}))
         try:
-            made.append(run(request, str(path), chunk_progress, tell, load=load))
+            made.append(run(shared.merged(job), str(path), RunOptions(options), chunk_progress, tell, load=load))
         except Exception as error:
             if not is_user_error(error):
                 raise

@@ -7,11 +7,14 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from nasa_video.guidance.state import Effect
 
 console = Console(stderr=True, highlight=False)
 
@@ -48,6 +51,14 @@ def is_user_error(error: BaseException) -> bool:
     from causvid_adapter.errors import CausvidAdapterError
 
     return isinstance(error, CausvidAdapterError)
+
+
+def effect_text(effect: Effect) -> str:
+    """What the negative did, for people."""
+    return (
+        f"effect of the negative: attention changed by {effect.relative_change:.0%}, "
+        f"negative share {effect.negative_share:.1%}"
+    )
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nasa_video.cli.console import emit_json, say
-from nasa_video.cli.options import AsJsonOption, DeviceOption, GuidanceOption, NegOption, ScaleOption
+from nasa_video.cli.console import effect_text, emit_json, say
+from nasa_video.cli.options import AsJsonOption, DeviceOption, GuidanceOption, NegOption, guidance_of, negatives_of
 
 if TYPE_CHECKING:
     from nasa_video.guidance.methods import Guidance
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 def image(
     prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
     neg: NegOption = None,
-    scale: ScaleOption = None,
     guidance: GuidanceOption = None,
     model: Annotated[str | None, typer.Option(help="Preset or preset file.", show_default="dmd2-sdxl-4step")] = None,
     output: Annotated[
@@ -50,21 +49,33 @@ def image(
 ) -> None:
     """Draw a picture that shows PROMPT and steers away from every --neg, with a one-step or few-step model."""
     from nasa_video.errors import InputError
+    from nasa_video.guidance.terms import as_negatives
     from nasa_video.images.pipeline import ImagePipeline
     from nasa_video.images.presets import DEFAULT_IMAGE_MODEL, find_image_preset
-    from nasa_video.video.timeline import parse_negative
 
     if not prompt.strip():
         raise InputError("the prompt is empty; say what the picture should show")
     preset = find_image_preset(model or DEFAULT_IMAGE_MODEL)
-    negatives = tuple(parse_negative(text) for text in neg or () if text.strip())
-    method = guidance or "nasa"
-    chosen = None if method == "none" else preset.make_guidance(method, scale)
+    negatives = as_negatives(negatives_of(neg))
+    method = guidance_of(guidance) or "nasa"
+    method = f"nasa{method}" if method.startswith(":") else method
+    chosen = None if method == "none" else preset.make_guidance(method)
     sweep = _read_scales(scales) if scales else preset.sweep("nasa" if method == "none" else method)
     if (grid or scales) and (not negatives or chosen is None):
         raise InputError("a sweep over scales needs something to steer away from: give --neg, and a --guidance")
     path = Path(output or _default_name(prompt))
-    run = _Run(prompt, negatives, chosen, method, preset.name, seed, count, steps, width, height)
+    run = _Run(
+        prompt,
+        negatives,
+        chosen,
+        method.partition(":")[0].partition(",")[0],
+        preset.name,
+        seed,
+        count,
+        steps,
+        width,
+        height,
+    )
     columns = [preset.make_guidance(method, one) for one in sweep] if grid or scales else []  # a wrong one fails here
     pipeline = ImagePipeline.from_preset(preset, base=base, weights=weights, device=device)
     result = run.sweep(pipeline, columns, path) if columns else run.single(pipeline, path)
@@ -129,14 +140,13 @@ class _Run:
 
     def _metadata(self, guidance: Guidance | None, seed: int, effect: Effect | None) -> dict[str, Any]:
         from nasa_video import __version__
-        from nasa_video.video.recipe import store_guidance, store_negatives
+        from nasa_video.guidance.methods import spell
 
-        stored = store_guidance(guidance)
         return {
             "nasa_video_image": {
                 "prompt": self.prompt,
-                "negatives": [one.model_dump() for one in store_negatives(self.negatives)],
-                "guidance": stored.model_dump() if stored else None,
+                "negatives": [dataclasses.asdict(one) for one in self.negatives],
+                "guidance": spell(guidance) if guidance else None,
                 "model": self.model,
                 "seed": seed,
                 "steps": self.steps,
@@ -157,10 +167,7 @@ class _Run:
 
 def _say_effect(effect: Effect | None) -> None:
     if effect is not None:
-        say(
-            f"effect of the negative: attention changed by {effect.relative_change:.0%}, "
-            f"negative share {effect.negative_share:.1%}"
-        )
+        say(effect_text(effect))
 
 
 def _read_scales(text: str) -> tuple[float, ...]:

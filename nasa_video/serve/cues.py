@@ -12,11 +12,11 @@ from nasa_video.serve.protocol import Wanted
 from nasa_video.serve.settings import MAX_CHANGES
 from nasa_video.video.controller import PromptWarning
 from nasa_video.video.pipeline import VideoPipeline
-from nasa_video.video.timeline import Cue, Timeline, TimelineEntry, format_negative
+from nasa_video.video.request import PromptState, TimelineEntry, VideoRequest, spell_fully
 
 
 class LiveCues:
-    """A `CueOf` that may change: a change acts from the next chunk that is begun.
+    """A `PromptStateOf` that may change: a change acts from the next chunk that is begun.
 
     ``wanted`` is checked against the model before it counts, since a stream that raises has ended. ``notes``: what its
     texts' reader should know.
@@ -31,8 +31,8 @@ class LiveCues:
         self.closed = False
         self.notes: list[str] = []
         self._lock = threading.Lock()
-        self._fixed: dict[int, Cue] = {}
-        self._changes: list[tuple[int, Cue]] = []
+        self._fixed: dict[int, PromptState] = {}
+        self._changes: list[tuple[int, PromptState]] = []
         self._cue = self.check(wanted)
 
     @property
@@ -41,14 +41,14 @@ class LiveCues:
         with self._lock:
             return max(self._fixed, default=-1) + 1
 
-    def check(self, wanted: Wanted) -> Cue:
+    def check(self, wanted: Wanted) -> PromptState:
         """The cue, if the model can show it.
 
         Raises:
             InputError: a scale that the method cannot take, a negative that cannot act, a change that a running stream
                 cannot make, or too many changes.
         """
-        cue = wanted.cue(self.pipeline)
+        cue = wanted.state(self.pipeline)
         if self._changes:
             first = self._changes[0][1].guidance
             if cue.guidance and isinstance(cue.guidance, ClassifierFree) != isinstance(first, ClassifierFree):
@@ -61,7 +61,7 @@ class LiveCues:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", PromptWarning)
             # Not as a stream of its own, for which there may be no memory beside the one that runs.
-            self.pipeline.check_cue(cue)
+            self.pipeline.check_state(cue)
         self.notes = [str(warning.message) for warning in caught if issubclass(warning.category, PromptWarning)]
         self.notes += _unknown_words(self.pipeline, [wanted.prompt, *(term.text for term in wanted.negatives)])
         return cue
@@ -76,7 +76,7 @@ class LiveCues:
         with self._lock:
             self._cue, self.wanted = cue, wanted
 
-    def __call__(self, chunk: int) -> Cue:
+    def __call__(self, chunk: int) -> PromptState:
         if self.closed:
             raise Gone("the stream was stopped")
         with self._lock:
@@ -88,21 +88,22 @@ class LiveCues:
                     self._changes.append((chunk, self._cue))
             return self._fixed[chunk]
 
-    def timeline(self, model: str, seed: int, steps: int | None, frames: int) -> Timeline:
+    def timeline(
+        self, model: str, seed: int, steps: int | None, first_chunk_steps: int | None, frames: int
+    ) -> VideoRequest:
         """What ``generate --timeline`` makes the first ``frames`` frames from again."""
         fps = self.pipeline.preset.video.fps
         with self._lock:
             changes = list(self._changes)
         entries = []
-        before: Cue | None = None
+        before: PromptState | None = None
         for chunk, cue in changes:
             shown_before = self.pipeline.frames_until(chunk)
             if shown_before < frames:
                 entries.append(_entry(shown_before / fps, cue, before))
                 before = cue
-        sampler = self.pipeline.preset.sampler
-        return Timeline(
-            model=model, seed=seed, steps=steps, first_steps=sampler.first_chunk_steps, frames=frames,
+        return VideoRequest(
+            model=model, seed=seed, steps=steps, first_chunk_steps=first_chunk_steps, frames=frames,
             timeline=tuple(entries),
         )  # fmt: skip
 
@@ -123,21 +124,16 @@ def _unknown_words(pipeline: VideoPipeline, texts: list[str]) -> list[str]:
     return [f"this model lives in a small world of coloured shapes and has never seen {', '.join(words)}"]
 
 
-def _entry(at: float, cue: Cue, before: Cue | None) -> TimelineEntry:
-    """What differs from the cue before; everything for the first."""
-    method = cue.guidance.name if cue.guidance else "none"
-    scale = cue.guidance.scale if cue.guidance else None
-    method_before = "none" if before is None or before.guidance is None else before.guidance.name
-    new_method = before is None or method != method_before
+def _entry(at: float, state: PromptState, before: PromptState | None) -> TimelineEntry:
+    """What differs from the state before; everything for the first."""
+
+    def new(name: str) -> bool:
+        return before is None or getattr(state, name) != getattr(before, name)
+
     return TimelineEntry(
         at=at,
-        prompt=cue.prompts[0] if before is None or cue.prompts != before.prompts else None,
-        negatives=(
-            tuple(format_negative(negative) for negative in cue.negatives[0])
-            if before is None or cue.negatives != before.negatives
-            else None
-        ),
-        guidance=method if new_method else None,
-        scale=scale if new_method or before is None or cue.guidance != before.guidance else None,
-        on_change=cue.on_change if before is None or cue.on_change != before.on_change else None,
+        prompt=state.prompts[0] if new("prompts") else None,
+        negatives=state.negatives[0] if new("negatives") else None,
+        guidance=(spell_fully(state.guidance) if state.guidance else "none") if new("guidance") else None,
+        on_change=state.on_change if new("on_change") else None,
     )

@@ -15,7 +15,7 @@ from nasa_video.files.live_sinks import StreamSink
 from nasa_video.files.sheets import comparison_labels, side_by_side
 from nasa_video.serve.media import KINDS, MediaEncoder, open_encoder
 from nasa_video.serve.outgoing import Gone, Outgoing
-from nasa_video.serve.protocol import describe_cue
+from nasa_video.serve.protocol import describe_state
 from nasa_video.serve.recorder import Recorder
 from nasa_video.video.pipeline import Chunk
 
@@ -110,10 +110,10 @@ class Delivery:
             index=chunk.index,
             first_frame=item.first_frame,
             frames=len(chunk.frames),
-            effect=dataclasses.asdict(chunk.own_effect) if chunk.own_effect and chunk.cue.guided else None,
+            effect=dataclasses.asdict(chunk.own_effect) if chunk.own_effect and chunk.state.guided else None,
             seconds=round(item.seconds, 4),
             fps=round(item.fps, 2),
-            **describe_cue(chunk.cue),
+            **describe_state(chunk.state),
         )
         self.num_frames = self._end_of(item)
         try:
@@ -214,5 +214,5 @@ class Delivery:
         if item.plain is None:
             return item.chunk.frames
         pair = [enlarge(frames, self.picture.scale) for frames in (item.plain, item.chunk.frames)]
-        cue = item.chunk.cue
-        return side_by_side(pair, comparison_labels(cue.guidance, cue.negatives[0] if cue.negatives else ()))
+        state = item.chunk.state
+        return side_by_side(pair, comparison_labels(state.guidance, state.negatives[0] if state.negatives else ()))

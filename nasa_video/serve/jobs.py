@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from nasa_video import __version__
 from nasa_video.errors import InputError, OutputError
 from nasa_video.files.ffmpeg_sink import FfmpegSink
 from nasa_video.guidance.state import Effect
@@ -20,8 +19,8 @@ from nasa_video.serve.outgoing import Gone
 from nasa_video.serve.protocol import VideoRequest
 from nasa_video.serve.settings import ServeSettings
 from nasa_video.video.pipeline import Chunk, VideoPipeline
-from nasa_video.video.recipe import Recipe, store_guidance, store_negatives
-from nasa_video.video.timeline import Cue
+from nasa_video.video.request import PromptState
+from nasa_video.video.request import VideoRequest as Recipe
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 
@@ -129,19 +128,19 @@ class Job:
 
     def _begin(self) -> None:
         request = self.request
-        pipeline = self._library.get(self.model).opening_in(request.first_steps)
-        cue = request.cue(pipeline)
+        pipeline = self._library.get(self.model)
+        state = request.state(pipeline)
         frames = pipeline.preset.video.frames if request.frames is None else request.frames
         if frames > self._settings.max_frames:
             raise InputError(f"at most {self._settings.max_frames} frames, got {frames}")
 
-        def cues(chunk: int) -> Cue:
+        def states(chunk: int) -> PromptState:
             if self._cancelled:
                 raise Gone("the job was cancelled")
-            return cue
+            return state
 
-        chunks = pipeline.stream(request.prompt, cues=cues, seed=request.seed, frames=frames, steps=request.steps)
         recipe = self._recipe(pipeline, frames)
+        chunks = pipeline.stream(recipe, states=states)
         with self._lock:
             if self._cancelled:
                 raise Gone("the job was cancelled")
@@ -151,21 +150,17 @@ class Job:
             self._feeder = Feeder("nasa-video job", self)
 
     def _recipe(self, pipeline: VideoPipeline, frames: int) -> Recipe:
-        request, preset = self.request, pipeline.preset
-        return Recipe(
+        request = self.request
+        recipe = Recipe(
             prompt=request.prompt,
-            negatives=store_negatives(request.cue(pipeline).negatives[0]),
-            guidance=store_guidance(request.guidance_of(pipeline)),
-            model=self.model,
+            negatives=request.state(pipeline).negatives[0],
+            guidance=request.guidance_of(pipeline) or "none",
             seed=request.seed,
-            steps=request.steps or preset.sampler.default_steps,
-            first_steps=request.first_steps,
+            steps=request.steps,
+            first_chunk_steps=request.first_steps,
             frames=frames,
-            width=preset.video.width,
-            height=preset.video.height,
-            fps=preset.video.fps,
-            version=__version__,
         )
+        return pipeline.resolve(recipe)
 
     # The consumer; called by the job's own thread.
 

@@ -12,12 +12,12 @@ from typing import Any, Self
 from nasa_video.serve.delivery import Picture
 from nasa_video.serve.hub import Hub
 from nasa_video.serve.outgoing import Outgoing
-from nasa_video.serve.protocol import Start, Update
+from nasa_video.serve.protocol import Start, Update, describe_state
 from nasa_video.serve.server import Server
 from nasa_video.serve.settings import ServeSettings
 from nasa_video.serve.stream import LiveStream, Pair
 from nasa_video.video.pipeline import Chunk, VideoPipeline
-from nasa_video.video.recipe import Recipe
+from nasa_video.video.request import VideoRequest
 
 MAX_HELD_BYTES = 256 * 1024 * 1024
 _SECONDS_FOR_A_BROWSER = 20.0
@@ -126,23 +126,22 @@ class Preview:
         self._somebody_came = False
 
     def watch(
-        self, pipeline: VideoPipeline, recipe: Recipe, chunks: Iterator[Chunk], unguided: Iterator[Chunk] | None
+        self, pipeline: VideoPipeline, recipe: VideoRequest, chunks: Iterator[Chunk], unguided: Iterator[Chunk] | None
     ) -> tuple[Iterator[Chunk], Iterator[Chunk] | None]:
         """Start the page; returns iterators that give the same chunks and show them."""
         stride = pipeline.frames_until(2) - pipeline.frames_until(1)
+        state = pipeline.states(recipe)(0)
         self.picture = Picture(
-            recipe.height, recipe.width, recipe.fps, pipeline.preset.video.upscale, unguided is not None, stride
+            recipe.height or 0,
+            recipe.width or 0,
+            recipe.fps or 0,
+            pipeline.preset.video.upscale,
+            unguided is not None,
+            stride,
         )
-        self.description = {
-            "prompt": recipe.prompt,
-            "negatives": [negative.model_dump() for negative in recipe.negatives],
-            "guidance": recipe.guidance.method if recipe.guidance else "none",
-            "scale": recipe.guidance.settings.get("scale") if recipe.guidance else None,
-            "on_change": recipe.on_change,
-            "compare": unguided is not None,
-            "seed": recipe.seed,
-        }
-        self._serve(recipe.model)
+        self.description = describe_state(state) | {"compare": unguided is not None, "seed": recipe.seed}
+        self.description["on_change"] = recipe.on_change
+        self._serve(str(recipe.model))
         last: list[Chunk] = []
 
         def guided() -> Iterator[Chunk]:

@@ -12,7 +12,7 @@ from nasa_video.guidance.terms import Negative
 from nasa_video.models.presets import OnChange, Strict
 from nasa_video.serve.settings import MAX_NEGATIVE, MAX_NEGATIVES, MAX_PROMPT
 from nasa_video.video.pipeline import VideoPipeline
-from nasa_video.video.timeline import Cue
+from nasa_video.video.request import PromptState
 
 PROTOCOL = 2
 """Raised when a client written for the last one would no longer understand the server."""
@@ -62,7 +62,7 @@ class Wanted(Strict):
         """The method with this model's settings; None for "none"."""
         return None if self.guidance == "none" else pipeline.guidance(self.guidance, self.scale)
 
-    def cue(self, pipeline: VideoPipeline) -> Cue:
+    def state(self, pipeline: VideoPipeline) -> PromptState:
         """As the pipeline takes it.
 
         Raises:
@@ -70,7 +70,7 @@ class Wanted(Strict):
         """
         negatives = [Negative(term.text, term.weight) for term in self.negatives]
         on_change = self.on_change or pipeline.preset.sampler.on_change
-        return Cue.of(self.prompt, negatives, self.guidance_of(pipeline), on_change)
+        return PromptState.of(self.prompt, negatives, self.guidance_of(pipeline), on_change)
 
 
 class Start(Wanted):
@@ -167,12 +167,12 @@ class VideoRequest(Wanted):
     """None takes the model's own length."""
 
 
-def describe_cue(cue: Cue) -> dict[str, Any]:
-    """A cue as the server's messages carry it."""
+def describe_state(state: PromptState) -> dict[str, Any]:
+    """A prompt state as the server's messages carry it."""
     return {
-        "prompt": cue.prompts[0],
-        "negatives": [dataclasses.asdict(negative) for negative in cue.negatives[0]],
-        "guidance": cue.guidance.name if cue.guidance else "none",
-        "scale": cue.guidance.scale if cue.guidance else None,
-        "on_change": cue.on_change,
+        "prompt": state.prompts[0],
+        "negatives": [dataclasses.asdict(negative) for negative in state.negatives[0]],
+        "guidance": state.guidance.name if state.guidance else "none",
+        "scale": state.guidance.scale if state.guidance else None,
+        "on_change": state.on_change,
     }

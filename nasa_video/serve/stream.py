@@ -23,7 +23,7 @@ from nasa_video.serve.protocol import Command, Media, Position, Start, Update, W
 from nasa_video.serve.recorder import Recorder
 from nasa_video.serve.settings import MAX_PENDING, ServeSettings
 from nasa_video.video.pipeline import Chunk
-from nasa_video.video.timeline import CueOf, Timeline
+from nasa_video.video.request import PromptStateOf, VideoRequest
 
 log = logging.getLogger(__name__)
 Reason = Literal["finished", "stopped", "turn over", "failed", "left"]
@@ -124,11 +124,12 @@ class LiveStream:
         else:
             feeder.end(cancel=reason == "left")
 
-    def timeline(self) -> Timeline | None:
+    def timeline(self) -> VideoRequest | None:
         """What makes the frames that were sent so far again; None before there is one."""
         if self._cues is None or self._delivery is None or not self._delivery.num_frames:
             return None
-        return self._cues.timeline(self.model, self.start.seed, self.start.steps, self._delivery.num_frames)
+        start, frames = self.start, self._delivery.num_frames
+        return self._cues.timeline(self.model, start.seed, start.steps, start.first_steps, frames)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until everything is sent, or nothing can be any more; only after `close`."""
@@ -221,17 +222,18 @@ class LiveStream:
     def _open(self) -> tuple[Picture, Iterator[Pair]]:
         """Where the chunks come from; checks what was asked for, and generates nothing yet."""
         start = self.start
-        pipeline = self._library.get(self.model).opening_in(start.first_steps)
+        pipeline = self._library.get(self.model)
         cues = self._cues = LiveCues(pipeline, start)
 
-        def chunks(cue_of: CueOf) -> Iterator[Chunk]:
+        def chunks(states: PromptStateOf) -> Iterator[Chunk]:
             return pipeline.stream(
                 start.prompt,
-                cues=cue_of,
+                states=states,
                 seed=start.seed,
                 frames=start.frames,
                 endless=start.frames is None,
                 steps=start.steps,
+                first_chunk_steps=start.first_steps,
             )
 
         guided = chunks(cues)

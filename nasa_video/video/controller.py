@@ -1,4 +1,4 @@
-"""Sets the stage for every model call: the prompts' keys, the method, the position in the loop."""
+"""Applies the prompt states: the prompts' keys, the method, the position in the loop, before each model call."""
 
 from __future__ import annotations
 
@@ -16,18 +16,15 @@ from nasa_video.guidance.state import Effect, GuidanceState, PromptKeys, check_n
 from nasa_video.guidance.terms import Negative
 from nasa_video.text import TextContext, TextEncoder
 from nasa_video.video.classifier_free import ClassifierFreeDenoiser
-from nasa_video.video.timeline import Cue, CueOf
+from nasa_video.video.request import PromptState, PromptStateOf
+from nasa_video.video.request import PromptWarning as PromptWarning
 
 # Below this relative change two branches are the same numbers: guidance runs, and does nothing.
 NO_EFFECT = 1e-6
 
 
-class PromptWarning(UserWarning):
-    """A prompt was changed before it was used, or has parts that the model cannot know."""
-
-
-class Director:
-    """Sets the stage before every model call: the prompts' keys, the method, the position in the loop."""
+class GuidanceController:
+    """Sets, before every model call, the prompts' keys, the method and the position in the loop."""
 
     def __init__(
         self,
@@ -35,24 +32,24 @@ class Director:
         text_encoder: TextEncoder,
         attend: Attend,
         fold_padding: bool,
-        cue_of: CueOf,
+        state_of: PromptStateOf,
         on_change: OnChange,
     ) -> None:
         self.model = model
         self.text_encoder = text_encoder
         self.fold_padding = fold_padding
-        self.cue_of = cue_of
+        self.state_of = state_of
         self._on_change = on_change
         self.steering = GuidanceState(attend, model.num_layers)
         if model.static_cache:
             self.steering.meter.prepare(model.device)
-        first = cue_of(0)
+        first = state_of(0)
         self.branched: ClassifierFreeDenoiser | None = None
         if isinstance(first.guidance, ClassifierFree):
             self.branched = ClassifierFreeDenoiser(model, self.steering)
-        self._current: Cue | None = None
+        self._current: PromptState | None = None
         self._encoded: dict[tuple[tuple[str, ...], bool], _EncodedPrompts] = {}
-        self._stage(first)
+        self._apply(first)
 
     @property
     def denoiser(self) -> Any:
@@ -61,50 +58,50 @@ class Director:
 
     def before_call(self, call: ModelCall) -> None:
         """Called by the sampler before it calls the model."""
-        self._stage(self.cue_of(call.chunk))
+        self._apply(self.state_of(call.chunk))
         self.steering.call = call
 
     def shows_new(self, chunk: int) -> bool:
         """Whether prompt, negatives or guidance act otherwise than in the chunk before; not for the first."""
-        return _acting(self.cue_of(chunk)) != _acting(self.cue_of(chunk - 1))
+        return _acting(self.state_of(chunk)) != _acting(self.state_of(chunk - 1))
 
     def on_change(self, chunk: int) -> OnChange:
         """What becomes of the window before a chunk; it stays where the chunk shows nothing new."""
         if not self.shows_new(chunk):
             return "keep"
-        wanted = self.cue_of(chunk).on_change
+        wanted = self.state_of(chunk).on_change
         return self._on_change if wanted is None else wanted
 
-    def _stage(self, cue: Cue) -> None:
-        if cue == self._current:
+    def _apply(self, state: PromptState) -> None:
+        if state == self._current:
             return
-        if cue.guidance is not None and isinstance(cue.guidance, ClassifierFree) != (self.branched is not None):
+        if state.guidance is not None and isinstance(state.guidance, ClassifierFree) != (self.branched is not None):
             raise InputError("a video cannot change between classifier-free and attention guidance while it runs")
         before, self._encoded = self._encoded, {}
 
         def keys(texts: tuple[str, ...], padding: bool = True, *, negative: bool = False) -> PromptKeys:
-            # Only what the cue uses is kept: a live session may be given prompts for hours.
+            # Only what the state uses is kept: a live session may be given prompts for hours.
             name = (texts, padding)
             made = self._encoded[name] = self._encoded.get(name) or before.get(name) or self._encode(*name)
             if negative:
                 for text, length in zip(texts, made.lengths, strict=True):
-                    check_negative(text, length, cue.prompts)
+                    check_negative(text, length, state.prompts)
             return made.keys
 
-        guidance = cue.guidance if cue.guided else None
+        guidance = state.guidance if state.guided else None
         if self.branched is not None:
-            self.branched.positive = keys(cue.prompts)
-            self.branched.negative = keys(tuple(_joined(n) for n in cue.negatives), negative=guidance is not None)
+            self.branched.positive = keys(state.prompts)
+            self.branched.negative = keys(tuple(_joined(n) for n in state.negatives), negative=guidance is not None)
             self.branched.guidance = guidance if isinstance(guidance, ClassifierFree) else None
         else:
-            self.steering.positive = keys(cue.prompts)
+            self.steering.positive = keys(state.prompts)
             self.steering.guidance = guidance if isinstance(guidance, AttentionGuidance) else None
-            branches = list(zip(*cue.negatives, strict=True)) if guidance is not None else []
+            branches = list(zip(*state.negatives, strict=True)) if guidance is not None else []
             padding = self.steering.guidance is None or self.steering.guidance.negative_padding
             self.steering.negatives = [
                 (keys(tuple(n.text for n in branch), padding, negative=True), branch[0].weight) for branch in branches
             ]
-        self._current = cue
+        self._current = state
 
     def _encode(self, texts: tuple[str, ...], padding: bool) -> _EncodedPrompts:
         context = encode(self.text_encoder, texts)
@@ -113,8 +110,8 @@ class Director:
         return _EncodedPrompts(keys, tuple(context.lengths.tolist()))
 
 
-def _acting(cue: Cue) -> tuple[Any, ...]:
-    return cue.prompts, (cue.negatives, cue.guidance) if cue.guided else None
+def _acting(state: PromptState) -> tuple[Any, ...]:
+    return state.prompts, (state.negatives, state.guidance) if state.guided else None
 
 
 @dataclass(frozen=True)
@@ -147,14 +144,14 @@ def encode(encoder: TextEncoder, texts: Sequence[str]) -> TextContext:
     return context
 
 
-def require_effect(effect: Effect | None, cue: Cue) -> None:
+def require_effect(effect: Effect | None, state: PromptState) -> None:
     """Refuse to go on with a guidance that does nothing.
 
     Raises:
         InputError: the guided layers gave what the unguided ones give.
     """
     if effect is None or effect.relative_change < NO_EFFECT:
-        texts = ", ".join(repr(negative.text) for negative in cue.negatives[0])
+        texts = ", ".join(repr(negative.text) for negative in state.negatives[0])
         raise InputError(
             f"the negative prompt {texts} changed nothing: no layer and step is inside the guidance's schedule, or the "
             "scale is too small; widen the schedule, raise the scale, or leave the negative out"

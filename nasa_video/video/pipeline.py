@@ -1,6 +1,6 @@
 """Prompt to frames: encode, denoise chunk by chunk under guidance, decode as the latents come."""
 
-# B batch, T latent frames, F pictures, H W picture height and width
+# B batch, T latent frames, F frames, H W height and width in pixels
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from causvid_adapter import (
     CausalWan,
     ChunkSampler,
-    OnChange,
     SeededNoise,
     StreamingEncoder,
     compile_generator,
@@ -32,7 +30,8 @@ from causvid_adapter.vae_checkpoint import load_vae
 from nasa_video.errors import InputError
 from nasa_video.files.frames import tensor_from_frames
 from nasa_video.guidance.attention import Backend, make_attend
-from nasa_video.guidance.methods import METHODS, ClassifierFree, Guidance, parse_guidance
+from nasa_video.guidance.methods import METHODS, ClassifierFree, Guidance, did_you_mean
+from nasa_video.guidance.terms import Negatives, as_negatives
 from nasa_video.models.free_memory import available
 from nasa_video.models.loading import (
     Decoder,
@@ -45,16 +44,43 @@ from nasa_video.models.loading import (
 )
 from nasa_video.models.memory_estimate import Run, frames_of_rollout, require
 from nasa_video.models.placement import RESIDENT, Placement, place
-from nasa_video.models.presets import SamplerSettings, VideoPreset, find_preset
+from nasa_video.models.presets import OnChange, SamplerSettings, VideoPreset, find_preset
 from nasa_video.text import TextEncoder
 from nasa_video.video.chunks import Chunk as Chunk
-from nasa_video.video.chunks import ChunkDecoder, DecodedChunk
-from nasa_video.video.controller import Director
-from nasa_video.video.decoding import DecodeQueue
-from nasa_video.video.engine import Beginning, LongVideo
-from nasa_video.video.timeline import Cue, CueOf, Negatives, as_negatives
+from nasa_video.video.chunks import ChunkDecoder, DecodeQueue
+from nasa_video.video.controller import GuidanceController
+from nasa_video.video.engine import InitialLatents, LongVideo
+from nasa_video.video.request import (
+    LoraFile,
+    PromptState,
+    PromptStateOf,
+    StartFile,
+    VideoRequest,
+    WindowRequest,
+    find_guidance,
+)
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
 
 CompileKind = Literal["off", "on", "graphs"]
+_OTHER_NAMES = {
+    "negative_prompt": "negatives",
+    "negative": "negatives",
+    "num_inference_steps": "steps",
+    "num_frames": "frames",
+}
+_SAY_INSTEAD = {
+    "generator": "seed=7, from which the noise follows on every device",
+    "guidance_scale": "guidance='nasa-centred:0.5' (a method and its scale)",
+    "scale": "guidance='nasa-centred:0.5' (a method and its scale)",
+    "num_videos_per_prompt": "pipeline.stream_batch(prompts, seeds=...)",
+    "first_steps": "first_chunk_steps=",
+    "prefix": "start=InitialLatents(context=...)",
+    "source": "start=InitialLatents(source=..., strength=0.6)",
+    "strength": "start=InitialLatents(source=..., strength=0.6)",
+    "cues": "states=",
+}
 
 
 class VideoPipeline:
@@ -70,6 +96,9 @@ class VideoPipeline:
             computes all of them, as the public code does.
         new_decoder: makes the decoder of one video.
         decode_ahead: chunks that are decoded in a thread while the model goes on; 0 decodes each before the next.
+
+    Attributes:
+        loaded: the part of a request that was settled when the model was loaded.
     """
 
     def __init__(
@@ -91,6 +120,9 @@ class VideoPipeline:
         self.attend = make_attend(attention)
         self._new_decoder = new_decoder
         self.decode_ahead = decode_ahead
+        self.loaded = VideoRequest(
+            model=preset.name, fold_padding=fold_padding, decoder="full" if new_decoder is FullDecoder else "tiny"
+        )
 
     @classmethod
     def from_pretrained(
@@ -113,7 +145,7 @@ class VideoPipeline:
             dtype: None takes bfloat16 on CUDA and float32 elsewhere.
             loras: LoRA files and their scales, merged in this order.
             decoder: "tiny" takes the preset's tiny decoder, for previews and small cards.
-            placement: how the parts are stored and where they live (see planning.make_plan, which finds one).
+            placement: how the parts are stored and where they live (see memory_plan.make_plan, which finds one).
             decode_ahead: as for the class.
             compiled: "on" passes the model through torch.compile, "graphs" through CUDA graphs as well.
 
@@ -139,76 +171,83 @@ class VideoPipeline:
         vae = load_vae(parts.vae.fetch(), torch.bfloat16 if placement.half_decoder else torch.float32)
         text_device = torch.device("cpu") if placement.text_on_cpu else device
         encoder = load_text_encoder(parts.text_encoder, text_device, dtype)
-        return cls(generator, vae.to(device), encoder, preset, attention, fold_padding, new_decoder, decode_ahead)
+        pipeline = cls(generator, vae.to(device), encoder, preset, attention, fold_padding, new_decoder, decode_ahead)
+        files = tuple(LoraFile(path=str(path), scale=scale) for path, scale in loras)
+        pipeline.loaded = pipeline.loaded.merged(
+            VideoRequest(model=str(model), loras=files, decoder=decoder, placement=placement)
+        )
+        return pipeline
 
     def with_sampler(self, sampler: SamplerSettings) -> VideoPipeline:
-        """The same model with another loop (window, sink, positions, steps where a scene opens)."""
+        """The same model with another loop."""
         other = copy.copy(self)
         other.preset = self.preset.model_copy(update={"sampler": sampler})
         return other
 
-    def opening_in(self, first_steps: int | None) -> VideoPipeline:
-        """The same model with another number of steps where a scene opens; None changes nothing.
-
-        Raises:
-            InputError: the model was not made for it.
-        """
-        return self.with_sampler(self.preset.sampler.with_first_chunk_steps(first_steps))
+    def opening_in(self, first_chunk_steps: int | None) -> VideoPipeline:
+        """The same model with another number of steps for chunks that show something new."""
+        return self.with_sampler(self.preset.sampler.with_first_chunk_steps(first_chunk_steps))
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | VideoRequest | None = None,
         *,
         negative: Negatives = None,
-        guidance: Guidance | None = None,
-        seed: int = 0,
+        guidance: str | Guidance | None = None,
+        seed: int | None = None,
         frames: int | None = None,
         endless: bool = False,
         steps: int | None = None,
+        first_chunk_steps: int | None = None,
         width: int | None = None,
         height: int | None = None,
-        cues: CueOf | None = None,
-        on_change: OnChange | None = None,
-        prefix: Tensor | None = None,
-        source: Tensor | None = None,
-        strength: float = 1.0,
-        shown_prefix: int = 0,
+        window: WindowRequest | None = None,
         rollout: int | None = None,
+        on_change: OnChange | None = None,
+        states: PromptStateOf | None = None,
+        start: StartFile | InitialLatents | None = None,
+        **others: Any,
     ) -> Iterator[Chunk]:
         """Make one video, yielding frames as they are made.
 
         Args:
-            negative: what must not be there; a text, a Negative, or several.
-            guidance: the method; None takes the preset's default when there is a negative.
-            seed: the noise follows from it alone.
+            prompt: what it shows, or a whole request, over which the other arguments are put.
+            negative: what must not be there, as text or Negatives: "blurry, rain:0.4".
+            guidance: a method or its spelling "nasa:0.8"; None takes the preset's.
+            seed: the noise follows from it alone; None is 0.
             frames: length; None takes the preset's. See :meth:`check_frames`.
             endless: go on until the caller stops. A loop without a window and rollouts gets a window of the preset's
                 length, since its memory would grow without end.
-            steps: denoising steps a chunk; None takes the preset's. Where its sampler has ``first_steps``, the first
-                chunk that is made takes those, and each whose prompt, negatives or guidance are new.
+            steps: denoising steps a chunk; None takes the preset's.
+            first_chunk_steps: of the first chunk that is made, and of each whose prompt, negatives or guidance are new.
             width, height: in pixels; None takes the preset's.
-            cues: what each chunk shows, instead of prompt, negative and guidance (see Timeline.cues).
-            on_change: what becomes of the window where prompt, negatives or guidance change; a cue may say otherwise
-                for its chunk; None takes the preset's.
-            prefix: latents (1, T0, C, h, w) of a video to continue (see :meth:`encode_frames`), on any device; only
-                what comes after them is yielded, chunk indices count them, and ``frames`` is the length of prefix and
-                new frames.
-            source: latents (1, T, C, h, w) of a video to redraw, one for every frame.
-            strength: how much of it is redrawn, above 0 to 1: that share of the steps is run.
-            shown_prefix: latent frames at the end of the prefix that an interrupted run of this video had made, in
-                whole chunks: they are decoded and yielded again.
-            rollout: pictures after which a long video starts anew from its last chunk (see
+            window: what of the model's window, sink and positions is replaced.
+            rollout: frames after which a long video starts again from its last chunk (see
                 causvid_adapter.rollouts); None takes the preset's, 0 makes one rollout of all.
+            on_change: what becomes of the window where prompt, negatives or guidance change; a state may say otherwise
+                for its chunk; None takes the preset's.
+            states: what each chunk shows, instead of prompt, negative and guidance.
+            start: latents or a file to go on from, or to redraw; with :class:`InitialLatents` ``frames`` counts the
+                context too.
 
         Raises:
             InputError: anything above that cannot be used; before the first chunk is made.
         """
-        cue = Cue.of(prompt, negative, guidance or (self.guidance() if as_negatives(negative) else None))
-        chunks = self._plan(
-            cues or (lambda index: cue), [seed], frames, endless, steps, width, height, on_change,
-            start=Beginning(prefix, None if source is None else source.to(self.model.device), strength, shown_prefix),
-            rollout=rollout,
+        if endless and frames is not None:
+            raise InputError(f"an endless video has no length, got frames={frames}; leave out one of the two")
+        if states is not None and (negative is not None or guidance is not None):
+            raise InputError("states say what each chunk shows; give negative and guidance in them")
+        request = _request(
+            prompt if prompt is not None or states is None else states(0).prompts[0], others,
+            negatives=negative, guidance=guidance, seed=seed, frames=frames, steps=steps,
+            first_chunk_steps=first_chunk_steps, width=width, height=height, window=window, rollout=rollout,
+            on_change=on_change, start=start if isinstance(start, StartFile) else None,
         )  # fmt: skip
+        request = self.resolve(request)
+        initial = start if isinstance(start, InitialLatents) else self.read_start(request)
+        states = states or self.states(request)
+        assert request.seed is not None
+        chunks = self._plan(request, states, [request.seed], initial or InitialLatents(), endless)
         return (dataclasses.replace(chunk, frames=chunk.frames[0]) for chunk in chunks)
 
     def stream_batch(
@@ -217,23 +256,58 @@ class VideoPipeline:
         *,
         seeds: Sequence[int],
         negatives: Sequence[Negatives] | None = None,
-        guidance: Guidance | None = None,
-        frames: int | None = None,
-        steps: int | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        cues: CueOf | None = None,
-        on_change: OnChange | None = None,
+        guidance: str | Guidance | None = None,
+        states: PromptStateOf | None = None,
+        **options: Any,
     ) -> Iterator[Chunk]:
         """Make a batch of videos at once, each equal to the one made alone with its prompt, negatives and seed.
 
-        Arguments as of :meth:`stream`; cues have as many prompts as ``prompts``.
+        Arguments as of :meth:`stream`; states have as many prompts as ``prompts``.
         """
-        if len(seeds) != len(prompts):
-            raise InputError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}")
+        if isinstance(prompts, str) or len(seeds) != len(prompts):
+            count = 1 if isinstance(prompts, str) else len(prompts)
+            raise InputError(f"{count} prompts need as many seeds, in lists, got {len(seeds)}")
         lists = tuple(as_negatives(n) for n in negatives) if negatives is not None else ((),) * len(prompts)
-        cue = Cue(tuple(prompts), lists, guidance or (self.guidance() if any(lists) else None))
-        return self._plan(cues or (lambda index: cue), seeds, frames, False, steps, width, height, on_change)
+        if len(lists) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts need as many lists of negatives, got {len(lists)}")
+        method = find_guidance(guidance, self.preset)
+        state = PromptState(tuple(prompts), lists, method if guidance is not None or any(lists) else None)
+        request = self.resolve(_request(prompts[0] if prompts else "", options))
+        return self._plan(request, states or (lambda chunk: state), seeds, InitialLatents(), False)
+
+    def resolve(self, request: VideoRequest) -> VideoRequest:
+        """The request with everything that is open filled in: a recipe that makes the same video again.
+
+        Raises:
+            InputError: it is for another model than this, or as :meth:`VideoRequest.resolved`.
+        """
+        for name in ("model", "loras", "decoder", "fold_padding"):
+            wanted, own = getattr(request, name), getattr(self.loaded, name)
+            if None not in (wanted, own) and wanted != own and not (name == "model" and wanted == self.preset.name):
+                raise InputError(
+                    f"this pipeline was loaded with {name} {own!r}, and the request is for {wanted!r}; load one with "
+                    "VideoPipeline.for_request(request)"
+                )
+        return request.merged(self.loaded).resolved(self.preset)
+
+    def read_start(self, request: VideoRequest) -> InitialLatents | None:
+        """What a resolved request starts from, read from its file; None for noise.
+
+        Raises:
+            InputError: see :func:`nasa_video.video.inputs.read_start`.
+        """
+        if request.start is None:
+            return None
+        from nasa_video.video.inputs import read_start
+
+        assert request.width is not None
+        assert request.height is not None
+        return read_start(request.start, self, request.width, request.height, request.frames)
+
+    def states(self, request: VideoRequest) -> PromptStateOf:
+        """What each chunk of a resolved request shows."""
+        fps = request.fps or self.preset.video.fps
+        return request.states(self.preset, lambda chunk: self.frames_until(chunk) / fps)
 
     def guidance(self, method: str | None = None, scale: float | None = None) -> Guidance:
         """A method by its spelling (None: this model's default) with this model's settings, and another scale if given.
@@ -241,30 +315,18 @@ class VideoPipeline:
         Raises:
             InputError: no such method or setting, or a value that it cannot take.
         """
-        found = parse_guidance(method or self.preset.default_guidance, self.preset.guidance)
+        found = find_guidance(method, self.preset)
         if found is None:
             raise InputError(f"guidance must be one of {', '.join(METHODS)}, got {method!r}")
         return found if scale is None else dataclasses.replace(found, scale=scale)
 
-    def guide(self, current: Guidance | None, method: str | None, scale: float | None) -> Guidance | None:
-        """The guidance after a change: a method by name or "none", or the current one with another scale.
-
-        Raises:
-            InputError: as :meth:`guidance`.
-        """
-        if method is not None:
-            return None if method == "none" else self.guidance(method, scale)
-        if current is None or scale is None:
-            return current if scale is None else self.guidance(scale=scale)
-        return dataclasses.replace(current, scale=scale)
-
-    def check_cue(self, cue: Cue) -> None:
-        """Encode a cue's texts and look whether a chunk can show it; generates nothing.
+    def check_state(self, state: PromptState) -> None:
+        """Encode a state's texts and look whether a chunk can show it; generates nothing.
 
         Raises:
             InputError: a negative that cannot act, or what the guidance cannot take.
         """
-        Director(self.model, self.text_encoder, self.attend, self.fold_padding, lambda chunk: cue, "keep")
+        self._controller(lambda chunk: state, "keep")
 
     def check_frames(self, frames: int | None) -> int:
         """Latent frames of a video of ``frames`` pictures.
@@ -342,75 +404,61 @@ class VideoPipeline:
         stride: int = self.vae.config.scale_factor_temporal
         return max(0, chunk * stride * self.preset.sampler.frames_per_chunk - (stride - 1))
 
+    def _controller(self, state_of: PromptStateOf, on_change: OnChange) -> GuidanceController:
+        return GuidanceController(self.model, self.text_encoder, self.attend, self.fold_padding, state_of, on_change)
+
     def _plan(
-        self,
-        cue_of: CueOf,
-        seeds: Sequence[int],
-        frames: int | None,
-        endless: bool,
-        steps: int | None,
-        width: int | None,
-        height: int | None,
-        on_change: OnChange | None = None,
-        start: Beginning | None = None,
-        rollout: int | None = None,
+        self, request: VideoRequest, state_of: PromptStateOf, seeds: Sequence[int], start: InitialLatents, endless: bool
     ) -> Iterator[Chunk]:
-        """Check everything and encode the first cue now; the returned iterator only generates."""
-        latent_frames = None if endless else self.check_frames(frames)
-        latent_width, latent_height = self.check_size(width, height)
-        settings = self.preset.sampler
-        num_steps = settings.default_steps if steps is None else steps
-        channels = self.model.transformer.config.in_channels
-        start = start or Beginning()
-        first_steps = num_steps if settings.first_chunk_steps is None else settings.first_chunk_steps
-        if start.source is not None and first_steps != num_steps:
-            raise InputError(f"a redrawn video has as many steps in every chunk; give --first-steps {num_steps}")
-        first_step = start.first_step(num_steps)
-        start.check(latent_frames, settings.frames_per_chunk, (channels, latent_height, latent_width))
-        rollout_frames = self.check_rollout(rollout)
+        """Check everything and encode the first state now; the returned iterator only generates."""
+        latent_frames = None if endless else self.check_frames(start.frames or request.frames)
+        width, height = self.check_size(request.width, request.height)
+        settings = request.sampler(self.preset.sampler)
+        num_steps = settings.default_steps if request.steps is None else request.steps
+        shape = (self.model.transformer.config.in_channels, height, width)
+        start = start.to(self.model.device)
+        start.check(latent_frames, settings, num_steps, shape)
+        rollout_frames = self.check_rollout(request.rollout)
         if endless:
             settings = settings.without_end(rollout_frames, self.check_frames(None))
-        self._check_memory(cue_of(0), len(seeds), latent_frames, latent_width, latent_height, rollout_frames, settings)
-        director = Director(
-            self.model, self.text_encoder, self.attend, self.fold_padding, cue_of, on_change or settings.on_change
-        )
-
+        held = frames_of_rollout(latent_frames, rollout_frames)
+        self._check_memory(state_of(0), len(seeds), held, (width, height), settings)
+        controller = self._controller(state_of, request.on_change or settings.on_change)
         sampler = ChunkSampler(
-            director.denoiser,
+            controller.denoiser,
             settings.schedule(num_steps),
             settings.frames_per_chunk,
             settings.window,
-            settings.schedule(first_steps),
+            settings.schedule(settings.first_chunk_steps or num_steps),
         )
-        noise = SeededNoise(seeds, (channels, latent_height, latent_width), self.model.device)
-        queue = DecodeQueue(
-            ChunkDecoder(self.vae, self._new_decoder, settings.frames_per_chunk), self.decode_ahead, self.model.device
-        )
+        noise = SeededNoise(seeds, shape, self.model.device)
+        decoder = ChunkDecoder(self.vae, self._new_decoder, settings.frames_per_chunk)
+        queue = DecodeQueue(decoder, self.decode_ahead, self.model.device)
 
         def overlap_of(tail: Tensor) -> Tensor:
             return overlap_latents(self.vae, tail, queue.latest().tail)
 
-        video = LongVideo(sampler, director, noise, start, latent_frames, rollout_frames, first_step, overlap_of)
-        return self._decoded(video, queue)
+        first_step = start.first_step(num_steps)
+        video = LongVideo(sampler, controller, noise, start, latent_frames, rollout_frames, first_step, overlap_of)
+        return queue.decoded(video.chunks())
 
     def _check_memory(
-        self, cue: Cue, batch: int, latent_frames: int | None, width: int, height: int, rollout_frames: int | None,
-        settings: SamplerSettings,
-    ) -> None:  # fmt: skip
-        """Refuse what cannot fit on the device (latent width and height)."""
-        prompts = 1 + max(len(negatives) for negatives in cue.negatives)
+        self, state: PromptState, batch: int, held: int | None, size: tuple[int, int], settings: SamplerSettings
+    ) -> None:
+        """Refuse what cannot fit on the device (``held`` frames, latent width and height)."""
+        prompts = 1 + max(len(negatives) for negatives in state.negatives)
         stride = self.vae.config.scale_factor_spatial
         run = Run(
             self.model.transformer.config,
             self.vae.config,
             settings,
-            width * stride,
-            height * stride,
-            frames_of_rollout(latent_frames, rollout_frames),
+            size[0] * stride,
+            size[1] * stride,
+            held,
             overlapped=self.decode_ahead > 0,
             dtype=self.model.dtype,
             vae_dtype=self.vae.dtype,
-            caches=2 if isinstance(cue.guidance, ClassifierFree) else 1,
+            caches=2 if isinstance(state.guidance, ClassifierFree) else 1,
             text_tokens=prompts * (self.text_encoder.max_tokens + 1),
             batch=batch,
             num_layers=self.model.num_layers,
@@ -419,12 +467,25 @@ class VideoPipeline:
         )
         require(run, available(self.model.device), str(self.model.device), loaded=True)
 
-    def _decoded(self, video: LongVideo, queue: DecodeQueue[DecodedChunk]) -> Iterator[Chunk]:
-        with queue:
-            for made in video.chunks():
-                for done in queue.put(made):
-                    if done.shown:
-                        yield done.chunk
-            for done in queue.rest():
-                if done.shown:
-                    yield done.chunk
+
+def _request(prompt: str | VideoRequest | None, others: dict[str, Any], **said: Any) -> VideoRequest:
+    """The keyword form as a request.
+
+    Raises:
+        InputError: a value that cannot be used. TypeError: a keyword that there is not; it says what to write.
+    """
+    for name, value in others.items():
+        own = _OTHER_NAMES.get(name, name)
+        if own not in VideoRequest.model_fields:
+            hint = f"; write {_SAY_INSTEAD[name]}" if name in _SAY_INSTEAD else did_you_mean(name, list(said))
+            raise TypeError(f"a video has no {name!r}{hint}")
+        if said.get(own) is not None:
+            raise TypeError(f"{name!r} is given twice, as {own!r} too")
+        said[own] = value
+    said = {name: value.__index__() if isinstance(value, np.integer) else value for name, value in said.items()}
+    stated = {name: value for name, value in said.items() if value is not None}
+    if isinstance(prompt, VideoRequest):
+        return prompt.merged(VideoRequest.read(stated))
+    if prompt is not None and not isinstance(prompt, str):
+        raise InputError(f"the prompt must be a text or a VideoRequest, got {type(prompt).__name__}")
+    return VideoRequest.read(stated if prompt is None else {"prompt": prompt, **stated})

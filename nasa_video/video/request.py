@@ -471,7 +471,7 @@ def find_guidance(guidance: str | Guidance | None, preset: VideoPreset) -> Guida
     if guidance is None:
         guidance = preset.default_guidance
     if isinstance(guidance, str) and _is_change(guidance):
-        guidance = f"{preset.default_guidance}{guidance}"
+        guidance = change_guidance(preset.default_guidance, guidance)
     return parse_guidance(guidance, preset.guidance)
 
 
@@ -489,7 +489,9 @@ def change_guidance(current: str | Guidance | None, over: str | Guidance) -> str
     new_scale, *changes = over[1:].split(",")
     stated = dict(part.split("=", 1) for part in [*settings, *changes] if "=" in part)
     scale = new_scale.strip() or scale
-    return ",".join([f"{name}:{scale}" if scale else name, *(f"{key.strip()}={v}" for key, v in stated.items())])
+    return ",".join(
+        [f"{name}:{scale}" if scale or not name else name, *(f"{key.strip()}={v}" for key, v in stated.items())]
+    )
 
 
 def _is_change(spelling: str) -> bool:

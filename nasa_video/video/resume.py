@@ -1,4 +1,4 @@
-"""Going on after a kill: the finished latents of a run, kept on disk until its file is finished.
+"""Resuming after a kill: the finished latents of a run, kept on disk until its file is finished.
 
 A resumed run reads them, writes their keys in clean passes as the killed run did, decodes them again, and denoises only
 what is missing: the frames are those of an uninterrupted run, for about a fifth of the time of the part that was made.
@@ -19,16 +19,16 @@ from torch import Tensor
 
 from nasa_video.errors import InputError
 from nasa_video.files.atomic import atomic_write
-from nasa_video.video.recipe import Recipe
+from nasa_video.video.request import VideoRequest
 
 
 class ResumeLog:
     """The folder ``OUTPUT.resume`` beside an output: the recipe, and one file a chunk."""
 
-    def __init__(self, output: str, recipe: Recipe) -> None:
+    def __init__(self, output: str, recipe: VideoRequest) -> None:
         self.folder = Path(f"{output.rstrip('/')}.resume")
         # The version is not part of what makes the frames.
-        self._recipe = recipe.model_copy(update={"version": ""})
+        self._recipe = recipe.model_copy(update={"version": None})
 
     def open(self) -> Tensor | None:
         """The finished latents (1, T, C, h, w) of an earlier run of the same recipe, or None; starts the log.
@@ -40,10 +40,10 @@ class ResumeLog:
         """
         path = self.folder / "recipe.json"
         if path.exists():
-            if Recipe.model_validate_json(path.read_text(encoding="utf-8")) != self._recipe:
+            if VideoRequest.model_validate_json(path.read_text(encoding="utf-8")) != self._recipe:
                 raise InputError(
                     f"{self.folder} belongs to a run with other settings; give the same options as then, or remove it "
-                    "to start anew"
+                    "to start again"
                 )
             return self._read()
         try:

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 
 from nasa_video import VideoPipeline
+from nasa_video.video.engine import InitialLatents
 
 NUM = 4
 PROMPT = "a red circle moving right on a white background"
@@ -24,7 +25,7 @@ def measured(pipeline: VideoPipeline) -> dict[str, list[float]]:
         given = np.concatenate([c.frames for c in pipeline.stream(PROMPT, frames=33, seed=seed)])
         # The pictures alone are given, as from a file: encoded, run at t = 0, then continued under another seed.
         prefix = pipeline.encode_frames(given)
-        new = next(pipeline.stream(PROMPT, frames=45, seed=100 + seed, prefix=prefix)).frames
+        new = next(pipeline.stream(PROMPT, frames=45, seed=100 + seed, start=InitialLatents(prefix))).frames
         assert len(new) == 12
         other = next(pipeline.stream(PROMPT, frames=9, seed=200 + seed)).frames[0]
         rows["join"].append(jump(given[-1], new[0]))

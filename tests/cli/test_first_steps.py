@@ -17,7 +17,8 @@ from nasa_video.errors import InputError
 from nasa_video.files.source import read_frames
 from nasa_video.guidance.methods import Nasa
 from nasa_video.models.presets import SamplerSettings, find_preset
-from nasa_video.video.timeline import Cue
+from nasa_video.video.engine import InitialLatents
+from nasa_video.video.request import PromptState
 
 Run = Callable[..., Any]
 STAR = ("generate", "a red star", "--frames", "33", "--model", "{model}")
@@ -54,38 +55,37 @@ def noisy_calls(calls: list[float]) -> list[int]:
 
 def test_the_first_chunk_is_the_one_of_as_many_steps_and_the_others_follow_it(pipeline: VideoPipeline) -> None:
     kinds = ((1, None), (2, None), (1, 2))
-    one, two, opened = (latents(pipeline.opening_in(first), steps=steps) for steps, first in kinds)
+    one, two, opened = (latents(pipeline, steps=steps, first_chunk_steps=first) for steps, first in kinds)
     assert torch.equal(opened[0], two[0])
     for chunk in (1, 2):
         assert not torch.equal(opened[chunk], one[chunk]), "it follows another chunk"
         assert not torch.equal(opened[chunk], two[chunk]), "and has one step"
-    same = latents(pipeline.opening_in(2), steps=2)
+    same = latents(pipeline, first_chunk_steps=2, steps=2)
     assert all(torch.equal(a, b) for a, b in zip(same, two, strict=True))
 
 
 def test_only_what_opens_a_scene_has_more_steps(pipeline: VideoPipeline, calls: list[float]) -> None:
-    old, new = Cue.of("a red star"), Cue.of("a blue ball", "red", Nasa(0.5))
+    old, new = PromptState.of("a red star"), PromptState.of("a blue ball", "red", Nasa(0.5))
 
-    def cues(chunk: int) -> Cue:
+    def cues(chunk: int) -> PromptState:
         return new if chunk >= 3 else old
 
-    latents(pipeline.opening_in(2), cues=cues, steps=1, frames=69, on_change="keep")
+    latents(pipeline, first_chunk_steps=2, states=cues, steps=1, frames=69, on_change="keep")
     assert noisy_calls(calls) == [2, 1, 1, 2, 1, 1]
     calls.clear()
-    latents(pipeline.opening_in(2), steps=1, frames=57, rollout=33)
+    latents(pipeline, first_chunk_steps=2, steps=1, frames=57, rollout=33)
     assert noisy_calls(calls) == [2, 1, 1, 1, 1], "a rollout goes on where the one before ended"
 
 
 def test_what_goes_on_from_a_clip_opens_and_what_is_resumed_does_not(
     pipeline: VideoPipeline, calls: list[float]
 ) -> None:
-    opened = pipeline.opening_in(2)
-    whole = latents(opened, steps=1, frames=45)
+    whole = latents(pipeline, first_chunk_steps=2, steps=1, frames=45)
     made = torch.cat(whole[:2], dim=1)
-    resumed = latents(opened, steps=1, frames=45, prefix=made, shown_prefix=6)
+    resumed = latents(pipeline, first_chunk_steps=2, steps=1, frames=45, start=InitialLatents(made, shown_context=6))
     assert all(torch.equal(a, b) for a, b in zip(resumed, whole, strict=True))
     calls.clear()
-    latents(opened, steps=1, frames=45, prefix=made)
+    latents(pipeline, first_chunk_steps=2, steps=1, frames=45, start=InitialLatents(made))
     assert noisy_calls(calls) == [0, 0, 2, 1]
 
 
@@ -97,9 +97,9 @@ def test_a_number_of_steps_that_the_model_has_not_is_refused(pipeline: VideoPipe
     with pytest.raises(ValueError, match="first_chunk_steps 3 is not among steps"):
         SamplerSettings.model_validate(sampler.model_dump() | {"first_chunk_steps": 3})
     source = torch.cat(latents(pipeline), dim=1)
-    with pytest.raises(InputError, match="give --first-steps 1"):
-        latents(pipeline.opening_in(2), steps=1, source=source)
-    assert len(latents(pipeline.opening_in(2), steps=2, source=source)) == 3
+    with pytest.raises(InputError, match="give --first-chunk-steps 1"):
+        latents(pipeline, first_chunk_steps=2, steps=1, start=InitialLatents(source=source))
+    assert len(latents(pipeline, first_chunk_steps=2, steps=2, start=InitialLatents(source=source))) == 3
 
 
 @pytest.mark.parametrize(

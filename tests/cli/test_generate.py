@@ -69,7 +69,7 @@ def test_a_prompt_is_extended_as_its_seed_has_it_and_stored_so(nasa_video: Run) 
     done = nasa_video("generate", *options, "--seed", "3", "-o", "a/")
     nasa_video("generate", *options, "--seed", "4", "-o", "b/")
     recipes = [read_metadata(name)["nasa_video"] for name in ("a/", "b/")]
-    prompts = [[entry["prompt"] for entry in recipe["timeline"]["timeline"]] for recipe in recipes]
+    prompts = [[entry["prompt"] for entry in recipe["timeline"]] for recipe in recipes]
     assert prompts[0] != prompts[1]
     assert [text.split(",")[0] for text in prompts[0]] == ["a star", "a heart"]
     assert all(recipe["prompt"] == texts[0] != "a star" for recipe, texts in zip(recipes, prompts, strict=True))

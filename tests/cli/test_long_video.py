@@ -20,6 +20,7 @@ from nasa_video import Nasa, VideoPipeline
 from nasa_video.errors import InputError
 from nasa_video.files.source import read_frames
 from nasa_video.models.loading import FullDecoder
+from nasa_video.video.engine import InitialLatents
 
 Run = Callable[..., Any]
 STAR = "a red star"
@@ -89,17 +90,17 @@ def test_a_long_video_by_overlap_is_its_rollouts(pipeline: VideoPipeline) -> Non
 
 
 def test_a_cue_holds_across_the_border_of_a_rollout(pipeline: VideoPipeline) -> None:
-    from nasa_video.video.timeline import Cue
+    from nasa_video.video.request import PromptState
 
-    cues = [Cue.of(STAR)] * 4 + [Cue.of("a blue heart", "red", Nasa(0.5))] * 2
+    cues = [PromptState.of(STAR)] * 4 + [PromptState.of("a blue heart", "red", Nasa(0.5))] * 2
     asked: list[int] = []
 
-    def cue_of(index: int) -> Cue:
+    def cue_of(index: int) -> PromptState:
         asked.append(index)
         return cues[index]
 
-    chunks = list(pipeline.stream(STAR, cues=cue_of, frames=69, rollout=33))
-    assert [chunk.cue for chunk in chunks] == cues
+    chunks = list(pipeline.stream(STAR, states=cue_of, frames=69, rollout=33))
+    assert [chunk.state for chunk in chunks] == cues
     assert chunks[3].effect is None
     assert chunks[4].effect is not None
     assert max(asked) == 5
@@ -111,7 +112,12 @@ def test_a_long_video_resumes_to_the_same_frames(pipeline: VideoPipeline, known:
     prefix = torch.cat([chunk.latents for chunk in whole[:known]], dim=1)
     resumed = list(
         pipeline.stream(
-            STAR, frames=69, rollout=33, negative="red", guidance=Nasa(0.5), prefix=prefix, shown_prefix=3 * known
+            STAR,
+            frames=69,
+            rollout=33,
+            negative="red",
+            guidance=Nasa(0.5),
+            start=InitialLatents(prefix, shown_context=3 * known),
         )
     )
     assert np.array_equal(

@@ -12,7 +12,8 @@ from causvid_adapter import denormalize
 from nasa_video import CentredNasa, ClassifierFree, Nag, Nasa, Negative, VideoPipeline, Vsf
 from nasa_video.errors import InputError
 from nasa_video.guidance.schedule import ScaleSchedule
-from nasa_video.video.timeline import Cue
+from nasa_video.video.engine import InitialLatents
+from nasa_video.video.request import PromptState
 
 STAR = "a red star"
 
@@ -104,17 +105,17 @@ def test_two_streams_do_not_disturb_each_other(pipeline: VideoPipeline) -> None:
 
 def test_cues_change_prompt_negatives_and_scale_from_their_chunk_on(pipeline: VideoPipeline) -> None:
     cues = [
-        Cue.of(STAR),
-        Cue.of(STAR, "red", Nasa(0.5)),
-        Cue.of("a blue heart", ["red", Negative("blurry", 0.3)], Nasa(1)),
+        PromptState.of(STAR),
+        PromptState.of(STAR, "red", Nasa(0.5)),
+        PromptState.of("a blue heart", ["red", Negative("blurry", 0.3)], Nasa(1)),
     ]
-    chunks = list(pipeline.stream(STAR, cues=lambda i: cues[i], frames=33))
+    chunks = list(pipeline.stream(STAR, states=lambda i: cues[i], frames=33))
     plain = list(pipeline.stream(STAR, frames=33))
     same = [np.array_equal(a.frames, b.frames) for a, b in zip(chunks, plain, strict=True)]
     assert same == [True, False, False]
     assert chunks[0].effect is None
     assert chunks[1].effect is not None
-    assert [chunk.cue for chunk in chunks] == cues
+    assert [chunk.state for chunk in chunks] == cues
 
 
 def test_the_clean_pass_can_be_left_unguided(pipeline: VideoPipeline) -> None:
@@ -149,8 +150,8 @@ def test_batches_must_fit_together(pipeline: VideoPipeline) -> None:
 
 
 def test_guidance_in_output_and_in_attention_do_not_mix_in_one_video(pipeline: VideoPipeline) -> None:
-    cues = [Cue.of(STAR, "red", Nasa(0.5)), Cue.of(STAR, "red", ClassifierFree(2.0))]
-    stream = pipeline.stream(STAR, cues=lambda i: cues[i], frames=21)
+    cues = [PromptState.of(STAR, "red", Nasa(0.5)), PromptState.of(STAR, "red", ClassifierFree(2.0))]
+    stream = pipeline.stream(STAR, states=lambda i: cues[i], frames=21)
     next(stream)
     with pytest.raises(InputError, match="cannot change between"):
         next(stream)
@@ -159,7 +160,7 @@ def test_guidance_in_output_and_in_attention_do_not_mix_in_one_video(pipeline: V
 def test_a_continued_video_is_the_uninterrupted_one(pipeline: VideoPipeline) -> None:
     whole = list(pipeline.stream(STAR, negative="red", frames=57, seed=2))
     prefix = torch.cat([chunk.latents for chunk in whole[:2]], dim=1)
-    rest = list(pipeline.stream(STAR, negative="red", frames=57, seed=2, prefix=prefix))
+    rest = list(pipeline.stream(STAR, negative="red", frames=57, seed=2, start=InitialLatents(prefix)))
     assert [chunk.index for chunk in rest] == [2, 3, 4]
     for a, b in zip(whole[2:], rest, strict=True):
         assert np.array_equal(a.frames, b.frames)
@@ -179,7 +180,7 @@ def test_strength_says_how_much_of_a_video_is_redrawn(pipeline: VideoPipeline) -
     given = pipeline.encode_frames(video(pipeline, frames=21, seed=8))
     made = {
         strength: torch.cat(
-            [c.latents for c in pipeline.stream(STAR, source=given, strength=strength, frames=21)], dim=1
+            [c.latents for c in pipeline.stream(STAR, start=InitialLatents(source=given, strength=strength))], dim=1
         )
         for strength in (0.5, 1.0)
     }
@@ -191,12 +192,13 @@ def test_strength_says_how_much_of_a_video_is_redrawn(pipeline: VideoPipeline) -
     ("settings", "message"),
     [
         ({"strength": 0.0}, "strength must be above 0"),
-        ({"prefix": torch.zeros(1, 2, 8, 2, 4)}, "whole chunks of 3"),
-        ({"prefix": torch.zeros(1, 3, 8, 9, 9)}, "must have latents of"),
-        ({"prefix": torch.zeros(1, 6, 8, 2, 4)}, "leaves nothing to make"),
+        ({"strength": 0.5}, "for a source that is redrawn, and there is none"),
+        ({"context": torch.zeros(1, 2, 8, 2, 4)}, "whole chunks of 3"),
+        ({"context": torch.zeros(1, 3, 8, 9, 9)}, "must have latents of"),
+        ({"context": torch.zeros(1, 6, 8, 2, 4)}, "leave nothing to make"),
         ({"source": torch.zeros(1, 3, 8, 2, 4)}, "latents for every frame"),
     ],
 )
 def test_a_start_that_does_not_fit_is_refused(pipeline: VideoPipeline, settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        pipeline.stream(STAR, frames=21, **settings)
+        pipeline.stream(STAR, frames=21, start=InitialLatents(**settings))

@@ -59,7 +59,7 @@ def test_another_recipe_does_not_go_on_from_the_log(nasa_video: Run) -> None:
         raise KeyboardInterrupt
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(generation, "write", stop)
+    patch.setattr(generation._Writing, "write", stop)
     nasa_video("generate", "a star", "--model", "{model}", "--resume", "-o", "a.mp4")
     patch.undo()
     assert Path("a.mp4.resume/recipe.json").exists()
@@ -72,10 +72,10 @@ def test_another_recipe_does_not_go_on_from_the_log(nasa_video: Run) -> None:
 def test_a_damaged_end_of_the_log_is_made_again(nasa_video: Run) -> None:
     import torch
 
-    from nasa_video.video.recipe import Recipe
+    from nasa_video.video.request import VideoRequest
     from nasa_video.video.resume import ResumeLog
 
-    recipe = Recipe(prompt="x", model="m", seed=0, steps=1, frames=9, width=1, height=1, fps=1)
+    recipe = VideoRequest(prompt="x", model="m", seed=0, steps=1, frames=9, width=1, height=1, fps=1)
     log = ResumeLog("a.mp4", recipe)
     assert log.open() is None
     chunks = [torch.randn(1, 3, 2, 2, 2) for _ in range(3)]

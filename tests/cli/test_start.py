@@ -77,7 +77,7 @@ def test_a_redrawn_clip_keeps_its_length_and_strength_counts(nasa_video: Run) ->
     ("words", "message"),
     [
         (["generate", "x", "--image", "none.png"], "none.png cannot be read"),
-        (["generate", "x", "--image", "text.png"], "no readable picture"),
+        (["generate", "x", "--image", "text.png"], "no readable image"),
         (["generate", "x", "--video", "text.png"], "no readable video"),
         (["generate", "x", "--image", "p.png", "--frames", "5"], "new frames must be a multiple of 12"),
         (["generate", "x", "--image", "p.png", "--video", "p.png"], "starts from one of them"),

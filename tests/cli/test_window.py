@@ -16,6 +16,7 @@ from nasa_video import Nasa, VideoPipeline
 from nasa_video.errors import InputError
 from nasa_video.files.sinks import open_sink
 from nasa_video.files.source import read_frames
+from nasa_video.video.engine import InitialLatents
 
 Run = Callable[..., Any]
 MODEL = ("--model", "{model}")
@@ -70,11 +71,11 @@ def test_a_window_that_cannot_be_is_refused(nasa_video: Run, options: list[str],
 
 
 def test_the_plan_knows_the_window_and_the_given_frames(nasa_video: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nasa_video.cli import generation
+    from nasa_video.video import loading
 
     planned = []
-    make_plan = generation.make_plan
-    monkeypatch.setattr(generation, "make_plan", lambda *given: planned.append(make_plan(*given)) or planned[-1])
+    make_plan = loading.make_plan
+    monkeypatch.setattr(loading, "make_plan", lambda *given: planned.append(make_plan(*given)) or planned[-1])
     nasa_video(*STAR, "-o", "a.mp4")
     nasa_video(*STAR, "--window", "0", "-o", "b.mp4")
     nasa_video("extend", "a.mp4", "a red star", "--frames", "240", "--window", "0", *MODEL, "-o", "c.mp4")
@@ -123,7 +124,7 @@ def test_a_source_and_a_prefix_may_wait_on_the_host(pipeline: VideoPipeline) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "to", noted)
-        rest = list(pipeline.stream("a red star", frames=33, prefix=prefix, shown_prefix=6))
+        rest = list(pipeline.stream("a red star", frames=33, start=InitialLatents(prefix, shown_context=6)))
     assert seen.count(pipeline.model.device) >= 4, "once for the model and once for the decoder, a chunk"
     assert all(np.array_equal(a.frames, b.frames) for a, b in zip(whole, rest, strict=True))
 

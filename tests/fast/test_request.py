@@ -54,6 +54,7 @@ def test_what_the_second_request_states_wins() -> None:
         ("nag", ":,tau=2", "nag,tau=2"),
         (None, ":0.3", ":0.3"),
         (":0.3,limit=1", ":0.5", ":0.5,limit=1"),
+        (":,limit=1", ":,conflict=2", ":,limit=1,conflict=2"),
         ("none", ":0.3", ":0.3"),
         ("nag:2", "none", "none"),
     ],
@@ -154,3 +155,13 @@ def test_guidance_without_a_negative_is_said() -> None:
         VideoRequest.read({"prompt": "a", "negatives": "b", "guidance": "none"}).resolved(SPRITES)
     with pytest.raises(InputError, match="say what the video should show"):
         VideoRequest().resolved(SPRITES)
+
+
+@pytest.mark.parametrize(("stored", "read"), [(False, "keep"), (True, "recompute")])
+def test_what_an_older_version_stored_of_the_window_is_read(stored: bool, read: str) -> None:
+    """Before it could be remade, a truth value said whether it was recomputed."""
+    entries = [{"at": 0, "prompt": "a", "recompute": stored}, {"at": 1, "prompt": "b", "recompute": None}]
+    new = VideoRequest.read({"prompt": "a", "recompute_window": stored, "timeline": {"timeline": entries}})
+    assert new.on_change == read
+    assert new.timeline is not None
+    assert [entry.on_change for entry in new.timeline] == [read, None]

@@ -11,13 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nasa_video.errors import InputError, OutputError
 from nasa_video.files.live_sinks import PushSink
-from nasa_video.guidance.methods import Nag, Nasa
-from nasa_video.guidance.terms import Negative
+from nasa_video.guidance.methods import Nasa
 from nasa_video.models.presets import OnChange
 from nasa_video.serve.cues import LiveCues
 from nasa_video.serve.outgoing import LIMIT_BYTES, Gone, Outgoing
@@ -27,22 +24,14 @@ from nasa_video.serve.security import is_loopback
 from nasa_video.serve.shelf import Shelf
 from nasa_video.serve.throttle import Bucket, Buckets, client_of
 from nasa_video.serve.worker import Busy, Worker
+from nasa_video.video.engine import InitialLatents
 from nasa_video.video.pipeline import Chunk, VideoPipeline
-from nasa_video.video.timeline import Cue, Timeline, format_negative, parse_negative
+from nasa_video.video.request import PromptState, VideoRequest
 
 
 @pytest.fixture(scope="module")
 def pipeline(model_folder: Path) -> VideoPipeline:
     return VideoPipeline.from_pretrained(str(model_folder), device="cpu")
-
-
-@given(
-    text=st.text(min_size=1, max_size=40).map(str.strip).filter(bool),
-    weight=st.floats(min_value=0.001, max_value=100, allow_nan=False),
-)
-def test_a_negative_survives_being_written(text: str, weight: float) -> None:
-    negative = Negative(text, weight)
-    assert parse_negative(format_negative(negative)) == negative
 
 
 def test_an_update_changes_what_it_names() -> None:
@@ -228,7 +217,7 @@ def test_the_ring_keeps_the_newest_and_never_repeats() -> None:
     frames = np.zeros((12, 16, 16, 3), np.uint8)
 
     def chunk(index: int) -> Any:
-        return Chunk(index, frames, None, Cue.of("a"), None, [0.0]), None  # type: ignore[arg-type]
+        return Chunk(index, frames, None, PromptState.of("a"), None, [0.0]), None  # type: ignore[arg-type]
 
     taken: list[int] = []
     reader = ring.read(taken.append)
@@ -251,21 +240,20 @@ def test_a_timeline_says_what_changed_and_gives_the_same_cues(pipeline: VideoPip
     cues.change(Wanted(prompt="a star", guidance="nag", scale=2.0))
     cues.change(Wanted(prompt="a star", guidance="none"))
     history += [cues(3), cues(4)]
-    timeline = cues.timeline("tiny", 5, None, pipeline.frames_until(5))
+    timeline = cues.timeline("tiny", 5, None, None, pipeline.frames_until(5))
     assert [entry.at for entry in timeline.timeline] == [0, 1.75, 2.75]
     assert timeline.timeline[1].prompt is None
-    read = Timeline.model_validate(timeline.model_dump())
-    cue_of = read.cues(Cue.of("nothing"), pipeline.guide, lambda chunk: pipeline.frames_until(chunk) / 12)
+    read = VideoRequest.model_validate_json(timeline.model_dump_json())
+    cue_of = pipeline.states(pipeline.resolve(read.model_copy(update={"model": None, "fps": 12})))
     assert [cue_of(chunk) for chunk in range(5)] == history
-    assert len(cues.timeline("tiny", 5, None, 9).timeline) == 1, "what was not shown is left out"
+    assert len(cues.timeline("tiny", 5, None, None, 9).timeline) == 1, "what was not shown is left out"
 
 
 def test_a_timeline_says_in_how_many_steps_a_scene_opens(pipeline: VideoPipeline) -> None:
-    opened = pipeline.opening_in(2)
-    for made_by, first_steps in ((pipeline, None), (opened, 2)):
-        cues = LiveCues(made_by, Wanted(prompt="a ball"))
-        cues(0)
-        assert cues.timeline("tiny", 5, 1, 9).first_steps == first_steps
+    cues = LiveCues(pipeline, Wanted(prompt="a ball"))
+    cues(0)
+    for first_steps in (None, 2):
+        assert cues.timeline("tiny", 5, 1, first_steps, 9).first_chunk_steps == first_steps
 
 
 def test_cues_refuse_what_a_running_stream_cannot_do(pipeline: VideoPipeline) -> None:
@@ -279,13 +267,6 @@ def test_cues_refuse_what_a_running_stream_cannot_do(pipeline: VideoPipeline) ->
     cues.closed = True
     with pytest.raises(Gone):
         cues(1)
-
-
-def test_guidance_changes_by_name_or_scale(pipeline: VideoPipeline) -> None:
-    assert pipeline.guide(Nasa(0.5), None, 0.9) == Nasa(0.9)
-    assert pipeline.guide(None, "none", None) is None
-    assert isinstance(pipeline.guide(Nasa(), "nag", 2.0), Nag)
-    assert pipeline.guide(Nasa(0.5), None, None) == Nasa(0.5)
 
 
 def test_every_client_has_its_bucket_and_there_are_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,14 +303,14 @@ def test_a_client_is_an_address_or_a_network(host: str, client: str) -> None:
 
 def test_what_becomes_of_the_window(pipeline: VideoPipeline) -> None:
     """Kept: its keys stay. Recomputed: its chunks under the new text. Remade: those the new text would have given."""
-    before, after = Cue.of("a red ball"), Cue.of("a blue star")
+    before, after = PromptState.of("a red ball"), PromptState.of("a blue star")
     latents: dict[OnChange | None, list[Any]] = {}
 
     def video(on_change: OnChange | None, default: OnChange | None = None) -> list[Any]:
-        def cues(chunk: int) -> Cue:
-            return before if chunk < 2 else Cue(after.prompts, after.negatives, None, on_change)
+        def cues(chunk: int) -> PromptState:
+            return before if chunk < 2 else PromptState(after.prompts, after.negatives, None, on_change)
 
-        chunks = list(pipeline.stream("a", cues=cues, frames=45, on_change=default))
+        chunks = list(pipeline.stream("a", states=cues, frames=45, on_change=default))
         latents[on_change] = [chunk.latents for chunk in chunks]
         return [chunk.frames for chunk in chunks]
 
@@ -340,13 +321,15 @@ def test_what_becomes_of_the_window(pipeline: VideoPipeline) -> None:
     assert (kept[2] != recomputed[2]).any()
     # The promise of recomputing: chunk 2 is what follows those two chunks in a video that was about the new text.
     prefix = torch.cat(latents["recache"][:2], dim=1)
-    (of_new,) = (c.latents for c in pipeline.stream("a", cues=lambda chunk: after, frames=33, prefix=prefix))
+    (of_new,) = (
+        c.latents for c in pipeline.stream("a", states=lambda chunk: after, frames=33, start=InitialLatents(prefix))
+    )
     away = {name: float((latents[name][2] - of_new).abs().max()) for name in ("keep", "recache", "regenerate")}
     assert away["recache"] < 1e-5
     assert away["keep"] > 30 * away["recache"], "kept keys still hold the old text"
     assert away["regenerate"] > 30 * away["recache"], "other frames are remembered"
     # The promise of remaking, where the window reaches back to the start: the video that was about it all along.
-    new = [chunk.latents for chunk in pipeline.stream("a", cues=lambda chunk: after, frames=45)]
+    new = [chunk.latents for chunk in pipeline.stream("a", states=lambda chunk: after, frames=45)]
     for one, other in zip(latents["regenerate"][2:], new[2:], strict=True):
         assert torch.equal(one, other)
     np.testing.assert_array_equal(np.concatenate(video(None, "recache")), np.concatenate(recomputed))
@@ -360,27 +343,30 @@ def test_what_becomes_of_the_window(pipeline: VideoPipeline) -> None:
 def test_an_interrupted_video_goes_on_as_if_nothing_had_been(
     pipeline: VideoPipeline, on_change: OnChange, rollout: int
 ) -> None:
-    before, after = Cue.of("a red ball"), Cue.of("a blue star")
+    before, after = PromptState.of("a red ball"), PromptState.of("a blue star")
 
     def video(**start: Any) -> list[Chunk]:
         cues = lambda chunk: before if chunk < 2 else after  # noqa: E731
-        return list(pipeline.stream("a", cues=cues, frames=69, on_change=on_change, rollout=rollout, **start))
+        return list(pipeline.stream("a", states=cues, frames=69, on_change=on_change, rollout=rollout, **start))
 
     whole = video()
     prefix = torch.cat([chunk.latents for chunk in whole[:4]], dim=1)
-    for one, other in zip(video(prefix=prefix, shown_prefix=12), whole, strict=True):
+    for one, other in zip(video(start=InitialLatents(prefix, shown_context=12)), whole, strict=True):
         assert torch.equal(one.latents, other.latents)
         np.testing.assert_array_equal(one.frames, other.frames)
 
 
 def test_only_what_acts_touches_the_window(pipeline: VideoPipeline) -> None:
     """A negative without a method, and a scale of zero, leave the video as it is to the bit."""
-    plain = Cue.of("a red ball", on_change="regenerate")
-    idle = [Cue.of("a red ball", "snow", None, "regenerate"), Cue.of("a red ball", "snow", Nasa(0), "regenerate")]
-    acting = [Cue.of("a red ball", "snow", Nasa(scale), "regenerate") for scale in (0.5, 1)]
+    plain = PromptState.of("a red ball", on_change="regenerate")
+    idle = [
+        PromptState.of("a red ball", "snow", None, "regenerate"),
+        PromptState.of("a red ball", "snow", Nasa(0), "regenerate"),
+    ]
+    acting = [PromptState.of("a red ball", "snow", Nasa(scale), "regenerate") for scale in (0.5, 1)]
 
-    def video(cues: list[Cue]) -> torch.Tensor:
-        chunks = pipeline.stream("a", cues=cues.__getitem__, frames=9 + 12 * 3)
+    def video(cues: list[PromptState]) -> torch.Tensor:
+        chunks = pipeline.stream("a", states=cues.__getitem__, frames=9 + 12 * 3)
         return torch.cat([chunk.latents for chunk in chunks], dim=1)
 
     assert torch.equal(video([plain, *idle, plain]), video([plain] * 4))

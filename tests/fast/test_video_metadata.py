@@ -12,7 +12,6 @@ from nasa_video.errors import InputError
 from nasa_video.files import ffmpeg
 from nasa_video.files.ffmpeg_sink import FfmpegSink
 from nasa_video.files.metadata import from_ffmetadata, read_metadata, to_ffmetadata, to_json
-from nasa_video.video.recipe import Recipe
 
 NASTY = {
     "prompt": 'a=b; # \\ "quoted" \r\n[STREAM]\n;FFMETADATA1\ncomment=no\\',
@@ -72,15 +71,3 @@ def test_files_of_others(tmp_path: Path) -> None:
 def test_values_that_json_cannot_hold_fail_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         FfmpegSink(tmp_path / "a.mp4", 16, {"path": tmp_path})
-
-
-@pytest.mark.parametrize(("stored", "read"), [(False, "keep"), (True, "recache")])
-def test_what_an_older_version_stored_of_the_window_is_read(stored: bool, read: str) -> None:
-    """Before it could be remade, a truth value said whether it was recomputed."""
-    entries = [{"at": 0, "prompt": "a", "recompute": stored}, {"at": 1, "prompt": "b", "recompute": None}]
-    recipe = {"prompt": "a", "model": "m", "seed": 1, "steps": 4, "frames": 9, "width": 64, "height": 64, "fps": 12}
-    old = {**recipe, "recompute_window": stored, "timeline": {"timeline": entries}}
-    new = Recipe.of_metadata({"nasa_video": old}, "old.mp4")
-    assert new.on_change == read
-    assert new.timeline is not None
-    assert [entry.on_change for entry in new.timeline.timeline] == [read, None]

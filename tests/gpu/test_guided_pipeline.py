@@ -17,6 +17,7 @@ from nasa_video.models.memory_estimate import estimate
 from nasa_video.models.memory_plan import PlanRequest, make_plan, transformer_config, vae_config
 from nasa_video.models.placement import Placement
 from nasa_video.models.presets import find_preset
+from nasa_video.video.engine import InitialLatents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -43,7 +44,7 @@ def test_latents_from_disk_go_on_to_the_same_frames(
     pipeline = load(decode_ahead=ahead)
     chunks = list(pipeline.stream("a red star", rollout=rollout, **SETTINGS))
     prefix = torch.cat([chunk.latents for chunk in chunks[:3]], dim=1).cpu()
-    resumed = frames_of(pipeline, prefix=prefix, shown_prefix=9, rollout=rollout)
+    resumed = frames_of(pipeline, start=InitialLatents(prefix, shown_context=9), rollout=rollout)
     assert np.array_equal(resumed, np.concatenate([chunk.frames for chunk in chunks]))
 
 

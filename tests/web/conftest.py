@@ -17,7 +17,7 @@ from nasa_video.serve.cues import LiveCues
 from nasa_video.serve.server import Server
 from nasa_video.serve.settings import ServeSettings
 from nasa_video.video.pipeline import VideoPipeline
-from nasa_video.video.timeline import Cue
+from nasa_video.video.request import PromptState
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +77,7 @@ def hold_second_chunk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Eve
     go_on = threading.Event()
     cue_of = LiveCues.__call__
 
-    def held(self: LiveCues, chunk: int) -> Cue:
+    def held(self: LiveCues, chunk: int) -> PromptState:
         if chunk == 1:
             go_on.wait(PATIENCE)
         return cue_of(self, chunk)

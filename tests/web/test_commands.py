@@ -15,12 +15,13 @@ import pytest
 from live_client import PATIENCE, Client, eventually
 
 from nasa_video.cli.console import chunk_progress
-from nasa_video.cli.generation import Request, run
-from nasa_video.cli.streaming import StreamRequest, run_stream, seconds_to_arrive
+from nasa_video.cli.generation import RunOptions, run
+from nasa_video.cli.stream import run_stream, seconds_to_arrive
 from nasa_video.errors import OutputError
 from nasa_video.files import ffmpeg
 from nasa_video.files.source import read_frames
 from nasa_video.serve.preview import Preview
+from nasa_video.video.request import LoadOptions, VideoRequest
 
 
 def test_a_preview_shows_the_run_to_everybody(model_folder: Path, tmp_path: Path) -> None:
@@ -41,27 +42,29 @@ def test_a_preview_shows_the_run_to_everybody(model_folder: Path, tmp_path: Path
             viewers[-1].start()
 
     with Preview(lambda message: None, open_page=open_page) as preview:
-        request = Request(prompt="a ball", model=str(model_folder))
-        result = run(request, str(tmp_path / "a.mp4"), chunk_progress, lambda message: None, preview.watch)
+        request = VideoRequest(prompt="a ball", model=str(model_folder))
+        output = str(tmp_path / "a.mp4")
+        result = run(request, output, RunOptions(), chunk_progress, lambda message: None, preview.watch)
     for viewer in viewers:
         viewer.join(10)
     assert seen == [21, 21]
     assert result["frames"] == len(read_frames(tmp_path / "a.mp4")) == 21
 
 
-def _request(model: Path, to: str) -> StreamRequest:
-    return StreamRequest("a ball", ("red",), None, None, str(model), 3, None, 2.0, None, "cpu", None, None, to)
+def _stream(model: Path, to: str, say: Any) -> dict[str, Any]:
+    request = VideoRequest.read({"prompt": "a ball", "negatives": "red", "model": str(model), "seed": 3})
+    return run_stream(request, to, LoadOptions(device="cpu"), say, 2.0)
 
 
 def test_a_stream_into_a_file(model_folder: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    result: dict[str, Any] = run_stream(_request(model_folder, str(tmp_path / "s.mp4")), said.append)
+    result: dict[str, Any] = _stream(model_folder, str(tmp_path / "s.mp4"), said.append)
     assert result["frames"] == len(read_frames(tmp_path / "s.mp4")) == 24
 
 
 def test_a_stream_that_nobody_takes(model_folder: Path) -> None:
     with pytest.raises(OutputError, match="refused") as refused:
-        run_stream(_request(model_folder, "rtmp://127.0.0.1:1/live/secret"), lambda message: None)
+        _stream(model_folder, "rtmp://127.0.0.1:1/live/secret", lambda message: None)
     assert "secret" not in str(refused.value)
 
 
@@ -73,7 +76,7 @@ def test_a_protocol_that_this_ffmpeg_lacks_is_said_before_anything_is_loaded(
     program.chmod(0o755)
     monkeypatch.setattr(ffmpeg, "executable", lambda: str(program))
     with pytest.raises(OutputError, match=r"built without srt://; use tcp://, or .*IMAGEIO_FFMPEG_EXE") as refused:
-        run_stream(_request(Path("no such model"), "srt://127.0.0.1:9/?streamid=secret"), lambda message: None)
+        _stream(Path("no such model"), "srt://127.0.0.1:9/?streamid=secret", lambda message: None)
     assert "secret" not in str(refused.value)
 
 
@@ -125,7 +128,7 @@ def test_a_receiver_gets_every_frame(
     receiver = receive(options, url + query)
     process = psutil.Process(receiver.pid)
     eventually(lambda: any(one.laddr and one.laddr.port == port for one in process.net_connections("inet")))
-    result = run_stream(_request(model_folder, url), lambda message: None)
+    result = _stream(model_folder, url, lambda message: None)
     receiver.wait(PATIENCE)
     assert result["to"] == f"{protocol}://127.0.0.1", "the address is told without its key"
     assert result["frames"] == len(read_frames(tmp_path / "received.mkv")) == 24

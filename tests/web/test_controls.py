@@ -12,7 +12,7 @@ from live_page import acting_chunk, data, play, ready, until, wait_for_frame
 
 from nasa_video.serve.cues import LiveCues
 from nasa_video.serve.server import Server
-from nasa_video.video.timeline import Cue
+from nasa_video.video.request import PromptState
 
 
 def add_negative(page: Any, text: str) -> None:
@@ -188,7 +188,7 @@ def test_slow_generation_is_said_and_played_evenly(
 ) -> None:
     cue_of, begun = LiveCues.__call__, set()
 
-    def slow(self: LiveCues, chunk: int) -> Cue:
+    def slow(self: LiveCues, chunk: int) -> PromptState:
         if chunk not in begun:
             begun.add(chunk)
             time.sleep(2)  # For a second of video.

@@ -13,10 +13,11 @@ from live_client import Client, eventually, every_task_had_its_turn, ffmpegs
 from live_page import acting_chunk, contrast, data, play, ready, saved, until, wait_for_frame
 
 from nasa_video.cli.console import chunk_progress
-from nasa_video.cli.generation import Request, run
+from nasa_video.cli.generation import RunOptions, run
 from nasa_video.files.metadata import read_metadata
 from nasa_video.files.source import read_frames
 from nasa_video.serve.server import Server
+from nasa_video.video.request import VideoRequest
 
 
 @pytest.mark.parametrize("media", ["mp4", "webm", "av1", "jpeg"])
@@ -76,7 +77,8 @@ def test_changes_pause_stop_and_downloads(server: Server, open_page: Any, tmp_pa
     assert "- red" in timeline.read_text()
     assert read_metadata(video)["timeline"]["frames"] == frames
     # tests/web/test_server.py compares them before any encoding, to the bit.
-    run(Request(timeline=timeline), str(tmp_path / "again.mp4"), chunk_progress, lambda message: None)
+    request = VideoRequest.read_timeline(timeline)
+    run(request, str(tmp_path / "again.mp4"), RunOptions(), chunk_progress, lambda message: None)
     again = read_frames(tmp_path / "again.mp4")
     assert abs(again.astype(int) - read_frames(video)).mean() < 6, "the same pictures, but for the encoder"
 

@@ -23,7 +23,7 @@ from PIL import Image
 from websockets.exceptions import ConnectionClosed
 
 from nasa_video.cli.console import chunk_progress
-from nasa_video.cli.generation import Request, run
+from nasa_video.cli.generation import RunOptions, run
 from nasa_video.errors import InputError
 from nasa_video.files.frames import enlarge
 from nasa_video.files.metadata import read_metadata
@@ -35,7 +35,7 @@ from nasa_video.serve.protocol import Wanted
 from nasa_video.serve.recorder import Recorder
 from nasa_video.serve.server import Server
 from nasa_video.video import controller
-from nasa_video.video.timeline import Cue
+from nasa_video.video.request import PromptState, VideoRequest
 
 
 @pytest.fixture
@@ -145,7 +145,8 @@ def test_changes_act_from_the_next_chunk_and_replay_to_the_same_frames(
 
     timeline = httpx.get(f"{server.address}v1/streams/{client.key}/timeline.yaml").text
     (tmp_path / "t.yaml").write_text(timeline)
-    run(Request(timeline=tmp_path / "t.yaml"), f"{tmp_path}/again/", chunk_progress, lambda message: None)
+    request = VideoRequest.read_timeline(tmp_path / "t.yaml")
+    run(request, f"{tmp_path}/again/", RunOptions(), chunk_progress, lambda message: None)
     again = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "again").glob("*.png"))])
     live = enlarge(np.concatenate(shown), 2)
     assert len(live) == frames
@@ -285,7 +286,7 @@ def test_changes_faster_than_they_can_be_looked_at(
     look, seen = threading.Event(), []
     check = LiveCues.check
 
-    def slow(self: LiveCues, wanted: Wanted) -> Cue:
+    def slow(self: LiveCues, wanted: Wanted) -> PromptState:
         if seen:
             look.wait(PATIENCE)
         seen.append(wanted)
