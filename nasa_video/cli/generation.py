@@ -21,6 +21,7 @@ from nasa_video.files.sinks import open_sink
 from nasa_video.guidance.state import Effect
 from nasa_video.jobs.processes import Processes
 from nasa_video.models.presets import DEFAULT_MODEL, find_preset
+from nasa_video.text.vocabulary import describe_unknown_words, find_vocabulary
 from nasa_video.video.loading import load_pipeline
 from nasa_video.video.pipeline import Chunk, InitialLatents, VideoPipeline
 from nasa_video.video.request import LoadOptions, PromptWarning, VideoRequest
@@ -117,19 +118,22 @@ def _silent(line: str) -> None:
 
 def _check_extension(request: VideoRequest) -> None:
     name = request.model or DEFAULT_MODEL
-    if request.extend_prompt and find_preset(name).vocabulary != "sprites":
+    if request.extend_prompt and find_preset(name).vocabulary is None:
         raise InputError(
-            f"--extend-prompt knows the words of the sprites model, not those of {name}; have a language model write "
-            "the details into the prompt, as Wan's own tools do"
+            f"--extend-prompt is for models of a small vocabulary such as sprites, not {name}; have a language model "
+            "write the details into the prompt, as Wan's own tools do"
         )
 
 
 def _with_extended_prompts(recipe: VideoRequest, pipeline: VideoPipeline) -> VideoRequest:
     """The recipe with what its prompts leave open written into them; all of them by the video's seed."""
-    from nasa_video.sprites.prompt_extension import extend_prompt
+    vocabulary = find_vocabulary(pipeline.preset.vocabulary)
+    assert vocabulary is not None
 
     def extended(part: Any) -> dict[str, Any]:
-        return {"prompt": part.prompt and extend_prompt(part.prompt, recipe.seed or 0, pipeline.text_encoder)}
+        return {
+            "prompt": part.prompt and vocabulary.extend_prompt(part.prompt, recipe.seed or 0, pipeline.text_encoder)
+        }
 
     timeline = recipe.timeline and tuple(entry.model_copy(update=extended(entry)) for entry in recipe.timeline)
     return recipe.model_copy(update={**extended(recipe), "timeline": timeline, "extend_prompt": None})
@@ -158,18 +162,9 @@ def _resumed(
 
 def warn_of_unknown_words(pipeline: VideoPipeline, recipe: VideoRequest) -> None:
     """Say kindly when a text has words that a model with a small world cannot know."""
-    if pipeline.preset.vocabulary != "sprites":
-        return
-    from nasa_video.sprites.vocabulary import unknown_words
-
-    unknown = sorted({word for text in recipe.texts for word in unknown_words(text)})
-    if unknown:
-        warnings.warn(
-            f"the shipped model lives in a small world of coloured shapes and has never seen {', '.join(unknown)}; "
-            'try "a red ball bouncing on a checkered background", or a real model (nasa-video models)',
-            PromptWarning,
-            stacklevel=2,
-        )
+    note = describe_unknown_words(find_vocabulary(pipeline.preset.vocabulary), recipe.texts)
+    if note is not None:
+        warnings.warn(note, PromptWarning, stacklevel=2)
 
 
 # --- writing
