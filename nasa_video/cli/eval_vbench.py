@@ -122,10 +122,10 @@ def vbench(
     from nasa_video.evaluation.vbench_run import VBenchOptions, VBenchRun
     from nasa_video.evaluation.vbench_setup import default_venv
     from nasa_video.evaluation.vbench_weights import cache_folder
+    from nasa_video.guidance.terms import as_negatives
     from nasa_video.jobs.processes import Shard
-    from nasa_video.video.timeline import parse_negative
 
-    negatives = tuple(parse_negative(text) for text in neg or () if text.strip())
+    negatives = as_negatives(neg)
     if not negatives and words(methods) != ["none"]:
         raise InputError("the methods need a negative prompt: --neg 'blurry, low quality'; or run --methods none")
     options = VBenchOptions(

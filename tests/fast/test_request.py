@@ -157,7 +157,7 @@ def test_guidance_without_a_negative_is_said() -> None:
         VideoRequest().resolved(SPRITES)
 
 
-@pytest.mark.parametrize(("stored", "read"), [(False, "keep"), (True, "recompute")])
+@pytest.mark.parametrize(("stored", "read"), [(False, "keep"), (True, "recache")])
 def test_what_an_older_version_stored_of_the_window_is_read(stored: bool, read: str) -> None:
     """Before it could be remade, a truth value said whether it was recomputed."""
     entries = [{"at": 0, "prompt": "a", "recompute": stored}, {"at": 1, "prompt": "b", "recompute": None}]
