@@ -19,7 +19,7 @@ from typing import Any
 from nasa_video.errors import OutputError
 from nasa_video.files import ffmpeg
 from nasa_video.files.atomic import commit
-from nasa_video.files.formats import RawVideo, format_of
+from nasa_video.files.formats import RawVideo, format_of, join
 from nasa_video.files.frames import Frames, Upscale
 from nasa_video.files.metadata import to_ffmetadata, to_json
 from nasa_video.files.sinks import VideoSink, check_file
@@ -128,11 +128,7 @@ class FfmpegSink(VideoSink):
         if not self.num_frames:
             return tail.path, len(pending)
         joined = self._new_file()
-        quoted = (ffmpeg.url(part).replace("'", r"'\''") for part in (self._capture.path, tail.path))
-        listing = "".join(f"file '{name}'\n" for name in quoted)
-        concat = ["-f", "concat", "-safe", "0", "-protocol_whitelist", "file,pipe", "-i", "pipe:0"]
-        copy = ["-map", "0:v:0", "-c", "copy", "-f", "mp4", "-y", ffmpeg.url(joined)]
-        ffmpeg.run([*concat, *copy], os.fsencode(listing))
+        join([self._capture.path, tail.path], joined)
         expected = self.num_frames + len(pending)
         _check_count(joined, expected)
         return joined, expected

@@ -7,7 +7,8 @@ ffmpeg dies. Its codec is the file's own where that can be copied over; for GIF 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -101,6 +102,15 @@ def _copy_to(*muxer: str) -> Callable[[Path, Path, str], None]:
         ffmpeg.run(["-xerror", *inputs, *options], to_ffmetadata(comment))
 
     return convert
+
+
+def join(parts: Sequence[Path], target: Path) -> None:
+    """Set MP4 files of one encoding behind one another, copied; FfmpegError where one cannot be read."""
+    quoted = (ffmpeg.url(part).replace("'", r"'\''") for part in parts)
+    listing = "".join(f"file '{name}'\n" for name in quoted)
+    concat = ["-f", "concat", "-safe", "0", "-protocol_whitelist", "file,pipe", "-i", "pipe:0"]
+    copy = ["-map", "0:v:0", "-c", "copy", "-f", "mp4", "-y", ffmpeg.url(target)]
+    ffmpeg.run(["-xerror", *concat, *copy], os.fsencode(listing))
 
 
 def _convert_to_gif(capture: Path, target: Path, comment: str) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from nasa_video.errors import OutputError
-from nasa_video.files import ffmpeg
 from nasa_video.files.ffmpeg_sink import FfmpegSink
+from nasa_video.files.formats import FORMATS, join
 from nasa_video.files.frames import Frames
-from nasa_video.files.metadata import to_ffmetadata, to_json
+from nasa_video.files.metadata import to_json
 
 
 class Recorder:
@@ -73,13 +73,10 @@ class Recorder:
                 raise OutputError("nothing was recorded")
             handle, name = tempfile.mkstemp(suffix=".mp4", dir=self._folder)
             os.close(handle)
-            listing = "".join(f"file '{ffmpeg.url(part)}'\n" for part in self._parts)
-            tags = self._folder / "tags.txt"
-            tags.write_bytes(to_ffmetadata(to_json(metadata)))
-            concat = ["-f", "concat", "-safe", "0", "-protocol_whitelist", "file,pipe", "-i", "pipe:0"]
-            told = ["-f", "ffmetadata", "-i", ffmpeg.url(tags), "-map", "0:v:0", "-map_metadata", "1"]
-            copy = ["-c", "copy", "-movflags", "+faststart", "-f", "mp4", "-y", ffmpeg.url(Path(name))]
-            ffmpeg.run(["-xerror", *concat, *told, *copy], listing.encode())
+            joined = self._folder / "joined.mp4"
+            join(self._parts, joined)
+            FORMATS[".mp4"].convert(joined, Path(name), to_json(metadata))
+            joined.unlink()
             return Path(name)
 
     def close(self) -> None:
