@@ -153,9 +153,8 @@ class Experiment:
 
 def train_arm(experiment: Experiment, placement: str, seed: int) -> tuple[Path, float]:
     """The model's folder of an arm, trained where it is not there yet, and the processor minutes that it took."""
-    from nasa_video.train.fleet import Fleet
-    from nasa_video.train.run import train
-    from nasa_video.train.start import start_game
+    from nasa_video.train.distributed import DistributedContext
+    from nasa_video.train.run import new_trainer, train
 
     settings = experiment.settings(placement, seed)
     # weights in the name: after a new training of the shipped model nothing goes on from the old one
@@ -167,8 +166,8 @@ def train_arm(experiment: Experiment, placement: str, seed: int) -> tuple[Path, 
         return folder / "model", before
     began = time.process_time()
     tell = _teller(f"{placement}, seed {seed}", lambda: _write(spent, before + (time.process_time() - began) / 60))
-    fleet = Fleet(precision=settings.run.precision)
-    model = train(settings, start_game(settings, fleet, folder), folder, fleet, tell)
+    context = DistributedContext(precision=settings.run.precision)
+    model = train(new_trainer(settings, context, folder), folder, tell)
     _write(finished, wanted)
     return model, float(json.loads(spent.read_text(encoding="utf-8")))
 

@@ -26,8 +26,8 @@ from nasa_video.sprites.detectors import Detector
 from nasa_video.sprites.prompt_extension import extend_prompt
 from nasa_video.sprites.world import ATTRIBUTES, SHAPES
 from nasa_video.text import WordLlamaEncoder
-from nasa_video.train.attention import trainable
 from research.sprites.assessment import Studio, accuracy, data_spread, held_out_prompts, spread
+from research.sprites.attention import trainable
 from research.sprites.plan import TrainingPlan, load_plan
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "nasa_video" / "sprites" / "weights"

@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,15 +23,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import AutoencoderKLWan
 
     from causvid_adapter import CausalWan, FlowMatchSchedule
     from nasa_video.sprites.detectors import Detector
-    from nasa_video.train.journal import Report
+    from nasa_video.train.distributed import DistributedContext
+    from nasa_video.train.run import Report
     from research.sprites.dataset import LatentClips
     from research.sprites.latent_detector import LatentDetector
-    from research.sprites.parallel import Team
     from research.sprites.plan import TrainingPlan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +45,7 @@ CPU_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "OMP_NUM_THREADS": "1",
 }
-RANK = "TRAIN_SPRITES_RANK"
-MEETING_POINT = "TRAIN_SPRITES_MEETING_POINT"
+STARTED = "TRAIN_SPRITES_STARTED"
 SHEET_PROMPTS = (
     "a big red star bouncing on a dark background",
     "a small blue circle moving right on a checkered background",
@@ -72,8 +69,7 @@ class Run:
     plan: TrainingPlan
     folder: Path
     weights: Path
-    device: torch.device
-    team: Team
+    context: DistributedContext
     continued: bool
     tuned: bool = False
     report: Report | None = None
@@ -82,20 +78,18 @@ class Run:
         """Trains the autoencoder, or reads the finished one."""
         from diffusers import AutoencoderKLWan
 
-        from nasa_video.train.journal import Journal
         from research.sprites.autoencoder import train_autoencoder, write_sheet
 
         folder = self.folder / "vae"
         if not (folder / "config.json").exists():
-            journal = Journal(self.folder, "autoencoder", self.report)
-            args = (self.folder, self.plan.seed, self.device, journal, self.team, self._placed("vae"))
+            args = (self.folder, self.plan.seed, self.context, self.report, self._placed("vae"))
             vae = train_autoencoder(self.plan.autoencoder, *args)
-            if self.team.leads:
+            if self.context.leads:
                 vae.save_pretrained(folder)
                 vae.half().save_pretrained(self.weights / "vae")
-                write_sheet(vae.float(), self.folder / "sheets" / "autoencoder-final.png", self.device)
-            self.team.wait()
-        vae = AutoencoderKLWan.from_pretrained(folder, low_cpu_mem_usage=False).to(self.device).eval()
+                write_sheet(vae.float(), self.folder / "sheets" / "autoencoder-final.png", self.context.device)
+            self.context.wait()
+        vae = AutoencoderKLWan.from_pretrained(folder, low_cpu_mem_usage=False).to(self.context.device).eval()
         return vae.requires_grad_(False)  # type: ignore[no-any-return]
 
     @cached_property
@@ -121,84 +115,74 @@ class Run:
 
         report = self.report
         shards = (lambda done, total: report(done, total, {})) if report else None
-        args = (self.folder / name, seed, self.device, self.team, shards, frames)
+        args = (self.folder / name, seed, self.context, shards, frames)
         return encode_clips(self.autoencoder(), count, switched, *args)
 
     def detector(self) -> Detector:
         """Trains the detector, or reads the finished one."""
         from nasa_video.sprites.detectors import Detector
-        from nasa_video.train.journal import Journal
         from research.sprites.detector import train_detector
 
         path = self.folder / "detector.safetensors"
         if not path.exists():
-            journal = Journal(self.folder, "detector", self.report)
-            args = (self.folder, self.plan.seed, self.device, journal, self.team)
+            args = (self.folder, self.plan.seed, self.context, self.report)
             placed = self.weights / "detector.safetensors" if self.continued else None
             detector = train_detector(self.plan.detector, self.autoencoder(), *args, placed)
-            if self.team.leads:
+            if self.context.leads:
                 detector.save(self.weights / "detector.safetensors")
                 detector.save(path)
-            self.team.wait()
+            self.context.wait()
         return Detector.load(path)
 
     def base(self) -> CausalWan:
         """Trains the base, or reads the finished one."""
         from causvid_adapter import FlowMatchSchedule
         from nasa_video.text import WordLlamaEncoder
-        from nasa_video.train.journal import Journal
         from research.sprites.flow import train_flow
 
         folder = self.folder / "base"
         if not (folder / "config.json").exists():
             encoder = WordLlamaEncoder(self.plan.text_tokens)
-            journal = Journal(self.folder, "base", self.report)
             schedule = FlowMatchSchedule(1.0, (1000, 964, 923, 875, 818, 750, 667, 563, 429, 250))
             # a student that goes on from the package's must still find it there
             show = self._show("base", schedule, student_too=not self.tuned)
-            args = (self.folder, self.plan.seed, self.device, journal, self.team, show)
+            args = (self.folder, self.plan.seed, self.context, self.report, show)
             placed = self._placed("teacher/transformer")
             model = train_flow(self.plan.base, self.clips, self.short_clips, encoder, *args, placed)
-            if self.team.leads:
+            if self.context.leads:
                 self._note_hardware()
             self._finish(model, folder, "teacher/transformer")
         return self._read_transformer(folder)
 
     def latent_detector(self) -> LatentDetector:
-        """Trains what tells the student about its prompts, or reads the finished one."""
-        from nasa_video.train.journal import Journal
+        """Trains what conditions the student on its prompts, or reads the finished one."""
         from research.sprites.latent_detector import train_latent_detector
 
-        journal = Journal(self.folder, "latent-detector", self.report)
-        args = (self.folder / "latent-detector.pt", self.plan.seed, self.device, journal, self.team)
+        args = (self.folder / "latent-detector.pt", self.plan.seed, self.context, self.report)
         return train_latent_detector(self.plan.latent_detector, (self.clips, self.short_clips), *args)
 
     def student(self) -> CausalWan:
         """Distils the student, or reads the finished one."""
         from causvid_adapter import FlowMatchSchedule
         from nasa_video.text import WordLlamaEncoder
-        from nasa_video.train.journal import Journal
         from research.sprites.distill import train_student
 
         folder = self.folder / "student"
         if not (folder / "config.json").exists():
             encoder = WordLlamaEncoder(self.plan.text_tokens)
-            journal = Journal(self.folder, "student", self.report)
             show = self._show("student", FlowMatchSchedule(1.0, self.plan.student.steps[4]))
-            args = (self.folder, self.plan.seed, journal, self.team, show)
-            base, told = self.base(), self.latent_detector()
+            args = (self.folder, self.plan.seed, self.context, self.report, show)
+            base, detector = self.base(), self.latent_detector()
             placed = self._placed("transformer") if self.tuned else None
-            model = train_student(self.plan.student, base, self.plan.latent_size, encoder, *args, told, placed)
+            model = train_student(self.plan.student, base, self.plan.latent_size, encoder, *args, detector, placed)
             self._finish(model, folder, "transformer")
         return self._read_transformer(folder)
 
     def reader(self) -> LatentDetector:
         """Trains what reads noisy first chunks for the opening, or reads the finished one."""
-        from nasa_video.train.journal import Journal
         from research.sprites.latent_detector import train_latent_detector
 
-        journal = Journal(self.folder, "reader", self.report)
-        args = (self.folder / "reader.pt", self.plan.seed, self.device, journal, self.team)
+        args = (self.folder / "reader.pt", self.plan.seed, self.context, self.report)
         return train_latent_detector(self.plan.reader, (self.short_clips,), *args)
 
     def opening(self) -> CausalWan:
@@ -209,18 +193,16 @@ class Run:
         if self.plan.opening.iterations == 0:
             return self.student()
         from nasa_video.text import WordLlamaEncoder
-        from nasa_video.train.journal import Journal
         from research.sprites.opening import Opening
 
         folder = self.folder / "opening"
         if not (folder / "config.json").exists():
             encoder = WordLlamaEncoder(self.plan.text_tokens)
-            journal = Journal(self.folder, "opening", self.report)
             models = (self.student(), self.base(), self.reader())
             show = self._show("opening", self.plan.schedule(4))
-            args = (self.clips, encoder, self.plan.seed, self.team)
+            args = (self.clips, encoder, self.plan.seed, self.context)
             stage = Opening(self.plan.opening, self.plan.student.steps, *models, *args)
-            self._finish(stage.train(self.folder, journal, show), folder, "transformer")
+            self._finish(stage.train(self.folder, self.report, show), folder, "transformer")
         return self._read_transformer(folder)
 
     def card(self) -> None:
@@ -230,16 +212,16 @@ class Run:
         from research.sprites.card import measure, write_card
 
         vae, detector, base, student = self.autoencoder(), self.detector(), self.base(), self.opening()
-        if self.team.leads:
+        if self.context.leads:
             studio = Studio(vae, WordLlamaEncoder(self.plan.text_tokens), self.plan.latent_size)
             results = measure(self.plan, studio, detector, base, student)
             (self.folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
             write_card(self.weights.parent / "MODEL_CARD.md", self.plan, results, self.folder)
-        self.team.wait()
+        self.context.wait()
 
     def _show(self, name: str, schedule: FlowMatchSchedule, student_too: bool = False):  # type: ignore[no-untyped-def]
         from nasa_video.text import WordLlamaEncoder
-        from nasa_video.train.journal import contact_sheet
+        from nasa_video.train.curves import contact_sheet
         from research.sprites.assessment import Studio
 
         studio = Studio(self.autoencoder(), WordLlamaEncoder(self.plan.text_tokens), self.plan.latent_size)
@@ -279,7 +261,7 @@ class Run:
 
         import torch
 
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {platform.machine()}"
+        name = torch.cuda.get_device_name() if self.context.device.type == "cuda" else f"CPU, {platform.machine()}"
         (self.folder / "hardware.txt").write_text(f"{name}, PyTorch {torch.__version__}", encoding="utf-8")
 
     def _placed(self, what: str) -> Path | None:
@@ -289,10 +271,10 @@ class Run:
 
     def _finish(self, model: CausalWan, folder: Path, where: str) -> None:
         """Keeps a finished transformer in the run's folder and places it in the package's weights."""
-        if self.team.leads:
+        if self.context.leads:
             model.transformer.save_pretrained(folder)
             self._place(model, where)
-        self.team.wait()
+        self.context.wait()
 
     def _place(self, model: CausalWan, where: str) -> None:
         """Writes a transformer's float16 copy into the package's weights."""
@@ -305,13 +287,13 @@ class Run:
         from diffusers import WanTransformer3DModel
         from safetensors.torch import load_file
 
-        from nasa_video.train.attention import trainable
+        from research.sprites.attention import trainable
 
         # built by hand: from_pretrained wants accelerate for a model with modules that stay in float32
         transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(folder))
         weights = load_file(folder / "diffusion_pytorch_model.safetensors")
         transformer.load_state_dict({name: value.float() for name, value in weights.items()})
-        return trainable(transformer.to(self.device)).eval()
+        return trainable(transformer.to(self.context.device)).eval()
 
 
 def train(
@@ -342,24 +324,24 @@ def train(
     kept = [stage.strip() for stage in keep.split(",") if stage.strip()]
     if unknown := [stage for stage in kept if stage not in KEPT]:
         raise typer.BadParameter(f"--keep takes some of {', '.join(KEPT)}, got {unknown[0]}")
-    if RANK not in os.environ:
-        sys.exit(_start_team(processes if device == "cpu" else 1))
+    if processes > 1 and device == "cpu" and STARTED not in os.environ:
+        sys.exit(_start_processes(processes))
     sys.path.insert(0, str(ROOT))
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from research.sprites.parallel import join_team
+    from nasa_video.train.distributed import DistributedContext
     from research.sprites.plan import load_plan
 
     plan = load_plan(ROOT / "research" / "configs" / f"{preset}.yaml")
-    team = join_team(int(os.environ[RANK]), processes if device == "cpu" else 1, Path(os.environ[MEETING_POINT]))
+    context = DistributedContext(cpu=device == "cpu")
     if device != "cpu":
         torch.set_float32_matmul_precision("high")
-    run = Run(plan, folder, weights, torch.device(device), team, continued, tuned)
-    if team.leads:
+    run = Run(plan, folder, weights, context, continued, tuned)
+    if context.leads:
         for stage in kept:
             run.keep(stage)
-    team.wait()
+    context.wait()
     columns = (
         TextColumn("{task.description:15}"),
         BarColumn(),
@@ -367,7 +349,7 @@ def train(
         TimeRemainingColumn(),
         TextColumn("{task.fields[values]}"),
     )
-    with Progress(*columns, disable=not team.leads) as progress:
+    with Progress(*columns, disable=not context.leads) as progress:
         for stage in STAGES[: STAGES.index(until) + 1]:
             if _is_needless(stage, plan, folder):
                 continue
@@ -377,7 +359,7 @@ def train(
                 text = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
                 progress.update(task, completed=step, total=steps, values=text)
 
-            run.report = report if team.leads else None
+            run.report = report if context.leads else None
             getattr(run, stage)()
             progress.update(task, total=1, completed=1)
 
@@ -390,21 +372,11 @@ def _is_needless(stage: str, plan: TrainingPlan, folder: Path) -> bool:
     return stage in for_whom and (folder / for_whom[stage] / "config.json").exists()
 
 
-def _start_team(processes: int) -> int:
-    """Starts this script once a process and waits; the exit status is the worst of theirs."""
-    environment = {**CPU_ENVIRONMENT, **os.environ} if processes > 1 else dict(os.environ)
-    with tempfile.TemporaryDirectory() as meeting:
-        environment[MEETING_POINT] = str(Path(meeting) / "team")
-        team = [
-            subprocess.Popen([sys.executable, *sys.argv], env={**environment, RANK: str(rank)})
-            for rank in range(processes)
-        ]
-        try:
-            return max(member.wait() for member in team)
-        except KeyboardInterrupt:
-            for member in team:
-                member.terminate()
-            return 130
+def _start_processes(count: int) -> int:
+    """Start this script in several processes, which find each other through torchrun's environment."""
+    environment = {**CPU_ENVIRONMENT, **os.environ, STARTED: "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    return subprocess.call([*launcher, *sys.argv], env=environment)
 
 
 if __name__ == "__main__":

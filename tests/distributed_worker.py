@@ -1,4 +1,4 @@
-"""One process of a fleet: trains a tiny video game, data parallel and sharded, and writes the states it comes to.
+"""One process of a context: trains a tiny video trainer, data parallel and sharded, and writes the states it comes to.
 
 python -m torch.distributed.run --nproc-per-node 2 tests/distributed_worker.py FOLDER
 """
@@ -15,12 +15,11 @@ from diffusers import WanTransformer3DModel
 from causvid_adapter import CausalWan
 from causvid_adapter.checkpoint import _cast
 from nasa_video.models.presets import find_preset
+from nasa_video.train.distributed import DistributedContext
 from nasa_video.train.dry_run import NEGATIVES, PROMPTS, HashEncoder
-from nasa_video.train.fleet import Fleet
 from nasa_video.train.run import resume, save
 from nasa_video.train.settings import VideoSettings, parse_settings
-from nasa_video.train.video import VideoGame
-from nasa_video.train.video_parts import VideoParts
+from nasa_video.train.video import VideoParts, VideoTrainer
 
 STEPS = 3
 LORA = {"rank": 2, "scaling": 2}
@@ -54,7 +53,7 @@ def settings(accumulate: int, shard: bool, kind: str) -> VideoSettings:
     return parsed
 
 
-def new_game(fleet: Fleet, accumulate: int, kind: str) -> VideoGame:
+def new_trainer(context: DistributedContext, accumulate: int, kind: str) -> VideoTrainer:
     torch.manual_seed(4)
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     models = [WanTransformer3DModel(**SMALL) for _ in range(2)]
@@ -62,25 +61,31 @@ def new_game(fleet: Fleet, accumulate: int, kind: str) -> VideoGame:
         _cast(model, dtype)
     student, teacher = map(CausalWan, models)
     parts = VideoParts(find_preset("sprites"), student, teacher, HashEncoder(8, 10), (4, 4, 6))
-    return VideoGame(settings(accumulate, fleet.shard, kind), parts, PROMPTS, NEGATIVES, fleet)
+    return VideoTrainer(settings(accumulate, context.shard, kind), parts, PROMPTS, NEGATIVES, context)
 
 
 def main(folder: Path) -> None:
     for shard in (False, True):
         for kind in KINDS:
-            fleet = Fleet(shard, precision(kind), cpu=True)
-            game = new_game(fleet, 1, kind)
-            game.iterate(1)
+            context = DistributedContext(shard, precision(kind), cpu=True)
+            trainer = new_trainer(context, 1, kind)
+            trainer.iterate(1)
             checkpoint = folder / f"{shard}-{kind}.checkpoint"
-            save(game.settings, game, checkpoint, 1, fleet)
-            game = new_game(fleet, 1, kind)  # and on from the checkpoint
-            for step in range(resume(game.settings, game, checkpoint, fleet) + 1, STEPS + 1):
-                game.iterate(step)
-            state = game.players["student"].state_dict()
-            game.export(folder / f"{shard}-{kind}")
-            if fleet.leads:
-                torch.save({"trained": state["trained"], "shadow": state["shadow"]}, folder / f"{shard}-{kind}.pt")
-            fleet.wait()
+            save(trainer, checkpoint, 1)
+            trainer = new_trainer(context, 1, kind)  # and on from the checkpoint
+            for step in range(resume(trainer, checkpoint) + 1, STEPS + 1):
+                trainer.iterate(step)
+            state = trainer.states["student"].state_dict()
+            trainer.export(folder / f"{shard}-{kind}")
+            if context.leads:
+                torch.save(
+                    {
+                        "trained": state["trained"],
+                        "average": dict(zip(state["trained"], state["average"]["shadow_params"], strict=True)),
+                    },
+                    folder / f"{shard}-{kind}.pt",
+                )
+            context.wait()
 
 
 if __name__ == "__main__":

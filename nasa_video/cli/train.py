@@ -12,8 +12,7 @@ from nasa_video.cli.console import console, emit_json, say
 from nasa_video.cli.options import AsJsonOption
 
 if TYPE_CHECKING:
-    from nasa_video.train.fleet import Fleet
-    from nasa_video.train.run import Report
+    from nasa_video.train.distributed import DistributedContext
     from nasa_video.train.settings import Settings
 
 
@@ -63,16 +62,21 @@ def run(
     Several GPUs: accelerate launch --num_processes N -m nasa_video train CONFIG. Several processes on CPUs: torchrun
     --nproc-per-node N -m nasa_video train CONFIG --cpu.
     """
-    settings = _with_options(_load(config), prompts, negatives, iterations, shard)
-    from nasa_video.train.fleet import Fleet
+    from nasa_video.train.distributed import DistributedContext
+    from nasa_video.train.settings import load_settings
 
-    fleet = Fleet(settings.run.shard and not dry_run, settings.run.precision, cpu)
+    chosen = {"iterations": iterations, "shard": shard}
+    settings = load_settings(config).over(
+        prompts, negatives, {name: value for name, value in chosen.items() if value is not None}
+    )
+
+    context = DistributedContext(settings.run.shard and not dry_run, settings.run.precision, cpu)
     if dry_run:
-        _dry_run(settings, fleet, as_json)
+        _dry_run(settings, context, as_json)
         return
     folder = output or Path("runs") / config.stem
-    model = _train(settings, fleet, folder)
-    if fleet.leads:
+    model = _train(settings, context, folder)
+    if context.leads:
         say(f"{model}: the averaged student; {folder}/curves.png, {folder}/sheets")
         if as_json:
             emit_json({"model": str(model), "iterations": settings.run.iterations})
@@ -86,8 +90,7 @@ def negatives(
     groups: Annotated[str | None, typer.Option(help="Comma list of groups of terms.", show_default="all")] = None,
 ) -> None:
     """Write negative prompts made by the grammar of common terms."""
-    from nasa_video.train.lists import write_texts
-    from nasa_video.train.terms import GROUPS, negative_list
+    from nasa_video.train.lists import GROUPS, negative_list, write_texts
 
     chosen = tuple(word.strip() for word in groups.split(",") if word.strip()) if groups else tuple(GROUPS)
     write_texts(output, negative_list(count, seed, chosen), f"{count} negatives, seed {seed}: {', '.join(chosen)}")
@@ -110,70 +113,36 @@ def prompts(
     say(f"{output}: {len(texts)} prompts")
 
 
-def _load(config: Path) -> Settings:
-    from nasa_video.train.settings import load_settings
+def _train(settings: Settings, context: DistributedContext, folder: Path) -> Path:
+    from rich.progress import Progress, TextColumn
 
-    return load_settings(config)
+    from nasa_video.train.run import new_trainer
+    from nasa_video.train.run import train as run_training
 
-
-def _with_options(
-    settings: Settings, prompts: Path | None, negatives: Path | None, iterations: int | None, shard: bool | None
-) -> Settings:
-    """The settings with what the command line says instead, checked anew."""
-    from nasa_video.train.settings import FileList, parse_settings
-
-    update: dict[str, Any] = {}
-    if prompts is not None:
-        update["prompts"] = FileList(kind="file", path=prompts)
-    if negatives is not None:
-        update["negatives"] = settings.negatives.model_copy(update={"texts": FileList(kind="file", path=negatives)})
-    run = {name: value for name, value in (("iterations", iterations), ("shard", shard)) if value is not None}
-    if run:
-        update["run"] = settings.run.model_copy(update=run)
-    return parse_settings(settings.model_copy(update=update).model_dump(), "the command line's settings")
-
-
-def _train(settings: Settings, fleet: Fleet, folder: Path) -> Path:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    from nasa_video.train.run import train as run_game
-    from nasa_video.train.start import start_game
-
-    game = start_game(settings, fleet, folder)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[values]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=console, disable=not fleet.leads) as progress:
+    trainer = new_trainer(settings, context, folder)
+    columns = (*Progress.get_default_columns(), TextColumn("{task.completed}/{task.total}  {task.fields[values]}"))
+    with Progress(*columns, console=console, disable=not context.leads) as progress:
         task = progress.add_task("iterations", total=settings.run.iterations, values="")
 
         def report(step: int, steps: int, values: dict[str, float]) -> None:
             text = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
             progress.update(task, completed=step, values=text)
 
-        chosen: Report = report
         try:
-            return run_game(settings, game, folder, fleet, chosen)
+            return run_training(trainer, folder, report)
         except KeyboardInterrupt:
             say(f"stopped; the same command goes on from the last checkpoint in {folder}")
             raise
 
 
-def _dry_run(settings: Settings, fleet: Fleet, as_json: bool) -> None:
+def _dry_run(settings: Settings, context: DistributedContext, as_json: bool) -> None:
     """Sizes of the true networks, and the values of a step of the tiny ones."""
     from rich.table import Table
 
     from nasa_video.train.dry_run import dry_run, sizes
 
     rows = sizes(settings)
-    values = dry_run(settings, fleet)
+    values = dry_run(settings, context)
     if as_json:
         emit_json({"networks": rows, "values": values})
         return

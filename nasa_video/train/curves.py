@@ -1,33 +1,38 @@
-"""What a run leaves to look at: curves in a JSON-lines file, a PNG and TensorBoard."""
+"""What a run leaves to look at: curves in a JSON-lines file, a PNG and TensorBoard, and contact sheets."""
+
+# B batch, F frames, H height, W width
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
 
 
 class Curves:
     """Values by step; a resumed run goes on where its checkpoint was.
 
     Args:
-        folder: gets ``curves.jsonl``, ``curves.png`` and ``tensorboard/``.
+        folder: gets ``NAME.jsonl``, ``NAME.png`` and ``tensorboard/``.
         start: steps done; what was written of later ones, by a run that was killed, is dropped.
+        draw_every: steps between two drawings of the PNG.
     """
 
-    def __init__(self, folder: Path, start: int, draw_every: int) -> None:
+    def __init__(self, folder: Path, start: int, draw_every: int, name: str = "curves") -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.draw_every = folder, draw_every
-        self.path = folder / "curves.jsonl"
+        self.draw_every = draw_every
+        self.path = folder / f"{name}.jsonl"
         self._began = time.monotonic()
-        self._forget_after(start)
-        self._board = _board(folder / "tensorboard", start)
-
-    def _forget_after(self, start: int) -> None:
         if self.path.exists():
             kept = [line for line in self._lines() if line["step"] <= start]
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._board = _board(folder / "tensorboard" / ("" if name == "curves" else name), start)
 
     def _lines(self) -> list[dict[str, Any]]:
         lines = []
@@ -49,19 +54,17 @@ class Curves:
         if step % self.draw_every == 0 or last:
             self.draw()
 
-    def picture(self, path: Path, step: int) -> None:
+    def show_sheet(self, path: Path, step: int) -> None:
         """Show a contact sheet in TensorBoard too."""
         if self._board is None:
             return
         import numpy as np
-        from PIL import Image
 
         with Image.open(path) as image:
             self._board.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def draw(self) -> None:
-        """Every value over the steps, in ``curves.png``."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        """Draw every value over the steps."""
         from matplotlib.figure import Figure
 
         lines = self._lines()
@@ -69,14 +72,13 @@ class Curves:
         if not names:
             return
         figure = Figure(figsize=(9, 2.2 * len(names)), layout="constrained")
-        FigureCanvasAgg(figure)
         for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
             points = [(line["step"], line[name]) for line in lines if name in line]
             axes.plot([p[0] for p in points], [p[1] for p in points], linewidth=1)
             axes.set(ylabel=name)
             axes.grid(alpha=0.3)
         axes.set(xlabel="iteration")
-        figure.savefig(self.folder / "curves.png", dpi=90)
+        figure.savefig(self.path.with_suffix(".png"), dpi=90)
 
     def close(self) -> None:
         """Write what TensorBoard still holds."""
@@ -91,3 +93,18 @@ def _board(folder: Path, start: int) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(folder), purge_step=start + 1)
+
+
+def contact_sheet(
+    clips: Tensor, path: Path, frames: Sequence[int] = (0, 6, 12, 18, 24, 32), columns: int = 2, zoom: int = 2
+) -> None:
+    """Write clips (B, F, 3, H, W) in [-1, 1] as a PNG: a row of chosen frames each, clips in ``columns``."""
+    chosen = [f for f in frames if f < clips.shape[1]]
+    pixels = ((clips[:, chosen].float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    rows = [torch.cat(list(clip), dim=-1) for clip in pixels]
+    rows += [torch.zeros_like(rows[0])] * (-len(rows) % columns)
+    height = len(rows) // columns
+    sheet = torch.cat([torch.cat(rows[c * height : (c + 1) * height], dim=-2) for c in range(columns)], dim=-1)
+    image = Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(path)

@@ -18,9 +18,11 @@ from torch import nn
 from causvid_adapter import CausalWan
 from nasa_video.models.presets import find_preset
 from nasa_video.text import TextContext
-from nasa_video.train.fleet import Fleet
-from nasa_video.train.run import Game, train
-from nasa_video.train.settings import ImageSettings, Settings, VideoSettings
+from nasa_video.train.distillation import Distillation
+from nasa_video.train.distributed import DistributedContext
+from nasa_video.train.run import train
+from nasa_video.train.settings import ImageSettings, Lora, Settings, VideoSettings
+from nasa_video.train.state import add_lora
 
 PROMPTS = ["a red ball on a table", "two birds in the rain", "a house by the sea at night", "a boat"]
 NEGATIVES = ["blurry", "low quality, watermark", "snow", "cartoon"]
@@ -73,15 +75,14 @@ def shrunk(settings: Settings) -> Settings:
     return settings.model_copy(update=update)
 
 
-def tiny_game(settings: Settings, fleet: Fleet) -> Game:
-    """The game of a config on tiny networks of the true classes, with their true channels, text width and length."""
+def tiny_trainer(settings: Settings, context: DistributedContext) -> Distillation:
+    """A config's training on tiny networks of the true classes, with their true channels, text width and length."""
     if isinstance(settings, ImageSettings):
-        from nasa_video.train.image import ImageGame
-        from nasa_video.train.image_parts import tiny_image_parts
+        from nasa_video.train.image import ImageTrainer
+        from nasa_video.train.image_networks import tiny_image_parts
 
-        return ImageGame(settings, tiny_image_parts(settings), PROMPTS, NEGATIVES, fleet)
-    from nasa_video.train.video import VideoGame
-    from nasa_video.train.video_parts import VideoParts
+        return ImageTrainer(settings, tiny_image_parts(settings), PROMPTS, NEGATIVES, context)
+    from nasa_video.train.video import VideoParts, VideoTrainer
 
     preset = find_preset(settings.student)
     config = {name: true_config(settings)[name] for name in _WAN}
@@ -89,8 +90,8 @@ def tiny_game(settings: Settings, fleet: Fleet) -> Game:
     torch.manual_seed(settings.run.seed)
     student, teacher = (CausalWan(WanTransformer3DModel(**config, **small)) for _ in range(2))
     encoder = HashEncoder(preset.components.text_encoder.max_tokens, int(config["text_dim"]))
-    latent = (int(config["in_channels"]), 4, 4)
-    return VideoGame(settings, VideoParts(preset, student, teacher, encoder, latent), PROMPTS, NEGATIVES, fleet)
+    parts = VideoParts(preset, student, teacher, encoder, (int(config["in_channels"]), 4, 4))
+    return VideoTrainer(settings, parts, PROMPTS, NEGATIVES, context)
 
 
 def true_config(settings: VideoSettings) -> dict[str, Any]:
@@ -105,14 +106,14 @@ def true_config(settings: VideoSettings) -> dict[str, Any]:
     return dict(_WAN)
 
 
-def true_networks(settings: Settings) -> dict[str, nn.Module]:
-    """The trained networks at their true size, without memory (on "meta")."""
+def true_student(settings: Settings) -> nn.Module:
+    """The student at its true size, without memory (on "meta")."""
     with torch.device("meta"):
         if isinstance(settings, ImageSettings):
-            from nasa_video.train.image_parts import true_denoiser
+            from nasa_video.train.image_networks import true_denoiser
 
-            return {"student": true_denoiser(settings)}
-        return {"student": WanTransformer3DModel(**true_config(settings))}
+            return true_denoiser(settings)  # type: ignore[no-any-return]
+        return WanTransformer3DModel(**true_config(settings))
 
 
 def sizes(settings: Settings) -> list[dict[str, Any]]:
@@ -120,13 +121,13 @@ def sizes(settings: Settings) -> list[dict[str, Any]]:
 
     Activations, the VAE and the text encoder come on top.
     """
-    model = true_networks(settings)["student"]
+    model = true_student(settings)
     total = sum(p.numel() for p in model.parameters())
     video = isinstance(settings, VideoSettings)
     own, fake = (settings.student_lora, settings.fake_lora) if video else (None, settings.lora)  # type: ignore[union-attr]
     rows = []
     for name, lora, averaged in (("student", own, True), ("teacher and fake score", fake, False)):
-        trained = total if lora is None else _lora_parameters(model, lora.rank, lora.targets)
+        trained = total if lora is None else _lora_parameters(settings, lora)
         frozen = total if lora is not None or name != "student" else 0
         # float32: weight, gradient and two moments of what is trained; what is frozen waits in bfloat16
         size = trained * (16 + 4 * averaged) + 2 * frozen
@@ -134,24 +135,17 @@ def sizes(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-def _lora_parameters(model: nn.Module, rank: int, targets: tuple[str, ...]) -> int:
-    def fits(name: str) -> bool:
-        return any(name == target or name.endswith(f".{target}") for target in targets)
-
-    total = 0
-    for name, module in model.named_modules():
-        if fits(name) and isinstance(module, nn.Linear):
-            total += rank * (module.in_features + module.out_features)
-        elif fits(name) and isinstance(module, nn.Conv2d):
-            total += rank * (module.in_channels * module.kernel_size[0] * module.kernel_size[1] + module.out_channels)
-    return total
+def _lora_parameters(settings: Settings, lora: Lora) -> int:
+    model = true_student(settings)
+    add_lora(model, lora, seed=0)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def dry_run(settings: Settings, fleet: Fleet, folder: Path | None = None) -> list[dict[str, float]]:
+def dry_run(settings: Settings, context: DistributedContext, folder: Path | None = None) -> list[dict[str, float]]:
     """Run a config in small; returns the values of its iterations."""
     small = shrunk(settings)
     values: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as temporary:
         place = folder or Path(temporary)
-        train(small, tiny_game(small, fleet), place, fleet, lambda step, steps, row: values.append(row))
+        train(tiny_trainer(small, context), place, lambda step, steps, row: values.append(row))
     return values

@@ -61,7 +61,7 @@ class RolloutPlan:
     Attributes:
         schedule: the few steps.
         exit_step: after which every chunk stops; the only step with a gradient. Where the first chunk has Euler steps,
-            it stops behind them at the earliest: they lead to noise, not to a picture.
+            it stops behind them at the earliest: they lead to noise, not to a clean chunk.
         frames_per_chunk, window: as in causvid_adapter.ChunkSampler.
     """
 
@@ -85,17 +85,19 @@ def roll_out(
     that result, so that no gradient passes from a chunk to an earlier one. Where gradients are off, none is kept.
 
     Args:
-        context: (B, L, E), or (B, 2 L, E) inside a scope of ``steered``.
+        context: (B, L, E), or (B * chunks, L, E) for a text a chunk; 2 L inside a scope of ``guided_training``.
         noise: (B, T, C, h, w), T whole chunks.
-        generator: of the noise between steps, on the CPU.
+        generator: of the noise between steps.
         autocast: makes the context of every model call.
     """
     size = plan.frames_per_chunk
     with_gradient = torch.is_grad_enabled()
     height, width = noise.shape[-2:]
     cache = student.new_cache(height, width, plan.window, noise.shape[1])
+    texts = context.unflatten(0, (len(noise), -1))
     chunks: list[Tensor] = []
     for start in range(0, noise.shape[1], size):
+        text = texts[:, min(start // size, texts.shape[1] - 1)]
         x = noise[:, start : start + size]
         schedule = plan.schedule if start else plan.schedule.without_history
         exit_step = max(plan.exit_step, schedule.euler_steps)
@@ -105,7 +107,7 @@ def roll_out(
             moves = last and with_gradient and plan.window.frames is not None
             history = FrozenHistory(cache, size, copy=moves)
             with torch.set_grad_enabled(last and with_gradient), autocast():
-                flow = student(x, t, context, cache=history)
+                flow = student(x, t, text, cache=history)
             if last:
                 x = schedule.to_x0(x, flow.float(), t)
             else:
@@ -113,10 +115,10 @@ def roll_out(
         chunks.append(x)
         if start + size < noise.shape[1]:
             with torch.no_grad(), autocast():
-                student(x.detach(), 0.0, context, cache=cache)
+                student(x.detach(), 0.0, text, cache=cache)
             cache.commit()
     return torch.cat(chunks, dim=1)
 
 
 def _fresh_noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like)
+    return torch.randn(like.shape, generator=generator, device=generator.device).to(like)

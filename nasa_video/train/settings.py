@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
@@ -30,7 +30,7 @@ class FileList(Strict):
 
 
 class GrammarList(Strict):
-    """Negative prompts drawn from the grammar of :mod:`~nasa_video.train.terms`."""
+    """Negative prompts drawn from the grammar of :mod:`~nasa_video.train.lists`."""
 
     kind: Literal["grammar"]
     count: int = Field(default=10_000, gt=0)
@@ -139,7 +139,40 @@ class Run(Strict):
     draw_every: int = Field(default=50, gt=0)
 
 
-class VideoSettings(Strict):
+class CommonSettings(Strict):
+    """What every training has."""
+
+    title: str
+    prompts: TextList
+    negatives: Negatives
+    student_optimiser: Optimiser
+    fake_optimiser: Optimiser
+    run: Run
+
+    @model_validator(mode="after")
+    def _check_common(self) -> Self:
+        if self.run.shard and "matrix" in (self.student_optimiser.kind, self.fake_optimiser.kind):
+            raise ValueError("shard needs optimisers of kind adamw: an orthogonalised update needs the whole matrix")
+        if isinstance(self.prompts, GrammarList):
+            raise ValueError("the grammar makes negatives, not prompts; give prompts of kind file")
+        return self
+
+    def over(self, prompts: Path | None, negatives: Path | None, run: dict[str, Any]) -> Settings:
+        """The settings with files of texts and values of ``run`` instead, where they are given.
+
+        Raises:
+            InputError: they do not fit.
+        """
+        data = self.model_dump()
+        if prompts is not None:
+            data["prompts"] = {"kind": "file", "path": prompts}
+        if negatives is not None:
+            data["negatives"]["texts"] = {"kind": "file", "path": negatives}
+        data["run"] |= run
+        return parse_settings(data, "the command line's settings")
+
+
+class VideoSettings(CommonSettings):
     """NASA-T of a causal video model, on its own rollouts.
 
     Attributes:
@@ -156,13 +189,10 @@ class VideoSettings(Strict):
     """
 
     kind: Literal["video"]
-    title: str
     student: str
     teacher: Source
     student_lora: Lora | None = None
     fake_lora: Lora | None = None
-    prompts: TextList
-    negatives: Negatives
     step_counts: tuple[int, ...]
     latent_frames: int = Field(gt=0)
     fake_updates: int = Field(default=5, gt=0)
@@ -170,18 +200,10 @@ class VideoSettings(Strict):
     score_shift: float = Field(default=5.0, gt=0)
     score_range: Range = (0.02, 0.98)
     fake_empty_share: float = Field(default=0.1, ge=0, le=1)
-    student_optimiser: Optimiser
-    fake_optimiser: Optimiser
-    run: Run
-
-    @model_validator(mode="after")
-    def _fits(self) -> VideoSettings:
-        _check_common(self.run, self.student_optimiser, self.fake_optimiser, self.prompts)
-        return self
 
 
 class ClipLoss(Strict):
-    """max(0, margin - cosine(picture, prompt)) of CLIP on decoded samples; the weight falls from first to last."""
+    """max(0, margin - cosine(image, prompt)) of CLIP on decoded samples; the weight falls from first to last."""
 
     model: str = "openai/clip-vit-base-patch32"
     decoder: str = "madebyollin/taesd"
@@ -190,7 +212,7 @@ class ClipLoss(Strict):
     last_weight: float = Field(default=0.0, ge=0)
 
 
-class ImageSettings(Strict):
+class ImageSettings(CommonSettings):
     """NASA-T as published: image-free variational score distillation of a one-step generator.
 
     Attributes:
@@ -206,7 +228,6 @@ class ImageSettings(Strict):
     """
 
     kind: Literal["image"]
-    title: str
     family: Literal["sd", "pixart"]
     teacher: str
     student: str | None = None
@@ -215,20 +236,14 @@ class ImageSettings(Strict):
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     size: int = Field(default=512, gt=0, multiple_of=8)
     lora: Lora
-    prompts: TextList
-    negatives: Negatives
     student_timestep: int = Field(default=999, ge=0, lt=1000)
     score_timesteps: tuple[int, int] = (20, 980)
     lora_timesteps: tuple[int, int] = (0, 999)
     lora_empty_share: float = Field(default=0.1, ge=0, le=1)
     clip: ClipLoss | None = None
-    student_optimiser: Optimiser
-    fake_optimiser: Optimiser
-    run: Run
 
     @model_validator(mode="after")
-    def _fits(self) -> ImageSettings:
-        _check_common(self.run, self.student_optimiser, self.fake_optimiser, self.prompts)
+    def _check_padding(self) -> Self:
         if self.family == "sd" and not self.negatives.padding:
             raise ValueError("Stable Diffusion's padding carries meaning; negatives.padding must be true for it")
         return self
@@ -236,13 +251,6 @@ class ImageSettings(Strict):
 
 Settings = VideoSettings | ImageSettings
 _ADAPTER: TypeAdapter[Settings] = TypeAdapter(Annotated[Settings, Field(discriminator="kind")])
-
-
-def _check_common(run: Run, student: Optimiser, fake: Optimiser, prompts: Any) -> None:
-    if run.shard and "matrix" in (student.kind, fake.kind):
-        raise ValueError("shard needs optimisers of kind adamw: an orthogonalised update needs the whole matrix")
-    if isinstance(prompts, GrammarList):
-        raise ValueError("the grammar makes negatives, not prompts; give prompts of kind file")
 
 
 def parse_settings(data: dict[str, Any], where: str) -> Settings:

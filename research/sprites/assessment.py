@@ -24,9 +24,9 @@ from nasa_video.sprites.captions import full_caption, value_names
 from nasa_video.sprites.detectors import BETWEEN, NONE, Detector
 from nasa_video.sprites.world import ATTRIBUTES, COLOURS, FLAWS, SHAPES, sample_scenes
 from nasa_video.text import TextEncoder
-from research.sprites.autoencoder import autocast
+from nasa_video.train.distillation import shifted
 from research.sprites.captions import held_out_caption
-from research.sprites.flow import shifted
+from research.sprites.stage import autocast
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nasa_video.sprites.world import sample_scenes
-from nasa_video.train.checkpoint import Average, load_state, save_state
-from nasa_video.train.journal import Journal, contact_sheet
-from nasa_video.train.optimiser import MatrixOptimiser, inner_convolution, warm_then_linear
-from research.sprites.parallel import Team
+from nasa_video.train.curves import contact_sheet
+from nasa_video.train.distributed import DistributedContext
+from nasa_video.train.run import Report
+from nasa_video.train.state import TrainState
 from research.sprites.renderer import render_switched, render_with_mask
 from research.sprites.scenes import sample_switches
+from research.sprites.stage import autocast, convolution_optimisers, matrix_optimiser, run_steps
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,6 @@ class AutoencoderTraining:
     checkpoint_every: int = 100
     sheet_every: int = 400
     measure_clips: int = 192
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 matrix products and convolutions on this device."""
-    return torch.autocast(device.type, torch.bfloat16)
 
 
 def new_autoencoder(model: dict[str, Any]) -> AutoencoderKLWan:
@@ -114,9 +110,8 @@ def train_autoencoder(
     settings: AutoencoderTraining,
     folder: Path,
     seed: int,
-    device: torch.device,
-    journal: Journal,
-    team: Team,
+    context: DistributedContext,
+    report: Report | None = None,
     start_from: Path | None = None,
 ) -> AutoencoderKLWan:
     """Trains, measures the latents, and returns the averaged autoencoder; resumes from `folder`/autoencoder.pt.
@@ -124,38 +119,24 @@ def train_autoencoder(
     `start_from` is a safetensors file of weights to begin with, in place of fresh ones.
     """
     torch.manual_seed(seed)
+    device = context.device
     vae = new_autoencoder(settings.model).to(device)
     if start_from is not None:
         vae.load_state_dict(load_file(start_from))
-    optimiser = MatrixOptimiser(vae, inner_convolution, settings.matrix_rate, settings.other_rate)
-    average = Average(vae, settings.average_decay)
-    start = 0
-    if (state := load_state(folder / "autoencoder.pt")) is not None:
-        vae.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.load_state_dict(state["average"])
-        start = int(state["step"])
-    for step in range(start + 1, settings.iterations + 1):
-        loss, values = _loss(vae, settings, step, seed * 1_000_003 + step * team.size + team.rank, device)
+    optimiser = matrix_optimiser(settings.matrix_rate, settings.other_rate)
+    state = TrainState(vae, optimiser, context, settings.average_decay, convolution_optimisers)
+
+    def iterate(step: int, _: object) -> dict[str, float]:
+        loss, values = _loss(vae, settings, step, seed * 1_000_003 + context.stream(step), device)
         loss.backward()  # type: ignore[no-untyped-call]
-        team.average_gradients(vae)
-        optimiser.step(warm_then_linear(step / settings.iterations))
-        average.update(vae)
-        if not team.leads:
-            continue
-        journal.record(step, settings.iterations, values)
-        if step % settings.checkpoint_every == 0 or step == settings.iterations:
-            state = {
-                "step": step,
-                "model": vae.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "average": average.state_dict(),
-            }
-            save_state(folder / "autoencoder.pt", state)
-        if step % settings.sheet_every == 0:
-            write_sheet(vae, folder / "sheets" / f"autoencoder-{step:05d}.png", device)
-    team.wait()
-    average.copy_to(vae)
+        state.step(step / settings.iterations)
+        return values
+
+    def show(step: int) -> None:
+        write_sheet(vae, folder / "sheets" / f"autoencoder-{step:05d}.png", device)
+
+    run_steps({"state": state}, iterate, settings, folder / "autoencoder.pt", context, report, show=show)
+    state.copy_average_to(vae)
     vae.eval().requires_grad_(False)
     for parameter in vae.parameters():
         parameter.data = parameter.data.contiguous()  # as files want it

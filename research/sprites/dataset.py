@@ -20,12 +20,12 @@ from torch import Tensor
 from causvid_adapter.vae import normalize
 from nasa_video.sprites.captions import random_caption
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS, MOTIONS, Scenes, sample_scenes
-from nasa_video.train.checkpoint import load_state, save_state
-from research.sprites.autoencoder import autocast
+from nasa_video.train.distributed import DistributedContext
+from nasa_video.train.state import load_state, save_state
 from research.sprites.captions import switched_captions
-from research.sprites.parallel import Team
 from research.sprites.renderer import render_switched
 from research.sprites.scenes import CLIP_CHUNKS, CLIP_FRAMES, concatenate, first_frame_of, sample_switches
+from research.sprites.stage import autocast
 
 SHARD_CLIPS = 256
 CHUNK_FRAMES = 9
@@ -175,24 +175,24 @@ def encode_clips(
     switched_share: float,
     folder: Path,
     seed: int,
-    device: torch.device,
-    team: Team,
+    context: DistributedContext,
     report: Callable[[int, int], None] | None = None,
     num_frames: int = CLIP_FRAMES,
 ) -> LatentClips:
-    """Renders and encodes clips in shards under `folder`, a share of them in each process of the team.
+    """Renders and encodes clips in shards under `folder`, a share of them in each process.
 
     Shards that are there already are read back. `num_frames` are the frames of a clip, from its start.
     """
+    device = context.device
     vae = vae.to(device).eval()
     total = -(-clips // SHARD_CLIPS)
     paths = [folder / f"clips-{number:04d}.pt" for number in range(total)]
-    for number in range(team.rank, total, team.size):
+    for number in range(context.rank, total, context.size):
         if not paths[number].exists():
             save_state(paths[number], _encode_shard(vae, seed * 1_000_003 + number, switched_share, num_frames, device))
-        if report is not None and team.leads:
-            report(min(number + team.size, total), total)
-    team.wait()
+        if report is not None and context.leads:
+            report(min(number + context.size, total), total)
+    context.wait()
     shards = [shard for path in paths if (shard := load_state(path)) is not None]
     names = [f.name for f in fields(Scenes)]
     return LatentClips(

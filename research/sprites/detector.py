@@ -16,13 +16,12 @@ from torch import Tensor
 
 from nasa_video.sprites.detectors import CHOICES, OF_A_SPRITE, SEVERAL, Detector, DetectorNetwork, read_labels
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS, Scenes, sample_scenes
-from nasa_video.train.checkpoint import Average, load_state, save_state
-from nasa_video.train.journal import Journal
-from nasa_video.train.optimiser import MatrixOptimiser, inner_convolution, warm_then_linear
-from research.sprites.autoencoder import autocast
-from research.sprites.parallel import Team
+from nasa_video.train.distributed import DistributedContext
+from nasa_video.train.run import Report
+from nasa_video.train.state import TrainState, load_state, save_state
 from research.sprites.renderer import render
 from research.sprites.scenes import concatenate
+from research.sprites.stage import autocast, convolution_optimisers, matrix_optimiser, run_steps
 
 
 @dataclass(frozen=True)
@@ -164,9 +163,8 @@ def train_detector(
     vae: AutoencoderKLWan,
     folder: Path,
     seed: int,
-    device: torch.device,
-    journal: Journal,
-    team: Team,
+    context: DistributedContext,
+    report: Report | None = None,
     start_from: Path | None = None,
 ) -> Detector:
     """Trains and returns the averaged detector; resumes from `folder`/detector.pt.
@@ -174,39 +172,29 @@ def train_detector(
     `start_from` is a safetensors file of weights to begin with, in place of fresh ones.
     """
     torch.manual_seed(seed)
-    path = folder / f"detector-clips-{team.rank}.pt"
-    pool = ClipPool(settings, vae, path, seed * 1_000 + 77 + team.rank, device, team.size)
-    team.wait()
+    device = context.device
+    path = folder / f"detector-clips-{context.rank}.pt"
+    pool = ClipPool(settings, vae, path, seed * 1_000 + 77 + context.rank, device, context.size)
+    context.wait()
     network = DetectorNetwork().to(device)
     if start_from is not None:
         network.load_state_dict({name: value.float() for name, value in load_file(start_from).items()})
-    optimiser = MatrixOptimiser(network, inner_convolution, settings.matrix_rate, settings.other_rate)
-    average, start = Average(network, settings.average_decay), 0
-    if (state := load_state(folder / "detector.pt")) is not None:
-        network.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.load_state_dict(state["average"])
-        start = int(state["step"])
-    for step in range(start + 1, settings.iterations + 1):
-        generator = torch.Generator().manual_seed(seed * 3_000_017 + step * team.size + team.rank)
+    optimiser = matrix_optimiser(settings.matrix_rate, settings.other_rate)
+    state = TrainState(network, optimiser, context, settings.average_decay, convolution_optimisers)
+
+    def iterate(step: int, _: object) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(seed * 3_000_017 + context.stream(step))
         clips, scenes = pool.batch(generator)
         frames = _augment(clips.to(device), generator)
-        goal = targets(scenes.to(device))
         with autocast(device):
             logits = network(frames)
-        loss = detector_loss({n: v.float() for n, v in logits.items()}, goal)
+        loss = detector_loss({n: v.float() for n, v in logits.items()}, targets(scenes.to(device)))
         loss.backward()  # type: ignore[no-untyped-call]
-        team.average_gradients(network)
-        optimiser.step(warm_then_linear(step / settings.iterations))
-        average.update(network)
-        if not team.leads:
-            continue
-        journal.record(step, settings.iterations, {"loss": float(loss.detach())})
-        if step % settings.checkpoint_every == 0 or step == settings.iterations:
-            state = {"step": step, "model": network.state_dict(), "optimiser": optimiser.state_dict()}
-            save_state(folder / "detector.pt", {**state, "average": average.state_dict()})
-    team.wait()
-    average.copy_to(network)
+        state.step(step / settings.iterations)
+        return {"loss": float(loss.detach())}
+
+    run_steps({"state": state}, iterate, settings, folder / "detector.pt", context, report)
+    state.copy_average_to(network)
     return Detector(network)
 
 

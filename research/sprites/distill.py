@@ -14,6 +14,7 @@ import copy
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,17 @@ from nasa_video.sprites.captions import leaves_open, random_caption
 from nasa_video.sprites.world import ATTRIBUTES, MOTIONS, Scenes, sample_scenes
 from nasa_video.text import TextEncoder
 from nasa_video.train.attention import compile_blocks
-from nasa_video.train.checkpoint import Average
-from nasa_video.train.journal import Journal
-from nasa_video.train.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
-from research.sprites.autoencoder import autocast
+from nasa_video.train.distillation import descend, guided_target, matching_direction, shifted, stratified
+from nasa_video.train.distributed import DistributedContext
+from nasa_video.train.rollout import RolloutPlan, roll_out
+from nasa_video.train.run import Report
+from nasa_video.train.settings import Optimiser
+from nasa_video.train.state import TrainState
 from research.sprites.captions import switched_captions
 from research.sprites.dataset import text_a_chunk
-from research.sprites.flow import shifted
-from research.sprites.latent_detector import LatentDetector, blurred_by_noise, legible, stated_loss
-from research.sprites.parallel import Team
+from research.sprites.latent_detector import LatentDetector, blurred_by_noise, stated_loss, visible_targets
 from research.sprites.scenes import CLIP_CHUNKS, sample_switches
-from research.sprites.stage import Stage
+from research.sprites.stage import Stage, autocast, matrix_optimiser, per_clip
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class DistillTraining:
     `teacher_scale` is the teacher's classifier-free guidance, 1 being none. `short_share` of the iterations roll out
     first chunks alone, as many more as take the same work; `switched_share` of the others roll out clips whose prompt
     changes between chunks. `hard_share` of the clips that do not switch show what is hardest to draw. Captions are
-    empty for `empty_share` of the clips, and state all there is for `full_share` of them. `told_weight` is the weight
-    of the latent detector's gradient towards what the clips are to show, at most `told_limit` times as large as that of
-    the distribution. The detector reads clips with a noise level of at most `told_noise`: without any its gradient is
-    not to be trusted, and a lot of it hides whether a clip is blurry.
+    empty for `empty_share` of the clips, and state all there is for `full_share` of them. `conditioned_weight` is the
+    weight of the latent detector's gradient towards what the clips are to show, at most `conditioned_limit` times as
+    large as that of the distribution. The detector reads clips with a noise level of at most `conditioned_noise`:
+    without any its gradient is not to be trusted, and a lot of it hides whether a clip is blurry.
     """
 
     steps: dict[int, tuple[float, ...]] = field(default_factory=dict)
@@ -69,9 +70,9 @@ class DistillTraining:
     average_decay: float = 0.98
     shift: float = 3.0
     teacher_scale: float = 1.75
-    told_weight: float = 30.0
-    told_limit: float = 0.8
-    told_noise: float = 0.15
+    conditioned_weight: float = 30.0
+    conditioned_limit: float = 0.8
+    conditioned_noise: float = 0.15
     empty_share: float = 0.05
     short_share: float = 0.4
     hard_share: float = 0.25
@@ -81,74 +82,32 @@ class DistillTraining:
     sheet_every: int = 50
 
 
-def rollout(
-    student: CausalWan,
-    context: Tensor,
-    noise: Tensor,
-    timesteps: tuple[float, ...],
-    exit_step: int,
-    size: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """A clip (B, T, C, h, w) by the student; only the call at `exit_step` of each chunk has a gradient.
-
-    Every chunk stops at the same step, whose x0 is its result; the keys that later chunks see come from a pass
-    without a gradient on that result, so no gradient passes from a chunk to an earlier one.
-    """
-    schedule = FlowMatchSchedule(1.0, timesteps)
-    cache = student.new_cache(*noise.shape[-2:])
-    chunks = []
-    for start in range(0, noise.shape[1], size):
-        x = noise[:, start : start + size]
-        text = context.unflatten(0, (len(noise), -1))[:, min(start // size, len(context) // len(noise) - 1)]
-        for step, t in enumerate(timesteps[: exit_step + 1]):
-            with torch.set_grad_enabled(step == exit_step), autocast(x.device):
-                flow = student(x, t, text, cache=cache)
-            x0 = schedule.to_x0(x, flow.float(), t)
-            if step < exit_step:
-                fresh = torch.randn(x.shape, generator=generator, device=generator.device).to(x.device)
-                x = schedule.add_noise(x0, fresh, timesteps[step + 1])
-        chunks.append(x0)
-        if start + size < noise.shape[1]:
-            with torch.no_grad(), autocast(x.device):
-                student(x0.detach(), 0.0, text, cache=cache)
-            cache.commit()
-    return torch.cat(chunks, 1)
-
-
 def clean_estimate(model: CausalWan, noisy: Tensor, sigma_B: Tensor, context: Tensor) -> Tensor:
     """The denoiser's x0 (B, T, C, h, w) at one noise level a clip, bidirectional."""
     with autocast(noisy.device):
         flow: Tensor = model(noisy, sigma_B * 1000, context)
-    return noisy - sigma_B[:, None, None, None, None] * flow.float()
+    return noisy - per_clip(sigma_B) * flow.float()
 
 
 @torch.no_grad()
-def matching_direction(
-    real: CausalWan,
-    fake: CausalWan,
-    clip: Tensor,
-    context: Tensor,
-    scale: float,
-    sigma_B: Tensor,
-    noise: Tensor,
+def score_difference(
+    real: CausalWan, fake: CausalWan, clip: Tensor, context: Tensor, scale: float, sigma_B: Tensor, noise: Tensor
 ) -> Tensor:
-    """DMD's gradient (x_fake - x_real) / mean |x - x_real| for clips (B, T, C, h, w); arXiv 2311.18828, eq. 7 and 8."""
-    level = sigma_B[:, None, None, None, None]
+    """Distribution matching's direction for clips (B, T, C, h, w), the teacher under classifier-free guidance."""
+    level = per_clip(sigma_B)
     noisy = (1 - level) * clip + level * noise
     x_fake = clean_estimate(fake, noisy, sigma_B, context)
     x_real = clean_estimate(real, noisy, sigma_B, context)
     if scale != 1:
         x_empty = clean_estimate(real, noisy, sigma_B, torch.zeros_like(context))
-        x_real = x_empty + scale * (x_real - x_empty)
-    size = (clip - x_real).abs().mean((1, 2, 3, 4), keepdim=True)
-    return torch.nan_to_num((x_fake - x_real) / (size + 1e-6))
+        x_real = guided_target(x_real, x_empty, torch.full_like(sigma_B, scale))
+    return matching_direction(clip, x_real, x_fake)
 
 
 def _size(x: Tensor) -> Tensor:
     """Norm of each clip, (B, 1, 1, 1, 1)."""
     norms: Tensor = x.flatten(1).norm(dim=1)
-    return norms[:, None, None, None, None]
+    return per_clip(norms)
 
 
 def _at_most(x: Tensor, limit: Tensor) -> Tensor:
@@ -161,7 +120,7 @@ class DistillDraw:
     """One iteration's rollout: how many steps its sampler has and the one it stops at, its start noise and its clips.
 
     `embeds` are those of the captions: one a clip, or one a chunk where they switch. `values` are the scenes' (B,) by
-    name, `told` what the detector says of them.
+    name, `conditioned` what the detector looks for in them.
     """
 
     steps: int
@@ -170,22 +129,22 @@ class DistillDraw:
     noise: NDArray[np.float32]
     embeds: NDArray[np.float32]
     values: dict[str, NDArray[Any]]
-    told: list[frozenset[str]]
+    conditioned: list[frozenset[str]]
 
 
 @dataclass(frozen=True, eq=False)
 class DistillDraws(Dataset[DistillDraw]):
-    """What the iterations of one member of the team are made of; it follows from the seed and the step alone."""
+    """What the iterations of one process are made of; it follows from the seed and the step alone."""
 
     settings: DistillTraining
     latent_size: tuple[int, int, int]
     encoder: TextEncoder
     seed: int
-    team: Team
+    context: DistributedContext
 
     def __getitem__(self, step: int) -> DistillDraw:
         settings = self.settings
-        # the number of steps is the same in the whole team, so that nobody waits
+        # the number of steps is the same in every process, so that nobody waits
         plan = torch.Generator().manual_seed(self.seed * 5_000_011 + step)
         count = settings.step_counts[int(torch.randint(len(settings.step_counts), (1,), generator=plan))]
         exit_step = int(torch.randint(count, (1,), generator=plan))
@@ -193,30 +152,30 @@ class DistillDraws(Dataset[DistillDraw]):
         whole = kinds[0] >= settings.short_share
         switching = whole and kinds[1] < settings.switched_share
         size = settings.batch_size if whole else settings.batch_size * CLIP_CHUNKS  # as many as take the same work
-        number = self.seed * 11_000_003 + step * self.team.size + self.team.rank
+        number = self.seed * 11_000_003 + self.context.stream(step)
         generator, rng = torch.Generator().manual_seed(number), random.Random(number)
         frames = settings.frames_per_chunk * (CLIP_CHUNKS if whole else 1)
         noise = torch.randn(size, frames, *self.latent_size, generator=generator)
         scenes = sample_scenes(size, generator)
         if switching:
-            captions, told = _switching(scenes, generator, rng, settings.empty_share), [frozenset[str]()] * size
+            captions, conditioned = _switching(scenes, generator, rng, settings.empty_share), [frozenset[str]()] * size
         else:
             scenes = _with_hard_ones(scenes, settings.hard_share, rng)
-            captions, told = self._captions(scenes, rng)
+            captions, conditioned = self._captions(scenes, rng)
         values = {f.name: getattr(scenes, f.name).numpy() for f in fields(Scenes)}
         embeds = self.encoder(captions).embeds.numpy()
-        return DistillDraw(count, exit_step, whole, noise.numpy(), embeds, values, told)
+        return DistillDraw(count, exit_step, whole, noise.numpy(), embeds, values, conditioned)
 
     def _captions(self, scenes: Scenes, rng: random.Random) -> tuple[list[str], list[frozenset[str]]]:
         """A caption for each scene, and what the detector says of it: all where nothing is left open."""
-        texts, told = [], []
+        texts, conditioned = [], []
         for index in range(len(scenes)):
             caption = random_caption(scenes.row(index), rng, full=rng.random() < self.settings.full_share)
             empty = rng.random() < self.settings.empty_share
             texts.append("" if empty else caption.text)
             everything = caption.stated if leaves_open(caption.stated) else frozenset(ATTRIBUTES)
-            told.append(frozenset() if empty else everything)
-        return texts, told
+            conditioned.append(frozenset() if empty else everything)
+        return texts, conditioned
 
 
 HARDEST: tuple[Mapping[str, int], ...] = (
@@ -253,9 +212,9 @@ def _switching(scenes: Scenes, generator: torch.Generator, rng: random.Random, e
 
 
 class Distillation(Stage[DistillDraw]):
-    """Student, teacher and fake score, and one iteration of their game."""
+    """Student, teacher and fake score, and one iteration of their training."""
 
-    PARTS = ("student", "fake", "student_optimiser", "fake_optimiser", "average")
+    PARTS = ("state", "fake_state")
 
     def __init__(
         self,
@@ -264,13 +223,13 @@ class Distillation(Stage[DistillDraw]):
         latent_size: tuple[int, int, int],
         encoder: TextEncoder,
         seed: int,
-        team: Team,
+        context: DistributedContext,
         detector: LatentDetector | None = None,
         start_from: Path | None = None,
     ) -> None:
         self.detector = detector
-        self.settings, self.seed, self.team = settings, seed, team
-        self.draws = DistillDraws(settings, latent_size, encoder, seed, team)
+        self.settings, self.seed, self.context = settings, seed, context
+        self.draws = DistillDraws(settings, latent_size, encoder, seed, context)
         self.real = base.eval().requires_grad_(False)
         self.student = copy.deepcopy(base).requires_grad_(True)
         if start_from is not None:
@@ -280,23 +239,23 @@ class Distillation(Stage[DistillDraw]):
         for score in (self.real, self.fake):
             compile_blocks(score)
         rates = (settings.matrix_rate, settings.other_rate)
-        fake_rates = tuple(r * settings.fake_rate_factor for r in rates)
-        self.student_optimiser = MatrixOptimiser(self.student, block_matrix, *rates, betas=(0.5, 0.95))
-        self.fake_optimiser = MatrixOptimiser(self.fake, block_matrix, fake_rates[0], fake_rates[1], betas=(0.5, 0.95))
-        self.average = Average(self.student, settings.average_decay)
+        factor = settings.fake_rate_factor
+        self.state = TrainState(
+            self.student, matrix_optimiser(*rates, betas=(0.5, 0.95), flat=0.7), context, settings.average_decay
+        )
+        steady = Optimiser(kind="matrix", rate=rates[0] * factor, other_rate=rates[1] * factor, betas=(0.5, 0.95))
+        self.fake_state = TrainState(self.fake, steady, context)
         self.device = base.device
 
     def _sigma(self, batch: int, generator: torch.Generator, low: float = 0.02, high: float = 0.98) -> Tensor:
-        device = self.device
-        u = (torch.arange(batch, device=device) + torch.rand(batch, generator=generator, device=device)) / batch
-        u = u[torch.randperm(batch, generator=generator, device=device)]
+        u = stratified(batch, generator)
         return shifted(u, self.settings.shift).clamp(low, high)
 
     def iterate(self, step: int, drawn: DistillDraw) -> dict[str, float]:
         """A rollout, an update of the student on it, and updates of the fake score on it."""
         settings = self.settings
         generator = torch.Generator(self.device)
-        generator.manual_seed(self.seed * 9_000_011 + step * self.team.size + self.team.rank)
+        generator.manual_seed(self.seed * 9_000_011 + self.context.stream(step))
         start = torch.from_numpy(drawn.noise).to(self.device)
         context = text_a_chunk(drawn.embeds, start, drawn.whole)
 
@@ -305,50 +264,49 @@ class Distillation(Stage[DistillDraw]):
 
         warming = step <= settings.fake_warmup
         with torch.set_grad_enabled(not warming):
-            steps = settings.steps[drawn.steps]
-            clip = rollout(self.student, context, start, steps, drawn.exit_step, settings.frames_per_chunk, generator)
+            schedule = FlowMatchSchedule(1.0, settings.steps[drawn.steps])
+            plan = RolloutPlan(schedule, drawn.exit_step, settings.frames_per_chunk)
+            clip = roll_out(self.student, context, start, plan, generator, partial(autocast, self.device))
         values = {}
         if not warming:
             sigma = self._sigma(len(clip), generator)
-            direction = matching_direction(
+            direction = score_difference(
                 self.real, self.fake, clip.detach(), context, settings.teacher_scale, sigma, normal()
             )
             values["direction"] = float(direction.abs().mean())
-            told = self._told(clip.detach(), drawn, generator)
-            values["told"] = float(told.abs().mean())
-            direction = direction + _at_most(told, settings.told_limit * _size(direction))
-            loss = 0.5 * (clip - (clip - direction).detach()).square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.team.average_gradients(self.student)
+            conditioned = self._conditioned(clip.detach(), drawn, generator)
+            values["conditioned"] = float(conditioned.abs().mean())
+            direction = direction + _at_most(conditioned, settings.conditioned_limit * _size(direction))
+            descend(clip, direction).backward()  # type: ignore[no-untyped-call]
             progress = (step - settings.fake_warmup) / (settings.iterations - settings.fake_warmup)
-            values["student gradient"] = self.student_optimiser.step(warm_then_linear(progress, flat=0.7))
-            self.average.update(self.student)
+            values["student gradient"] = self.state.step(progress)
         values["fake"] = sum(
             self._update_fake(clip.detach(), context, normal(), generator) for _ in range(settings.fake_updates)
         )
         return values
 
-    def _told(self, clip: Tensor, drawn: DistillDraw, generator: torch.Generator) -> Tensor:
+    def _conditioned(self, clip: Tensor, drawn: DistillDraw, generator: torch.Generator) -> Tensor:
         """What the latent detector would change of the clips so that they show their scenes."""
         settings = self.settings
-        if self.detector is None or settings.told_weight == 0 or not any(drawn.told):
+        if self.detector is None or settings.conditioned_weight == 0 or not any(drawn.conditioned):
             return torch.zeros_like(clip)
         scenes = Scenes(**{name: torch.from_numpy(value) for name, value in drawn.values.items()})
         clip = clip.requires_grad_(True)
         with torch.enable_grad(), autocast(self.device):
-            logits = self.detector(blurred_by_noise(clip, settings.told_noise, generator))
-        loss = stated_loss({n: v.float() for n, v in logits.items()}, scenes, legible(drawn.told, scenes))
-        return torch.nan_to_num(settings.told_weight * torch.autograd.grad(loss, clip)[0])
+            logits = self.detector(blurred_by_noise(clip, settings.conditioned_noise, generator))
+        loss = stated_loss(
+            {n: v.float() for n, v in logits.items()}, scenes, visible_targets(drawn.conditioned, scenes)
+        )
+        return torch.nan_to_num(settings.conditioned_weight * torch.autograd.grad(loss, clip)[0])
 
     def _update_fake(self, clip: Tensor, context: Tensor, noise: Tensor, generator: torch.Generator) -> float:
         sigma = self._sigma(len(clip), generator)
-        level = sigma[:, None, None, None, None]
+        level = per_clip(sigma)
         with autocast(self.device):
             flow = self.fake((1 - level) * clip + level * noise, sigma * 1000, context)
         loss = (flow.float() - (noise - clip)).square().mean()
         loss.backward()  # type: ignore[no-untyped-call]
-        self.team.average_gradients(self.fake)
-        self.fake_optimiser.step(1.0)
+        self.fake_state.step(1.0)
         return float(loss.detach()) / self.settings.fake_updates
 
 
@@ -359,8 +317,8 @@ def train_student(
     encoder: TextEncoder,
     folder: Path,
     seed: int,
-    journal: Journal,
-    team: Team,
+    context: DistributedContext,
+    report: Report | None = None,
     show: Callable[[CausalWan, int], None] | None = None,
     detector: LatentDetector | None = None,
     start_from: Path | None = None,
@@ -371,5 +329,5 @@ def train_student(
     """
     torch.manual_seed(seed)
     averaged = copy.deepcopy(base).eval().requires_grad_(False)
-    game = Distillation(settings, base, latent_size, encoder, seed, team, detector, start_from)
-    return game.run(settings, averaged, folder / "student.pt", journal, show)
+    stage = Distillation(settings, base, latent_size, encoder, seed, context, detector, start_from)
+    return stage.run(settings, averaged, folder / "student.pt", report, show)

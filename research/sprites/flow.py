@@ -23,14 +23,15 @@ from torch.utils.data import Dataset
 
 from causvid_adapter import CausalWan
 from nasa_video.text import TextEncoder
-from nasa_video.train.attention import compile_blocks, trainable
-from nasa_video.train.checkpoint import Average, load_state, save_state
-from nasa_video.train.journal import Journal
-from nasa_video.train.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
-from research.sprites.autoencoder import autocast
+from nasa_video.train.attention import compile_blocks
+from nasa_video.train.distillation import shifted, stratified
+from nasa_video.train.distributed import DistributedContext
+from nasa_video.train.run import Report
+from nasa_video.train.state import TrainState
+from research.sprites.attention import trainable
 from research.sprites.dataset import ClipBatch, Draw, LatentClips, text_a_chunk
-from research.sprites.parallel import Team, made_ahead
 from research.sprites.scenes import CLIP_CHUNKS
+from research.sprites.stage import autocast, matrix_optimiser, run_steps
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,13 @@ class NoisyBatch:
     frames_per_chunk: int | None
 
 
-def shifted(u: Tensor, shift: float) -> Tensor:
-    """Noise level of a uniform draw: shift u / (1 + (shift - 1) u), as in causvid_adapter's schedule."""
-    return shift * u / (1 + (shift - 1) * u)
-
-
 def draw_noise_levels(
     settings: FlowTraining, batch: int, frames: int, bidirectional: bool, generator: torch.Generator
 ) -> NoisyBatch:
     """Bidirectional: one level a clip. Causal: one a chunk, with a clean prefix in some clips that is not counted."""
     counted = torch.ones(batch, frames)
     if bidirectional:
-        u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        u = stratified(batch, generator)
         return NoisyBatch(shifted(u, settings.shift)[:, None].expand(batch, frames), counted, None)
     chunks = frames // settings.frames_per_chunk
     sigma = shifted(torch.rand(batch, chunks, generator=generator), settings.shift)
@@ -139,7 +135,7 @@ class FlowDraw:
 
 @dataclass(frozen=True, eq=False)
 class FlowDraws(Dataset[FlowDraw]):
-    """What the iterations of one member of the team are made of, by step; it follows from the seed and the step alone.
+    """What the iterations of one process are made of, by step; it follows from the seed and the step alone.
 
     Args:
         settings: of the training.
@@ -147,7 +143,7 @@ class FlowDraws(Dataset[FlowDraw]):
         short: first chunks of clips.
         encoder: of the captions.
         seed: of the run.
-        team: whose member draws.
+        context: whose process draws.
     """
 
     settings: FlowTraining
@@ -155,16 +151,16 @@ class FlowDraws(Dataset[FlowDraw]):
     short: LatentClips
     encoder: TextEncoder
     seed: int
-    team: Team
+    context: DistributedContext
 
     def number(self, step: int) -> int:
-        """Of a member's iteration, which no other member has."""
-        return step * self.team.size + self.team.rank
+        """Of a process's iteration, which no other process has."""
+        return self.context.stream(step)
 
     def __getitem__(self, step: int) -> FlowDraw:
         settings = self.settings
         seed = self.seed * 7_000_003 + self.number(step)
-        # the kind of batch is the same in the whole team, so that nobody waits
+        # the kind of batch is the same in every process, so that nobody waits
         kinds = torch.rand(3, generator=torch.Generator().manual_seed(self.seed * 3_000_017 + step)).tolist()
         whole = kinds[2] >= settings.short_share
         if whole:
@@ -193,9 +189,8 @@ def train_flow(
     encoder: TextEncoder,
     folder: Path,
     seed: int,
-    device: torch.device,
-    journal: Journal,
-    team: Team,
+    context: DistributedContext,
+    report: Report | None = None,
     show: Callable[[CausalWan, int], None] | None = None,
     start_from: Path | None = None,
 ) -> CausalWan:
@@ -208,46 +203,37 @@ def train_flow(
         show: called now and then with the averaged model and the step, to draw samples or place weights.
     """
     torch.manual_seed(seed)
+    device = context.device
     model = new_transformer(settings.model, device)
     if start_from is not None:
         model.transformer.load_state_dict({name: value.float() for name, value in load_file(start_from).items()})
     averaged = new_transformer(settings.model, device).eval().requires_grad_(False)
     compile_blocks(model)
-    optimiser = MatrixOptimiser(model, block_matrix, settings.matrix_rate, settings.other_rate)
-    average = Average(model, settings.average_decay)
-    start = 0
-    if (state := load_state(folder / "base.pt")) is not None:
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.load_state_dict(state["average"])
-        start = int(state["step"])
+    optimiser = matrix_optimiser(settings.matrix_rate, settings.other_rate)
+    state = TrainState(model, optimiser, context, settings.average_decay)
     clips, short = clips.to(device), short.to(device)
-    steps = range(start + 1, settings.iterations + 1)
-    draws = FlowDraws(settings, clips, short, encoder, seed, team)
-    for step, drawn in zip(steps, made_ahead(draws, steps, device), strict=True):
+    draws = FlowDraws(settings, clips, short, encoder, seed, context)
+
+    def iterate(step: int, drawn: FlowDraw) -> dict[str, float]:
         number = seed * 1_000_003 + draws.number(step)
         generator = torch.Generator().manual_seed(number)
         batch = (clips if drawn.whole else short).take(drawn.draw)
-        context = text_a_chunk(drawn.embeds, batch.latents, drawn.whole)
+        text = text_a_chunk(drawn.embeds, batch.latents, drawn.whole)
         size, frames = batch.latents.shape[:2]
         noise = torch.randn(batch.latents.shape, generator=torch.Generator(device).manual_seed(number), device=device)
         levels = draw_noise_levels(settings, size, frames, drawn.bidirectional, generator)
         sprite_weight = settings.sprite_weight * min(1.0, (1 - step / settings.iterations) / 0.4)
-        loss = flow_loss(model, batch, context, noise, levels, settings, sprite_weight)
+        loss = flow_loss(model, batch, text, noise, levels, settings, sprite_weight)
         loss.backward()  # type: ignore[no-untyped-call]
-        team.average_gradients(model)
-        norm = optimiser.step(warm_then_linear(step / settings.iterations))
-        average.update(model)
-        if not team.leads:
-            continue
+        norm = state.step(step / settings.iterations)
         name = "causal" if not drawn.bidirectional else "bidirectional" if drawn.whole else "first chunk"
-        journal.record(step, settings.iterations, {name: float(loss.detach()), "gradient": norm})
-        if step % settings.checkpoint_every == 0 or step == settings.iterations:
-            state = {"step": step, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
-            save_state(folder / "base.pt", {**state, "average": average.state_dict()})
-        if show is not None and (step % settings.sheet_every == 0 or step == settings.iterations):
-            average.copy_to(averaged)
+        return {name: float(loss.detach()), "gradient": norm}
+
+    def show_average(step: int) -> None:
+        if show is not None:
+            state.copy_average_to(averaged)
             show(averaged, step)
-    team.wait()
-    average.copy_to(averaged)
+
+    run_steps({"state": state}, iterate, settings, folder / "base.pt", context, report, draws, show_average)
+    state.copy_average_to(averaged)
     return averaged

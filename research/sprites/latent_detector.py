@@ -1,4 +1,4 @@
-"""A detector that reads latents: what the student is told while it is distilled, and what noise is read with.
+"""A detector that reads latents: what conditions the student while it is distilled, and what noise is read with.
 
 Distribution matching alone teaches the student what clips look like; which of them a prompt asks for it learns only as
 well as its teacher knows it, and a small teacher knows shapes badly. The gradient of this detector says so directly. It
@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from nasa_video.sprites.detectors import HEADS, over_time
 from nasa_video.sprites.world import FLAWS, Scenes
-from nasa_video.train.checkpoint import Average, load_state, save_state
-from nasa_video.train.journal import Journal
-from nasa_video.train.optimiser import MatrixOptimiser, inner_convolution, warm_then_linear
-from research.sprites.autoencoder import autocast
+from nasa_video.train.distributed import DistributedContext
+from nasa_video.train.run import Report
+from nasa_video.train.state import TrainState
 from research.sprites.dataset import LatentClips
 from research.sprites.detector import detector_loss, targets
-from research.sprites.parallel import Team
+from research.sprites.stage import autocast, convolution_optimisers, matrix_optimiser, run_steps
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,13 @@ def blurred_by_noise(latents: Tensor, most: float, generator: torch.Generator) -
 HIDDEN = frozenset({"shape", "texture"})
 
 
-def legible(told: Sequence[frozenset[str]], scenes: Scenes) -> list[frozenset[str]]:
-    """What clips are told to show, without the details that a flaw of theirs hides.
+def visible_targets(conditioned: Sequence[frozenset[str]], scenes: Scenes) -> list[frozenset[str]]:
+    """What clips are conditioned to show, without the details that a flaw of theirs hides.
 
-    A clip that is told to show its shape loses the blur that makes shapes hard to read, although it is told to have it.
+    A clip that is asked for its shape loses the blur that makes shapes hard to read, although it is asked for that too.
     """
     hides = ((scenes.blurry == 1) | (scenes.pixelated == 1)).tolist()
-    return [words - HIDDEN if hidden else words for words, hidden in zip(told, hides, strict=True)]
+    return [words - HIDDEN if hidden else words for words, hidden in zip(conditioned, hides, strict=True)]
 
 
 def stated_loss(logits: dict[str, Tensor], scenes: Scenes, stated: Sequence[frozenset[str]]) -> Tensor:
@@ -92,16 +91,16 @@ def stated_loss(logits: dict[str, Tensor], scenes: Scenes, stated: Sequence[froz
     total = torch.zeros((), device=device)
     for name, value in goal.items():
         if name == "flaws":
-            told = torch.tensor([[flaw in words for flaw in FLAWS] for words in stated], device=device)
+            counted = torch.tensor([[flaw in words for flaw in FLAWS] for words in stated], device=device)
             errors = nn_f.binary_cross_entropy_with_logits(logits[name], value.to(device), reduction="none")
-            total = total + (errors * told).sum()
+            total = total + (errors * counted).sum()
             continue
-        told = torch.tensor([name in words for words in stated], device=device)
+        counted = torch.tensor([name in words for words in stated], device=device)
         if value.dtype.is_floating_point:
             errors = nn_f.binary_cross_entropy_with_logits(logits[name], value.to(device), reduction="none").sum(1)
         else:
             errors = nn_f.cross_entropy(logits[name], value.to(device), reduction="none")
-        total = total + (errors * told).sum()
+        total = total + (errors * counted).sum()
     return total
 
 
@@ -110,40 +109,29 @@ def train_latent_detector(
     clips: Sequence[LatentClips],
     path: Path,
     seed: int,
-    device: torch.device,
-    journal: Journal,
-    team: Team,
+    context: DistributedContext,
+    report: Report | None = None,
 ) -> LatentDetector:
     """Trains on clips of one length and another in turns; returns the averaged network, resumes from `path`."""
     torch.manual_seed(seed)
+    device = context.device
     network = LatentDetector(clips[0].latents.shape[2], settings.width).to(device)
-    optimiser = MatrixOptimiser(network, inner_convolution, settings.matrix_rate, settings.other_rate)
-    average, start = Average(network, settings.average_decay), 0
+    optimiser = matrix_optimiser(settings.matrix_rate, settings.other_rate)
+    state = TrainState(network, optimiser, context, settings.average_decay, convolution_optimisers)
     pools = [(pool.to(device), torch.tensor(pool.whole, device=device)) for pool in clips]
-    if (state := load_state(path)) is not None:
-        network.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.load_state_dict(state["average"])
-        start = int(state["step"])
-    for step in range(start + 1, settings.iterations + 1):
-        generator = torch.Generator(device).manual_seed(seed * 13_000_027 + step * team.size + team.rank)
+
+    def iterate(step: int, _: object) -> dict[str, float]:
+        generator = torch.Generator(device).manual_seed(seed * 13_000_027 + context.stream(step))
         pool, whole = pools[step % len(pools)]
         chosen = whole[torch.randint(len(whole), (settings.batch_size,), generator=generator, device=device)]
         latents = blurred_by_noise(pool.latents[chosen].float(), settings.noise, generator)
         with autocast(device):
             logits = network(latents)
-        goal = targets(pool.scenes[chosen])
-        loss = detector_loss({n: v.float() for n, v in logits.items()}, goal)
+        loss = detector_loss({n: v.float() for n, v in logits.items()}, targets(pool.scenes[chosen]))
         loss.backward()  # type: ignore[no-untyped-call]
-        team.average_gradients(network)
-        optimiser.step(warm_then_linear(step / settings.iterations))
-        average.update(network)
-        if not team.leads:
-            continue
-        journal.record(step, settings.iterations, {"loss": float(loss.detach())})
-        if step % settings.checkpoint_every == 0 or step == settings.iterations:
-            state = {"step": step, "model": network.state_dict(), "optimiser": optimiser.state_dict()}
-            save_state(path, {**state, "average": average.state_dict()})
-    team.wait()
-    average.copy_to(network)
+        state.step(step / settings.iterations)
+        return {"loss": float(loss.detach())}
+
+    run_steps({"state": state}, iterate, settings, path, context, report)
+    state.copy_average_to(network)
     return network.eval().requires_grad_(False)

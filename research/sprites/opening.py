@@ -37,17 +37,15 @@ from nasa_video.sprites.captions import Caption, leaves_open, random_caption
 from nasa_video.sprites.world import Scenes, sample_scenes
 from nasa_video.text import TextEncoder
 from nasa_video.train.attention import compile_blocks
-from nasa_video.train.checkpoint import Average
-from nasa_video.train.journal import Journal
-from nasa_video.train.optimiser import MatrixOptimiser, block_matrix, warm_then_linear
-from research.sprites.autoencoder import autocast
+from nasa_video.train.distributed import DistributedContext
+from nasa_video.train.run import Report
+from nasa_video.train.state import TrainState
 from research.sprites.captions import caption_as_users_write
 from research.sprites.dataset import Draw, LatentClips
 from research.sprites.latent_detector import LatentDetector
-from research.sprites.parallel import Team
 from research.sprites.reading import Reader, left_open
 from research.sprites.scenes import CLIP_CHUNKS
-from research.sprites.stage import Stage
+from research.sprites.stage import Stage, autocast, matrix_optimiser
 
 Lesson = Literal["open", "later", "as before"]
 
@@ -82,15 +80,15 @@ class OpeningTraining:
 class OpeningDraw:
     """One iteration: its lesson, its captions, and scenes that they are true of, (B,) by name.
 
-    *later* takes place behind the first `chunk` chunks of these `clips` of the data, of which `told` say all. `calls`
-    are the steps before the one that counts, `stride` is whether the first one counts, too.
+    *later* takes place behind the first `chunk` chunks of these `clips` of the data, of which the captions in
+    `conditioned` say all. `calls` are the steps before the one that counts, `stride` is whether the first one counts.
     """
 
     lesson: Lesson
     captions: list[Caption]
     scenes: dict[str, NDArray[Any]]
     clips: list[int]
-    told: list[str]
+    conditioned: list[str]
     chunk: int
     calls: int
     stride: bool
@@ -105,28 +103,30 @@ class OpeningDraws(Dataset[OpeningDraw]):
     steps: int
     clips: LatentClips
     seed: int
-    team: Team
+    context: DistributedContext
 
     def __getitem__(self, step: int) -> OpeningDraw:
         settings = self.settings
-        # the lesson is the same in the whole team, so that nobody waits
+        # the lesson is the same in every process, so that nobody waits
         plan = random.Random(self.seed * 5_000_011 + step)
         lesson = self._lesson(plan.random())
         calls = plan.randrange(self.steps - 1)
         chunk, stride = plan.randrange(1, CLIP_CHUNKS), plan.random() < settings.stride_share
-        number = (self.seed * 11_000_003 + step) * self.team.size + self.team.rank
+        number = (self.seed * 11_000_003 + step) * self.context.size + self.context.rank
         rng = random.Random(number)
-        values, clips, told = dict[str, NDArray[Any]](), list[int](), list[str]()
+        values, clips, conditioned = dict[str, NDArray[Any]](), list[int](), list[str]()
         if lesson == "later":
             calls = plan.randrange(self.steps)
             clips = rng.choices(self.clips.whole, k=max(1, settings.batch_size // CLIP_CHUNKS))
             captions = [caption_as_users_write(self.clips.rows[i], rng) for i in clips]
-            told = [all_told(caption, self.clips.rows[i], rng) for caption, i in zip(captions, clips, strict=True)]
+            conditioned = [
+                all_of_it(caption, self.clips.rows[i], rng) for caption, i in zip(captions, clips, strict=True)
+            ]
         else:
             scenes = sample_scenes(settings.batch_size, torch.Generator().manual_seed(number))
             captions = [caption_as_users_write(scenes.row(i), rng) for i in range(len(scenes))]
             values = {f.name: getattr(scenes, f.name).numpy() for f in fields(Scenes)}
-        return OpeningDraw(lesson, captions, values, clips, told, chunk, calls, stride, number)
+        return OpeningDraw(lesson, captions, values, clips, conditioned, chunk, calls, stride, number)
 
     def _lesson(self, drawn: float) -> Lesson:
         settings = self.settings
@@ -147,10 +147,10 @@ class Opening(Stage[OpeningDraw]):
         clips: whole ones of the data.
         encoder: of the captions.
         seed: decides all that is drawn.
-        team: of processes.
+        context: of processes.
     """
 
-    PARTS = ("student", "optimiser", "average", "reader")
+    PARTS = ("state", "reader")
 
     def __init__(
         self,
@@ -162,27 +162,29 @@ class Opening(Stage[OpeningDraw]):
         clips: LatentClips,
         encoder: TextEncoder,
         seed: int,
-        team: Team,
+        context: DistributedContext,
     ) -> None:
-        self.settings, self.team, self.device = settings, team, student.device
+        self.settings, self.context, self.device = settings, context, student.device
         # samplers of fewer steps have the first of these
         self.timesteps, self.encoder = steps[max(steps)], encoder
         self.schedule = FlowMatchSchedule(1.0, self.timesteps)
         self.clips, self.reader = clips.to(self.device), Reader(detector, settings.points_rate)
-        self.draws = OpeningDraws(settings, len(self.timesteps), clips, seed, team)
-        self.told = copy.deepcopy(student).eval().requires_grad_(False)
-        self.averaged = copy.deepcopy(self.told)  # not compiled: it is shown clips of any number
+        self.draws = OpeningDraws(settings, len(self.timesteps), clips, seed, context)
+        self.copied = copy.deepcopy(student).eval().requires_grad_(False)
+        self.averaged = copy.deepcopy(self.copied)  # not compiled: it is shown clips of any number
         self.teacher = teacher.eval().requires_grad_(False)
         self.student = student.requires_grad_(True)
-        for model in (self.told, self.teacher, self.student):
+        for model in (self.copied, self.teacher, self.student):
             compile_blocks(model)
         rates = (settings.matrix_rate, settings.other_rate)
-        self.optimiser = MatrixOptimiser(self.student, block_matrix, *rates, betas=(0.9, 0.95))
-        self.average = Average(self.student, settings.average_decay)
+        optimiser = matrix_optimiser(*rates, betas=(0.9, 0.95), flat=0.6)
+        self.state = TrainState(self.student, optimiser, context, settings.average_decay)
 
-    def train(self, folder: Path, journal: Journal, show: Callable[[CausalWan, int], None] | None = None) -> CausalWan:
+    def train(
+        self, folder: Path, report: Report | None = None, show: Callable[[CausalWan, int], None] | None = None
+    ) -> CausalWan:
         """Trains to the end and returns the student's average; resumes from `folder`/opening.pt."""
-        return self.run(self.settings, self.averaged, folder / "opening.pt", journal, show)
+        return self.run(self.settings, self.averaged, folder / "opening.pt", report, show)
 
     def iterate(self, step: int, drawn: OpeningDraw) -> dict[str, float]:
         """One update."""
@@ -194,9 +196,7 @@ class Opening(Stage[OpeningDraw]):
             values = {"later": self._later(drawn, text, generator)}
         else:
             values = {"as before": self._match(self._noise(text, generator), self.timesteps[0], text, text)[0]}
-        self.team.average_gradients(self.student)
-        gradient = self.optimiser.step(warm_then_linear(step / self.settings.iterations, flat=0.6))
-        self.average.update(self.student)
+        gradient = self.state.step(step / self.settings.iterations)
         return {name: float(value) for name, value in values.items()} | {"gradient": gradient}
 
     def _embedded(self, texts: Sequence[str]) -> Tensor:
@@ -212,10 +212,10 @@ class Opening(Stage[OpeningDraw]):
             flow: Tensor = model(x, t, text)
         return flow.float()
 
-    def _match(self, x: Tensor, t: float, text: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+    def _match(self, x: Tensor, t: float, text: Tensor, conditioned: Tensor) -> tuple[Tensor, Tensor]:
         """Error of the student's flow against the copy's, its gradient added, and that flow."""
         with torch.no_grad():
-            wanted = self._flow(self.told, x, t, told)
+            wanted = self._flow(self.copied, x, t, conditioned)
         flow = self._flow(self.student, x, t, text)
         return _add_gradient(nn_f.mse_loss(flow, wanted)), flow.detach()
 
@@ -240,9 +240,11 @@ class Opening(Stage[OpeningDraw]):
         if drawn.calls:
             shown = self.reader.look(self.reader.scores(picture), shown, self.settings.lead, scenes, is_open)
         rng = random.Random(drawn.seed)
-        told = self._embedded([all_told(caption, shown.row(i), rng) for i, caption in enumerate(drawn.captions)])
+        conditioned = self._embedded(
+            [all_of_it(caption, shown.row(i), rng) for i, caption in enumerate(drawn.captions)]
+        )
         t = timesteps[drawn.calls]
-        values[f"step {t:g}"], flow = self._match(x, t, text, told)
+        values[f"step {t:g}"], flow = self._match(x, t, text, conditioned)
         if t == timesteps[-1]:
             finished = self.reader.scores(self.schedule.to_x0(x, flow, t))
             self.reader.count(finished, scenes, is_open)
@@ -252,7 +254,7 @@ class Opening(Stage[OpeningDraw]):
     def _begin(self, noise: Tensor, text: Tensor, captions: Sequence[Caption]) -> Tensor:
         """First chunks behind their first step: on the teacher's path, or where a caption states all, on the copy's."""
         level = self.timesteps[1] / 1000
-        stride = noise + (level - 1) * self._flow(self.told, noise, self.timesteps[0], text)
+        stride = noise + (level - 1) * self._flow(self.copied, noise, self.timesteps[0], text)
         everything = torch.tensor([not leaves_open(caption.stated) for caption in captions], device=self.device)
         return torch.where(everything[:, None, None, None, None], stride, self._path(noise, level, text))
 
@@ -269,7 +271,7 @@ class Opening(Stage[OpeningDraw]):
     def _later(self, drawn: OpeningDraw, text: Tensor, generator: torch.Generator) -> Tensor:
         """Error of one step of a chunk behind clean ones, after the copy's steps."""
         clean = self.clips.take(Draw(drawn.clips, [])).latents
-        told = self._embedded(drawn.told)
+        conditioned = self._embedded(drawn.conditioned)
         frames = clean.shape[1] // CLIP_CHUNKS
         before, x = clean[:, : drawn.chunk * frames], self._noise(text, generator)
         fresh = partial(torch.randn, x.shape, generator=generator, device=self.device)
@@ -282,14 +284,14 @@ class Opening(Stage[OpeningDraw]):
 
         with torch.no_grad():
             for number in range(drawn.calls):
-                flow = flow_of(self.told, self.timesteps[number], told)
+                flow = flow_of(self.copied, self.timesteps[number], conditioned)
                 x = self.schedule.step(x, flow, number, fresh)
-            wanted = flow_of(self.told, self.timesteps[drawn.calls], told)
+            wanted = flow_of(self.copied, self.timesteps[drawn.calls], conditioned)
         t = self.timesteps[drawn.calls]
         return _add_gradient(nn_f.mse_loss(flow_of(self.student, t, text), wanted))
 
 
-def all_told(caption: Caption, row: Mapping[str, int], rng: random.Random) -> str:
+def all_of_it(caption: Caption, row: Mapping[str, int], rng: random.Random) -> str:
     """A caption that states all there is in a scene: this one where it does so already."""
     return random_caption(row, rng, full=True).text if leaves_open(caption.stated) else caption.text
 

@@ -88,7 +88,7 @@ def test_a_video_model_from_its_folder(nasa_video: Run, model_folder: Path, tmp_
     done = nasa_video("train", str(config), "-o", "run", "--cpu", "--negatives", "other.txt")
     assert done.status == 1
     assert "choose another folder" in done.stderr
-    done = nasa_video("train", str(config), "-o", "fleet", "--cpu", "--shard")
+    done = nasa_video("train", str(config), "-o", "context", "--cpu", "--shard")
     assert done.status == 1
     assert "several processes" in done.stderr
     assert "--no-shard" in done.stderr

@@ -13,13 +13,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import distributed_worker as worker
 
 from nasa_video.errors import InputError
-from nasa_video.train.fleet import Fleet
+from nasa_video.train.distributed import DistributedContext
 from nasa_video.train.run import resume
 
 
 @pytest.fixture(scope="module")
 def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fleet")
+    folder = tmp_path_factory.mktemp("context")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, worker.__file__, str(folder)], capture_output=True, text=True, cwd=Path(__file__).parents[2]
@@ -31,15 +31,15 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_two_processes_come_to_the_weights_of_one(states: Path, kind: str) -> None:
-    game = worker.new_game(Fleet(precision="fp32", cpu=True), 2, kind)
-    before = {name: p.detach().clone() for name, p in game.players["student"].trained.items()}
+    trainer = worker.new_trainer(DistributedContext(precision="fp32", cpu=True), 2, kind)
+    before = {name: p.detach().clone() for name, p in trainer.states["student"].trained.items()}
     for step in range(1, worker.STEPS + 1):
-        game.iterate(step)
+        trainer.iterate(step)
     for shard in (False, True):
         found = torch.load(states / f"{shard}-{kind}.pt", weights_only=True)
         for part, expected in (
-            ("trained", game.players["student"].trained),
-            ("shadow", game.players["student"].shadow),
+            ("trained", trainer.states["student"].trained),
+            ("average", trainer.states["student"].averages),
         ):
             assert found[part].keys() == expected.keys()
             off = sum(float((found[part][n] - p.detach()).square().sum()) for n, p in expected.items()) ** 0.5
@@ -50,12 +50,12 @@ def test_two_processes_come_to_the_weights_of_one(states: Path, kind: str) -> No
 @pytest.mark.slow
 def test_sharded_adapters_on_a_base_in_bfloat16_are_the_data_parallel_ones(states: Path) -> None:
     """Between each other: against one process, bfloat16's rounding grows too fast for a tolerance that says much."""
-    game = worker.new_game(Fleet(precision="bf16", cpu=True), 1, "bf16")
-    assert {p.dtype for p in game.networks.student.transformer.blocks[0].parameters()} == {
+    trainer = worker.new_trainer(DistributedContext(precision="bf16", cpu=True), 1, "bf16")
+    assert {p.dtype for p in trainer.student.transformer.blocks[0].parameters()} == {
         torch.bfloat16,
         torch.float32,
     }
-    before = game.players["student"].trained
+    before = trainer.states["student"].trained
     parallel, sharded = (
         torch.load(states / f"{shard}-bf16.pt", weights_only=True)["trained"] for shard in (False, True)
     )
@@ -69,21 +69,21 @@ def test_sharded_adapters_on_a_base_in_bfloat16_are_the_data_parallel_ones(state
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True])
 def test_one_process_goes_on_where_two_stopped(states: Path, shard: bool) -> None:
-    fleet = Fleet(precision="fp32", cpu=True)
-    game = worker.new_game(fleet, 2, "full")
-    before = {name: p.detach().clone() for name, p in game.players["student"].trained.items()}
+    context = DistributedContext(precision="fp32", cpu=True)
+    trainer = worker.new_trainer(context, 2, "full")
+    before = {name: p.detach().clone() for name, p in trainer.states["student"].trained.items()}
     checkpoint = states / f"{shard}-full.checkpoint"
-    assert resume(game.settings, game, checkpoint, fleet) == 1
+    assert resume(trainer, checkpoint) == 1
     for step in range(2, worker.STEPS + 1):
-        game.iterate(step)
+        trainer.iterate(step)
     found = torch.load(states / f"{shard}-full.pt", weights_only=True)["trained"]
-    trained = game.players["student"].trained
+    trained = trainer.states["student"].trained
     off = sum(float((found[n] - p.detach()).square().sum()) for n, p in trained.items()) ** 0.5
     moved = sum(float((p.detach() - before[n]).square().sum()) for n, p in trained.items()) ** 0.5
     assert off < 0.02 * moved
-    half = worker.new_game(fleet, 1, "full")
+    half = worker.new_trainer(context, 1, "full")
     with pytest.raises(InputError, match="2 passes"):
-        resume(half.settings, half, checkpoint, fleet)
+        resume(half, checkpoint)
 
 
 @pytest.mark.slow
@@ -92,10 +92,10 @@ def test_a_fleet_writes_a_whole_model(states: Path, shard: bool) -> None:
     from causvid_adapter import load_generator
 
     model = load_generator(states / f"{shard}-full" / "transformer")
-    shadow = torch.load(states / f"{shard}-full.pt", weights_only=True)["shadow"]
+    shadow = torch.load(states / f"{shard}-full.pt", weights_only=True)["average"]
     assert all(torch.equal(p, shadow[name]) for name, p in model.named_parameters())
 
 
 def test_sharding_one_process_is_refused() -> None:
     with pytest.raises(InputError, match="several processes"):
-        Fleet(shard=True, cpu=True)
+        DistributedContext(shard=True, cpu=True)

@@ -14,21 +14,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nasa_video import Nasa, guided
-from nasa_video.train.clip_loss import clamped_loss, tiny_clip
-from nasa_video.train.draws import Texts, encode_texts, seeded
+from nasa_video.train.attention import guided_training
+from nasa_video.train.batch import Texts, encode_texts, seeded
+from nasa_video.train.distillation import descend, guided_target, score_direction
+from nasa_video.train.distributed import DistributedContext
 from nasa_video.train.dry_run import NEGATIVES, PROMPTS
-from nasa_video.train.fleet import Fleet
-from nasa_video.train.image import ImageGame
-from nasa_video.train.image_parts import tiny_image_parts
-from nasa_video.train.matching import descend, guided_target, score_direction
+from nasa_video.train.image import ImageTrainer
+from nasa_video.train.image_networks import clamped_loss, tiny_clip, tiny_image_parts
 from nasa_video.train.run import train
 from nasa_video.train.settings import PLACEMENTS, ImageSettings, parse_settings
-from nasa_video.train.steering import steered
 
 SIZES = {"sd": (77, 24), "pixart": (12, 20)}
 
 
-def new_game(family: str = "sd", twins: bool = False, **changes: Any) -> ImageGame:
+def new_trainer(family: str = "sd", twins: bool = False, **changes: Any) -> ImageTrainer:
     tokens, dim = SIZES[family]
     data: dict[str, Any] = {
         "kind": "image",
@@ -48,39 +47,42 @@ def new_game(family: str = "sd", twins: bool = False, **changes: Any) -> ImageGa
         data[name] = {**data[name], **value} if isinstance(value, dict) and name in data else value
     settings = parse_settings(data, "test")
     assert isinstance(settings, ImageSettings)
-    return ImageGame(settings, tiny_image_parts(settings), PROMPTS, NEGATIVES, Fleet(precision="fp32", cpu=True))
+    return ImageTrainer(
+        settings, tiny_image_parts(settings), PROMPTS, NEGATIVES, DistributedContext(precision="fp32", cpu=True)
+    )
 
 
-def contexts_of(game: ImageGame, alpha: float = 0.6, kappa: float = 3.0) -> Any:
+def contexts_of(trainer: ImageTrainer, alpha: float = 0.6, kappa: float = 3.0) -> Any:
     texts = Texts(PROMPTS[:2], NEGATIVES[:2], torch.full((2,), alpha), torch.full((2,), kappa))
-    return encode_texts(texts, game.parts.encoder, torch.device("cpu"))
+    return encode_texts(texts, trainer.parts.encoder, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("family", SIZES)
 def test_an_unguided_start_has_no_direction(family, prediction) -> None:
-    game = new_game(family, negatives={"placement": "nowhere"}, prediction=prediction)
+    trainer = new_trainer(family, negatives={"placement": "nowhere"}, prediction=prediction)
     latents = torch.randn(2, 4, 8, 8)
-    assert game.direction(latents, contexts_of(game, kappa=1.0), seeded(1)).abs().max() == 0
-    assert game.direction(latents, contexts_of(game, kappa=3.0), seeded(1)).abs().max() > 0
+    assert trainer.direction(latents, contexts_of(trainer, kappa=1.0), seeded(1)).abs().max() == 0
+    assert trainer.direction(latents, contexts_of(trainer, kappa=3.0), seeded(1)).abs().max() > 0
 
 
 @pytest.mark.parametrize("family", SIZES)
 def test_an_unguided_start_gives_the_student_no_gradient(family) -> None:
-    game = new_game(family, negatives={"placement": "nowhere", "kappa": (1, 1)})
-    assert game.iterate(1)["student gradient"] == 0
-    assert game.iterate(2)["student gradient"] > 0  # the LoRA teacher has learnt the student's pictures
+    trainer = new_trainer(family, negatives={"placement": "nowhere", "kappa": (1, 1)})
+    assert trainer.iterate(1)["student gradient"] == 0
+    assert trainer.iterate(2)["student gradient"] > 0  # the LoRA teacher has learnt the student's pictures
 
 
 @pytest.mark.parametrize("family", SIZES)
 @torch.no_grad()
 def test_the_trained_students_nasa_is_the_one_that_is_shipped(family) -> None:
-    game = new_game(family)
-    contexts, noise = contexts_of(game), torch.randn(2, 4, 8, 8)
-    with steered(game.steering, contexts.alpha_B):
-        actual = game.generate(noise, contexts)
-    plain = new_game(family, negatives={"placement": "teacher"})
-    unguided = plain.generate(noise, contexts)
+    trainer = new_trainer(family)
+    contexts, noise = contexts_of(trainer), torch.randn(2, 4, 8, 8)
+    text, alpha_B, lengths = trainer.student_text(contexts)
+    with guided_training(trainer.guidance, alpha_B, lengths):
+        actual = trainer.generate(noise, text, None, seeded(0))
+    plain = new_trainer(family, negatives={"placement": "teacher"})
+    unguided = plain.generate(noise, contexts.positive, None, seeded(0))
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     for module in plain.student.modules():
@@ -92,53 +94,53 @@ def test_the_trained_students_nasa_is_the_one_that_is_shipped(family) -> None:
     from nasa_video.backbones.base import NegativeContext
 
     with guided(plain.student, [NegativeContext(contexts.negative.embeds, mask)], Nasa(0.6)):
-        expected = plain.generate(noise, contexts)
+        expected = plain.generate(noise, contexts.positive, None, seeded(0))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert (unguided - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_every_placement_trains(placement) -> None:
-    game = new_game(negatives={"placement": placement})
-    frozen = {name: p.clone() for name, p in game.teacher.named_parameters() if not p.requires_grad}
-    game.iterate(1)
-    values = game.iterate(2)
+    trainer = new_trainer(negatives={"placement": placement})
+    frozen = {name: p.clone() for name, p in trainer.fake.named_parameters() if not p.requires_grad}
+    trainer.iterate(1)
+    values = trainer.iterate(2)
     assert values["direction"] > 0
     assert values["student gradient"] > 0
     assert (values["effect"] > 0) == ("student" in PLACEMENTS[placement])
-    assert all(torch.equal(p, frozen[name]) for name, p in game.teacher.named_parameters() if name in frozen)
+    assert all(torch.equal(p, frozen[name]) for name, p in trainer.fake.named_parameters() if name in frozen)
 
 
 @pytest.mark.parametrize("family", SIZES)
 def test_checkpointing_changes_no_gradient(family) -> None:
     gradients = []
     for checkpointing in (False, True):
-        game = new_game(family, run={"gradient_checkpointing": checkpointing})
-        game._lesson(seeded(5), 0.5)
-        gradients.append(torch.cat([p.grad.flatten() for p in game.student.parameters() if p.grad is not None]))
+        trainer = new_trainer(family, run={"gradient_checkpointing": checkpointing})
+        trainer._lesson(seeded(5), 0.5)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.student.parameters() if p.grad is not None]))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
 def test_a_resumed_run_with_the_clip_loss_is_the_uninterrupted_one(tmp_path: Path) -> None:
     changes = {"clip": {"margin": 0.9}, "run": {"iterations": 3, "checkpoint_every": 1, "sheet_every": 3}}
-    whole, stopped, gone_on = (new_game(**changes) for _ in range(3))
-    model = train(whole.settings, whole, tmp_path / "whole", whole.fleet)
+    whole, stopped, gone_on = (new_trainer(**changes) for _ in range(3))
+    model = train(whole, tmp_path / "whole")
 
     def stop(step: int, *_: Any) -> None:
         if step == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(stopped.settings, stopped, tmp_path / "parts", stopped.fleet, stop)
-    train(gone_on.settings, gone_on, tmp_path / "parts", gone_on.fleet)
+        train(stopped, tmp_path / "parts", stop)
+    train(gone_on, tmp_path / "parts")
     for name in ("student", "fake"):
-        one, two = whole.players[name], gone_on.players[name]
+        one, two = whole.states[name], gone_on.states[name]
         assert all(torch.equal(one.trained[n], two.trained[n]) for n in one.trained)
     assert (tmp_path / "whole" / "sheets" / "000003.png").exists()
     from diffusers import UNet2DConditionModel
 
     loaded = UNet2DConditionModel.from_pretrained(model / "unet")
-    shadow = whole.players["student"].shadow
+    shadow = whole.states["student"].averages
     assert all(torch.equal(value, shadow[name]) for name, value in loaded.named_parameters())
 
 

@@ -12,11 +12,10 @@ from typer.testing import CliRunner
 from nasa_video.cli.app import app
 from nasa_video.errors import InputError
 from nasa_video.models.presets import configs_dir
+from nasa_video.train.distributed import DistributedContext
 from nasa_video.train.dry_run import dry_run, sizes
-from nasa_video.train.fleet import Fleet
-from nasa_video.train.lists import build_prompts, content_words, make_texts, read_texts
+from nasa_video.train.lists import GROUPS, build_prompts, content_words, make_texts, negative_list, read_texts
 from nasa_video.train.settings import FileList, SpritesList, load_settings, shipped_names
-from nasa_video.train.terms import GROUPS, negative_list
 
 TRUE_MILLIONS = {
     "nasa-t-sd15": 860,
@@ -91,7 +90,7 @@ def test_every_config_goes_a_step_in_small(name: str, tmp_path: Path) -> None:
     settings = load_settings(Path(name))
     # one process here; what sharding computes is the same (tests/fast/test_nasa_t_fleet.py)
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"shard": False})})
-    values = dry_run(settings, Fleet(precision=settings.run.precision, cpu=True), tmp_path)
+    values = dry_run(settings, DistributedContext(precision=settings.run.precision, cpu=True), tmp_path)
     assert len(values) == 2
     assert values[1]["student gradient"] > 0
     assert values[1]["effect"] > 0

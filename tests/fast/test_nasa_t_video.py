@@ -23,15 +23,14 @@ from nasa_video.guidance.methods import Nasa
 from nasa_video.guidance.state import GuidanceState
 from nasa_video.models.presets import find_preset
 from nasa_video.text import TextContext
-from nasa_video.train.draws import Texts, draw_texts, encode_texts, seeded
+from nasa_video.train.attention import add_guidance, doubled, guided_training
+from nasa_video.train.batch import Texts, draw_texts, encode_texts, seeded
+from nasa_video.train.distributed import DistributedContext
 from nasa_video.train.dry_run import HashEncoder
-from nasa_video.train.fleet import Fleet
 from nasa_video.train.rollout import RolloutPlan, roll_out
 from nasa_video.train.run import differences, train
 from nasa_video.train.settings import PLACEMENTS, VideoSettings, parse_settings
-from nasa_video.train.steering import doubled, steer, steered
-from nasa_video.train.video import VideoGame
-from nasa_video.train.video_parts import VideoParts
+from nasa_video.train.video import VideoParts, VideoTrainer
 
 TOKENS, DIM = 8, 10
 LATENT = (4, 4, 6)
@@ -62,14 +61,16 @@ def settings(**changes: Any) -> VideoSettings:
 
 
 @pytest.fixture
-def new_game(new_wan: Callable[..., WanTransformer3DModel]) -> Callable[..., VideoGame]:
-    def new(teacher_seed: int = 0, window: int | None = None, **changes: Any) -> VideoGame:
+def new_trainer(new_wan: Callable[..., WanTransformer3DModel]) -> Callable[..., VideoTrainer]:
+    def new(teacher_seed: int = 0, window: int | None = None, **changes: Any) -> VideoTrainer:
         preset = find_preset("sprites")
         sampler = preset.sampler.model_copy(update={"window_frames": window, "sink_frames": 0, "rope": "absolute"})
         preset = preset.model_copy(update={"sampler": sampler})
         student, teacher = CausalWan(new_wan()), CausalWan(new_wan(teacher_seed))
         parts = VideoParts(preset, student, teacher, HashEncoder(TOKENS, DIM), LATENT)
-        return VideoGame(settings(**changes), parts, PROMPTS, NEGATIVES, Fleet(precision="fp32", cpu=True))
+        return VideoTrainer(
+            settings(**changes), parts, PROMPTS, NEGATIVES, DistributedContext(precision="fp32", cpu=True)
+        )
 
     return new
 
@@ -81,7 +82,7 @@ def plan(window: int | None = None, exit_step: int = 0, rope: Any = "absolute") 
 def student_of(transformer: WanTransformer3DModel) -> tuple[CausalWan, Any]:
     model = CausalWan(transformer)
     model.requires_grad_(True)
-    return model, steer(model.transformer, TOKENS)
+    return model, add_guidance(model.transformer, TOKENS)
 
 
 def contexts_of(new_context: Callable[..., TextContext], batch: int = 1) -> Tensor:
@@ -95,7 +96,7 @@ def contexts_of(new_context: Callable[..., TextContext], batch: int = 1) -> Tens
 def test_cached_chunks_are_one_masked_pass_under_nasa(new_wan, new_context, new_latents, distance) -> None:
     model, steering = student_of(new_wan())
     context, x = contexts_of(new_context, 2), new_latents(6, batch=2)
-    with torch.no_grad(), steered(steering, torch.tensor([0.7, 0.2])):
+    with torch.no_grad(), guided_training(steering, torch.tensor([0.7, 0.2])):
         masked = model(x, 0.0, context, frames_per_chunk=2)
         cache, parts = model.new_cache(*LATENT[1:]), []
         for start in range(0, 6, 2):
@@ -113,7 +114,7 @@ def test_a_chunks_loss_reaches_no_earlier_chunk(new_wan, new_context, window, ex
             model.transformer.enable_gradient_checkpointing()
         noise = torch.randn(1, 6, *LATENT, requires_grad=True)
         own = slice(2 * chunk, 2 * chunk + 2)
-        with steered(steering, torch.tensor([0.5])):
+        with guided_training(steering, torch.tensor([0.5])):
             generator = torch.Generator().manual_seed(0)
             clip = roll_out(model, contexts_of(new_context), noise, plan(window, exit_step), generator)
             (gradient,) = torch.autograd.grad(clip[:, own].square().sum(), noise)
@@ -126,31 +127,31 @@ def test_an_earlier_chunk_changes_a_later_one(new_wan, new_context) -> None:
     model, steering = student_of(new_wan())
     noise, context = torch.randn(1, 6, *LATENT), contexts_of(new_context)
     other = torch.cat([noise[:, :2] + 1, noise[:, 2:]], 1)
-    with torch.no_grad(), steered(steering, torch.tensor([0.5])):
+    with torch.no_grad(), guided_training(steering, torch.tensor([0.5])):
         clips = [roll_out(model, context, x, plan(), torch.Generator().manual_seed(0)) for x in (noise, other)]
     assert (clips[0][:, 4:] - clips[1][:, 4:]).abs().max() > 1e-3
 
 
-def test_an_unguided_start_has_no_direction(new_game) -> None:
+def test_an_unguided_start_has_no_direction(new_trainer) -> None:
     for lora in (None, {"rank": 2, "scaling": 4}):
-        game = new_game(negatives={"placement": "nowhere", "kappa": (1, 1)}, fake_lora=lora)
+        trainer = new_trainer(negatives={"placement": "nowhere", "kappa": (1, 1)}, fake_lora=lora)
         contexts = encode_texts(
-            draw_texts(game.settings.negatives, PROMPTS, NEGATIVES, 2, seeded(0)),
-            game.parts.encoder,
+            draw_texts(trainer.settings.negatives, PROMPTS, NEGATIVES, 2, seeded(0)),
+            trainer.parts.encoder,
             torch.device("cpu"),
         )
         clip = torch.randn(2, 6, *LATENT)
-        assert game.direction(clip, contexts, seeded(1)).abs().max() == 0
-        assert game.iterate(1)["student gradient"] == 0
-        assert game.iterate(2)["student gradient"] > 0  # the fake score has learnt the student's clips
+        assert trainer.direction(clip, contexts, seeded(1)).abs().max() == 0
+        assert trainer.iterate(1)["student gradient"] == 0
+        assert trainer.iterate(2)["student gradient"] > 0  # the fake score has learnt the student's clips
 
 
-def test_guidance_and_another_fake_give_a_direction(new_game) -> None:
+def test_guidance_and_another_fake_give_a_direction(new_trainer) -> None:
     for placement in PLACEMENTS:
-        game = new_game(negatives={"placement": placement, "kappa": (3, 3)})
+        trainer = new_trainer(negatives={"placement": placement, "kappa": (3, 3)})
         texts = Texts(PROMPTS[:1], NEGATIVES[:1], torch.ones(1), torch.full((1,), 3.0))
-        contexts = encode_texts(texts, game.parts.encoder, torch.device("cpu"))
-        direction = game.direction(torch.randn(1, 6, *LATENT), contexts, seeded(1))
+        contexts = encode_texts(texts, trainer.parts.encoder, torch.device("cpu"))
+        direction = trainer.direction(torch.randn(1, 6, *LATENT), contexts, seeded(1))
         if "fake" in PLACEMENTS[placement]:
             assert direction.abs().max() == 0  # the same guidance on both sides, of the same network
         else:
@@ -170,7 +171,7 @@ def test_the_trained_students_nasa_is_the_one_that_is_shipped(new_wan, new_conte
         with torch.no_grad(), wan.install(transformer, steering):
             expected = shipped(x, 500.0, None)
         model, training = student_of(transformer)
-        with torch.no_grad(), steered(training, torch.tensor([0.6]), None if padding else negative.lengths):
+        with torch.no_grad(), guided_training(training, torch.tensor([0.6]), None if padding else negative.lengths):
             actual = model(x, 500.0, doubled(positive.embeds, negative.embeds))
         assert distance(actual, expected) < 1e-5
 
@@ -180,16 +181,16 @@ def test_alpha_zero_is_the_unguided_student(new_wan, new_context, new_latents) -
     context, x = contexts_of(new_context), new_latents(2)
     with torch.no_grad():
         plain = model(x, 500.0, context[:, :TOKENS])
-        with steered(steering, torch.zeros(1)):
+        with guided_training(steering, torch.zeros(1)):
             assert torch.equal(model(x, 500.0, context), plain)
-        with steered(steering, torch.ones(1)):
+        with guided_training(steering, torch.ones(1)):
             assert not torch.equal(model(x, 500.0, context), plain)
 
 
 def test_the_negatives_keys_have_a_gradient(new_wan, new_context, new_latents) -> None:
     model, steering = student_of(new_wan())
     context = contexts_of(new_context).requires_grad_(True)
-    with steered(steering, torch.tensor([0.5])):
+    with guided_training(steering, torch.tensor([0.5])):
         model(new_latents(2), 500.0, context).square().sum().backward()
     assert context.grad is not None
     assert context.grad[:, TOKENS:].abs().max() > 0
@@ -200,7 +201,7 @@ def test_a_pass_outside_its_scope_is_refused(new_wan, new_context, new_latents) 
     model.transformer.enable_gradient_checkpointing()
     with pytest.raises(RuntimeError, match="one scope"):
         model(new_latents(2), 500.0, contexts_of(new_context))
-    with steered(steering, torch.ones(1)):
+    with guided_training(steering, torch.ones(1)):
         loss = model(new_latents(2), 500.0, contexts_of(new_context)).sum()
     with pytest.raises(RuntimeError, match="one scope"):
         loss.backward()
@@ -226,7 +227,7 @@ def test_a_rollout_is_what_the_sampler_makes(new_wan, new_context, distance, win
         sampler = ChunkSampler(CausalWan(transformer), schedule, 2, Window(window))
         expected = torch.cat(list(sampler.stream(None, source, num_frames=8)), 1)
     model, training = student_of(transformer)
-    with torch.no_grad(), steered(training, torch.tensor([0.6])):
+    with torch.no_grad(), guided_training(training, torch.tensor([0.6])):
         both = doubled(positive.embeds, negative.embeds)
         whole = replace(plan(window, 1), schedule=schedule)
         actual = roll_out(model, both, noise, whole, torch.Generator().manual_seed(0))
@@ -245,7 +246,7 @@ def test_checkpointing_changes_no_gradient(new_wan, new_context, window, rope) -
         model, steering = student_of(new_wan())
         if checkpointing:
             model.transformer.enable_gradient_checkpointing()
-        with steered(steering, torch.tensor([0.5])):
+        with guided_training(steering, torch.tensor([0.5])):
             clip = roll_out(model, context, noise, plan(window, 1, rope), torch.Generator().manual_seed(0))
             clip.square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
@@ -267,7 +268,7 @@ def test_without_the_guard_a_rolling_cache_gives_other_gradients(new_wan, new_co
         model, steering = student_of(new_wan())
         if checkpointing:
             model.transformer.enable_gradient_checkpointing()
-        with steered(steering, torch.tensor([0.5])):
+        with guided_training(steering, torch.tensor([0.5])):
             rollout.roll_out(model, context, noise, plan(4), torch.Generator().manual_seed(0)).square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert (gradients[1] - gradients[0]).norm() > 1e-3 * gradients[0].norm()
@@ -297,27 +298,27 @@ def test_draws_are_as_the_settings_say() -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_every_placement_trains(new_game, placement) -> None:
-    game = new_game(teacher_seed=1, negatives={"placement": placement})
-    before = {name: p.detach().clone() for name, p in game.players["student"].trained.items()}
-    game.iterate(1)
-    values = game.iterate(2)  # before the fake score's first update it is the teacher
+def test_every_placement_trains(new_trainer, placement) -> None:
+    trainer = new_trainer(teacher_seed=1, negatives={"placement": placement})
+    before = {name: p.detach().clone() for name, p in trainer.states["student"].trained.items()}
+    trainer.iterate(1)
+    values = trainer.iterate(2)  # before the fake score's first update it is the teacher
     assert values["direction"] > 0
     assert values["student gradient"] > 0
     assert (values["effect"] > 0) == ("student" in PLACEMENTS[placement])
-    moved = [name for name, p in game.players["student"].trained.items() if not torch.equal(p, before[name])]
+    moved = [name for name, p in trainer.states["student"].trained.items() if not torch.equal(p, before[name])]
     assert len(moved) > len(before) * 0.9
 
 
 @pytest.mark.parametrize("kind", ["adamw", "matrix", "lora"])
-def test_a_resumed_run_is_the_uninterrupted_one(new_game, tmp_path: Path, kind: str) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(new_trainer, tmp_path: Path, kind: str) -> None:
     changes: dict[str, Any] = {"run": {"iterations": 4, "accumulate": 2, "checkpoint_every": 2}, "fake_warmup": 1}
     if kind == "lora":
         changes |= {"student_lora": {"rank": 2, "scaling": 2}, "fake_lora": {"rank": 2, "scaling": 2}}
     else:
         changes |= {"student_optimiser": {"kind": kind, "flat": 0.5, "last": 0.1}}
-    whole, stopped, gone_on = (new_game(teacher_seed=1, **changes) for _ in range(3))
-    train(whole.settings, whole, tmp_path / "whole", whole.fleet)
+    whole, stopped, gone_on = (new_trainer(teacher_seed=1, **changes) for _ in range(3))
+    train(whole, tmp_path / "whole")
     calls: list[int] = []
 
     def stop(step: int, steps: int, values: dict[str, float]) -> None:
@@ -326,61 +327,63 @@ def test_a_resumed_run_is_the_uninterrupted_one(new_game, tmp_path: Path, kind: 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(stopped.settings, stopped, tmp_path / "parts", stopped.fleet, stop)
-    train(gone_on.settings, gone_on, tmp_path / "parts", gone_on.fleet, lambda step, *_: calls.append(step))
+        train(stopped, tmp_path / "parts", stop)
+    train(gone_on, tmp_path / "parts", lambda step, *_: calls.append(step))
     assert calls == [1, 2, 3, 3, 4]
     for name in ("student", "fake"):
-        one, two = whole.players[name], gone_on.players[name]
+        one, two = whole.states[name], gone_on.states[name]
         assert all(torch.equal(one.trained[n], two.trained[n]) for n in one.trained)
-        assert all(torch.equal(one.shadow[n], two.shadow[n]) for n in one.shadow)
+        assert all(torch.equal(one.averages[n], two.averages[n]) for n in one.averages)
     lines = [(tmp_path / run / "curves.jsonl").read_text().splitlines() for run in ("whole", "parts")]
     assert [len(rows) for rows in lines] == [4, 4]
     assert (tmp_path / "parts" / "curves.png").exists()
-    changed = whole.settings.model_copy(update={"step_counts": (1,)})
+    whole.settings = whole.settings.model_copy(update={"step_counts": (1,)})
     with pytest.raises(InputError, match="step_counts"):
-        train(changed, whole, tmp_path / "parts", whole.fleet)
+        train(whole, tmp_path / "parts")
     checkpoint = tmp_path / "parts" / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(InputError, match="is broken"):
-        train(gone_on.settings, gone_on, tmp_path / "parts", gone_on.fleet)
+        train(gone_on, tmp_path / "parts")
 
 
-def test_what_a_run_writes_is_a_model(new_game, tmp_path: Path) -> None:
-    game = new_game(teacher_seed=1)
-    folder = train(game.settings, game, tmp_path, game.fleet)
+def test_what_a_run_writes_is_a_model(new_trainer, tmp_path: Path) -> None:
+    trainer = new_trainer(teacher_seed=1)
+    folder = train(trainer, tmp_path)
     preset = find_preset(folder)
     loaded = WanTransformer3DModel.from_pretrained(preset.components.transformer.fetch())
-    shadow = game.players["student"].shadow
+    shadow = trainer.states["student"].averages
     assert all(torch.equal(value, shadow[f"transformer.{name}"]) for name, value in loaded.named_parameters())
     assert preset.name == "sprites-student+teacher"
 
 
-def test_a_lora_that_a_run_writes_merges_to_the_trained_model(new_game, new_wan, new_latents, tmp_path: Path) -> None:
+def test_a_lora_that_a_run_writes_merges_to_the_trained_model(
+    new_trainer, new_wan, new_latents, tmp_path: Path
+) -> None:
     from causvid_adapter.lora import merge_lora
 
-    game = new_game(teacher_seed=1, student_lora={"rank": 2, "scaling": 4}, student_optimiser={"rate": 0.05})
-    folder = train(game.settings, game, tmp_path, game.fleet)
+    trainer = new_trainer(teacher_seed=1, student_lora={"rank": 2, "scaling": 4}, student_optimiser={"rate": 0.05})
+    folder = train(trainer, tmp_path)
     merged = CausalWan(new_wan())
     merge_lora(merged, folder / "lora.safetensors")
     x, context = new_latents(2), torch.randn(1, TOKENS, DIM)
-    with torch.no_grad(), game.players["student"].averaged() as trained:
+    with torch.no_grad(), trainer.states["student"].averaged() as trained:
         expected = trained(x, 500.0, context)
         plain = CausalWan(new_wan())(x, 500.0, context)
         torch.testing.assert_close(merged(x, 500.0, context), expected, rtol=1e-4, atol=1e-4)
     assert (plain - expected).abs().max() > 1e-3
 
 
-def test_the_average_comes_off_again(new_game) -> None:
-    game = new_game(teacher_seed=1)
-    player = game.players["student"]
-    game.iterate(1)
-    game.iterate(2)
-    before = {name: p.detach().clone() for name, p in player.trained.items()}
-    with player.averaged():
-        assert any(not torch.equal(p, before[name]) for name, p in player.trained.items())
-    with pytest.raises(ZeroDivisionError), player.averaged():
+def test_the_average_comes_off_again(new_trainer) -> None:
+    trainer = new_trainer(teacher_seed=1)
+    state = trainer.states["student"]
+    trainer.iterate(1)
+    trainer.iterate(2)
+    before = {name: p.detach().clone() for name, p in state.trained.items()}
+    with state.averaged():
+        assert any(not torch.equal(p, before[name]) for name, p in state.trained.items())
+    with pytest.raises(ZeroDivisionError), state.averaged():
         raise ZeroDivisionError
-    assert all(torch.equal(p, before[name]) for name, p in player.trained.items())
+    assert all(torch.equal(p, before[name]) for name, p in state.trained.items())
 
 
 def test_wrong_settings_are_refused() -> None:
@@ -402,8 +405,8 @@ def test_settings_that_differ_are_named() -> None:
     assert sorted(differences(one, two)) == ["negatives.kappa", "run.batch_size"]
 
 
-def test_a_rollout_of_broken_chunks_is_refused(new_game) -> None:
+def test_a_rollout_of_broken_chunks_is_refused(new_trainer) -> None:
     with pytest.raises(InputError, match="multiple of 3"):
-        new_game(latent_frames=5)
+        new_trainer(latent_frames=5)
     with pytest.raises(InputError, match="runs in"):
-        new_game(step_counts=[3])
+        new_trainer(step_counts=[3])

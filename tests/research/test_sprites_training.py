@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from causvid_adapter import CausalWan
+from causvid_adapter import CausalWan, FlowMatchSchedule
 from nasa_video.models.presets import find_preset
 from nasa_video.sprites.captions import TERMS, Caption, full_caption, is_held_out, leaves_open
 from nasa_video.sprites.detectors import HEADS, Detector, DetectorNetwork, shows
@@ -17,15 +17,16 @@ from nasa_video.sprites.vocabulary import nearest_known, unknown_words
 from nasa_video.sprites.world import ATTRIBUTES, FLAWS, MOTIONS, Scenes, sample_scenes
 from nasa_video.text import WordLlamaEncoder
 from nasa_video.train.attention import matrix_attention
-from nasa_video.train.checkpoint import load_state, save_state
+from nasa_video.train.distributed import DistributedContext
 from nasa_video.train.dry_run import HashEncoder
-from nasa_video.train.journal import Journal
-from nasa_video.train.optimiser import orthogonalise, warm_then_linear
+from nasa_video.train.rollout import RolloutPlan, roll_out
+from nasa_video.train.settings import Optimiser
+from nasa_video.train.state import TrainState, load_state, rate_at, save_state
 from research.sprites.assessment import held_out_prompts, rare_prompts
 from research.sprites.captions import caption_as_users_write
 from research.sprites.dataset import LatentClips
 from research.sprites.detector import truth
-from research.sprites.distill import Distillation, DistillTraining, matching_direction, rollout
+from research.sprites.distill import Distillation, DistillTraining, score_difference
 from research.sprites.flow import (
     FlowDraws,
     FlowTraining,
@@ -34,12 +35,12 @@ from research.sprites.flow import (
     new_transformer,
     train_flow,
 )
-from research.sprites.latent_detector import LatentDetector, legible, stated_loss
+from research.sprites.latent_detector import LatentDetector, stated_loss, visible_targets
 from research.sprites.opening import Opening, OpeningDraw, OpeningTraining
-from research.sprites.parallel import Team, made_ahead
 from research.sprites.plan import load_plan
 from research.sprites.reading import VALUES, Reader, left_open
 from research.sprites.scenes import sample_switches
+from research.sprites.stage import ConvolutionMuon, convolution_optimisers, made_ahead, matrix_optimiser
 
 TINY = {
     "patch_size": (1, 2, 2),
@@ -83,9 +84,13 @@ def test_the_training_attention_computes_what_the_shipped_one_does(tiny):
     torch.testing.assert_close(CausalWan(plain)(x, 500.0, context), ours, atol=1e-5, rtol=1e-4)
 
 
+def rolled_out(model, context, noise, generator):
+    return roll_out(model, context, noise, RolloutPlan(FlowMatchSchedule(1.0, (1000.0,)), 0, 2), generator)
+
+
 def test_a_rollout_passes_no_gradient_from_a_chunk_to_an_earlier_one(tiny):
     noise, context = torch.randn(1, 4, 4, 4, 4, requires_grad=True), torch.randn(1, 5, 8)
-    clip = rollout(tiny, context, noise, (1000.0,), 0, 2, torch.Generator().manual_seed(0))
+    clip = rolled_out(tiny, context, noise, torch.Generator().manual_seed(0))
     (gradient,) = torch.autograd.grad(clip[:, 2:].square().sum(), noise)
     assert gradient[:, 2:].abs().max() > 0
     assert gradient[:, :2].abs().max() == 0
@@ -94,7 +99,7 @@ def test_a_rollout_passes_no_gradient_from_a_chunk_to_an_earlier_one(tiny):
 def test_a_fake_score_that_equals_the_teacher_gives_no_direction(tiny):
     clip, context = torch.randn(2, 4, 4, 4, 4), torch.randn(2, 5, 8)
     sigma, noise = torch.tensor([0.3, 0.8]), torch.randn(2, 4, 4, 4, 4)
-    direction = matching_direction(tiny, tiny, clip, context, 1.0, sigma, noise)
+    direction = score_difference(tiny, tiny, clip, context, 1.0, sigma, noise)
     assert direction.abs().max() == 0
 
 
@@ -131,8 +136,8 @@ def test_the_text_of_a_chunk_acts_from_there_on(tiny):
 def test_a_rollout_takes_a_text_a_chunk(tiny):
     noise, context = torch.randn(1, 4, 4, 4, 4), torch.randn(2, 5, 8)
     generators = [torch.Generator().manual_seed(0) for _ in range(3)]
-    both = rollout(tiny, context, noise, (1000.0,), 0, 2, generators[0])
-    first = rollout(tiny, context[:1], noise, (1000.0,), 0, 2, generators[1])
+    both = rolled_out(tiny, context, noise, generators[0])
+    first = rolled_out(tiny, context[:1], noise, generators[1])
     torch.testing.assert_close(both[:, :2], first[:, :2])
     assert (both[:, 2:] - first[:, 2:]).abs().max() > 0
 
@@ -180,8 +185,7 @@ def test_a_share_of_the_batches_holds_first_chunks_alone(tmp_path, monkeypatch, 
     monkeypatch.setattr("research.sprites.flow.compile_blocks", lambda model: None)
     model = TINY | {"text_dim": 256}
     settings = FlowTraining(model=model, iterations=4, batch_size=2, short_share=short_share, bidirectional_share=0.0)
-    journal = Journal(tmp_path, "base", None)
-    args = (tmp_path, 0, torch.device("cpu"), journal, Team())
+    args = (tmp_path, 0, DistributedContext(cpu=True))
     train_flow(settings, whole_clips(), first_chunks(), WordLlamaEncoder(8), *args)
     assert shapes == [((6, 3), None)] * 4 if short_share else [((2, 9), 3)] * 4
     assert weights[:2] == [settings.sprite_weight] * 2
@@ -222,7 +226,7 @@ def distillation(monkeypatch, **settings) -> Distillation:
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1)
     settings = {"batch_size": 2, **settings}
     plan = DistillTraining(steps={1: (1000.0,)}, step_counts=(1,), fake_warmup=0, **settings)
-    return Distillation(plan, model, (12, 4, 4), WordLlamaEncoder(8), 0, Team())
+    return Distillation(plan, model, (12, 4, 4), WordLlamaEncoder(8), 0, DistributedContext(cpu=True))
 
 
 def spelt_out(text: str, values: dict, index: int) -> bool:
@@ -241,9 +245,9 @@ class Recorder(WordLlamaEncoder):
 
 @pytest.mark.parametrize("full_share", [0.0, 1.0])
 def test_captions_state_everything_or_a_part_and_the_detector_says_no_more(monkeypatch, full_share):
-    game = distillation(monkeypatch, short_share=1.0, full_share=full_share, empty_share=0.0)
+    stage = distillation(monkeypatch, short_share=1.0, full_share=full_share, empty_share=0.0)
     recorder = Recorder(8)
-    draws = replace(game.draws, encoder=recorder)
+    draws = replace(stage.draws, encoder=recorder)
     drawn = [draws[step] for step in range(1, 6)]
     assert len(recorder.texts) == 5  # one embedding for the student and the scores
     spelt = [
@@ -251,7 +255,7 @@ def test_captions_state_everything_or_a_part_and_the_detector_says_no_more(monke
         for d, texts in zip(drawn, recorder.texts, strict=True)
         for i, text in enumerate(texts)
     ]
-    told = [words for d in drawn for words in d.told]
+    told = [words for d in drawn for words in d.conditioned]
     if full_share:
         assert all(spelt)
         assert all(words == frozenset(ATTRIBUTES) for words in told)
@@ -265,7 +269,7 @@ def test_captions_state_everything_or_a_part_and_the_detector_says_no_more(monke
 def test_empty_captions_ask_for_nothing(monkeypatch, empty_share):
     drawn = distillation(monkeypatch, short_share=1.0, empty_share=empty_share).draws[1]
     assert (abs(drawn.embeds).sum() == 0) == bool(empty_share)
-    assert any(drawn.told) != bool(empty_share)
+    assert any(drawn.conditioned) != bool(empty_share)
 
 
 def test_hard_scenes_show_what_is_hardest_to_draw(monkeypatch):
@@ -278,12 +282,12 @@ def test_hard_scenes_show_what_is_hardest_to_draw(monkeypatch):
 
 
 def test_a_share_of_the_whole_clips_switches(monkeypatch):
-    game = distillation(monkeypatch, short_share=0.0, switched_share=1.0)
-    drawn = game.draws[2]
+    stage = distillation(monkeypatch, short_share=0.0, switched_share=1.0)
+    drawn = stage.draws[2]
     assert len(drawn.embeds) == 2 * 3
-    assert not any(drawn.told)
+    assert not any(drawn.conditioned)
     assert (drawn.embeds[0] != drawn.embeds[2]).any()
-    game.iterate(1, drawn)
+    stage.iterate(1, drawn)
 
 
 @pytest.mark.parametrize(("short_share", "clips"), [(0.0, 2), (1.0, 6)])
@@ -292,14 +296,14 @@ def test_the_student_rolls_out_first_chunks_alone_at_times(monkeypatch, short_sh
 
     def record(student, context, noise, *args):
         rolled.append(noise.shape[:2])
-        return rollout(student, context, noise, *args)
+        return roll_out(student, context, noise, *args)
 
-    monkeypatch.setattr("research.sprites.distill.rollout", record)
-    game = distillation(monkeypatch, short_share=short_share, switched_share=0.0)
-    before = game.student.transformer.proj_out.weight.detach().clone()
-    game.iterate(1, game.draws[1])
+    monkeypatch.setattr("research.sprites.distill.roll_out", record)
+    stage = distillation(monkeypatch, short_share=short_share, switched_share=0.0)
+    before = stage.student.transformer.proj_out.weight.detach().clone()
+    stage.iterate(1, stage.draws[1])
     assert rolled == [(clips, 3 if short_share else 9)]
-    assert (game.student.transformer.proj_out.weight - before).abs().max() > 0
+    assert (stage.student.transformer.proj_out.weight - before).abs().max() > 0
 
 
 STEPS = {4: (1000.0, 750.0, 500.0, 250.0), 2: (1000.0, 750.0), 1: (1000.0,)}
@@ -312,7 +316,9 @@ def opening(**settings) -> Opening:
         torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1, generator=torch.Generator().manual_seed(seed))
     plan = OpeningTraining(**{"batch_size": 6, **settings})
     detector = LatentDetector(4, 8)
-    return Opening(plan, STEPS, student, teacher, detector, whole_clips(), HashEncoder(24, 8), 0, Team())
+    return Opening(
+        plan, STEPS, student, teacher, detector, whole_clips(), HashEncoder(24, 8), 0, DistributedContext(cpu=True)
+    )
 
 
 def lesson_of(stage: Opening, lesson: str, calls: int = 0, open_too: bool = True) -> OpeningDraw:
@@ -327,7 +333,7 @@ def lesson_of(stage: Opening, lesson: str, calls: int = 0, open_too: bool = True
         scenes = Scenes(**{name: torch.from_numpy(value) for name, value in drawn.scenes.items()})
         rows = [scenes.row(i) for i in range(len(scenes))]
     full = [full_caption(row, random.Random(0)) for row in rows]
-    return replace(drawn, captions=full, told=[caption.text for caption in full] if drawn.told else [])
+    return replace(drawn, captions=full, conditioned=[caption.text for caption in full] if drawn.conditioned else [])
 
 
 @pytest.fixture(autouse=True)
@@ -376,8 +382,8 @@ def test_behind_the_data_the_copy_is_told_what_it_shows():
     stage = opening()
     drawn = lesson_of(stage, "later")
     values = {name: getattr(stage.clips.scenes, name)[drawn.clips] for name in ("colour", "motion", "background")}
-    assert len(drawn.told) == 2
-    assert all(spelt_out(text, values, i) for i, text in enumerate(drawn.told))
+    assert len(drawn.conditioned) == 2
+    assert all(spelt_out(text, values, i) for i, text in enumerate(drawn.conditioned))
     assert set(drawn.clips) <= set(stage.clips.whole)
 
 
@@ -402,7 +408,7 @@ def test_first_steps_follow_the_teacher_or_the_copy_where_nothing_is_open():
     text, noise = stage.encoder([caption.text for caption in captions]).embeds, torch.randn(2, 3, 4, 4, 4)
     begun = stage._begin(noise, text, captions)
     with torch.no_grad():
-        path, own = stage._path(noise, 0.75, text), noise - 0.25 * stage.told(noise, 1000.0, text)
+        path, own = stage._path(noise, 0.75, text), noise - 0.25 * stage.copied(noise, 1000.0, text)
     torch.testing.assert_close(begun, torch.stack((path[0], own[1])), rtol=0.02, atol=0.02)
     assert (path[1] - own[1]).abs().max() > 0.1
 
@@ -431,7 +437,7 @@ def test_where_a_caption_states_all_there_is_nothing_to_learn_behind_the_first_s
 @pytest.mark.parametrize("lesson", ["open", "later"])
 def test_a_lesson_moves_the_student_alone(lesson):
     stage = opening()
-    models = (stage.told, stage.teacher, stage.student)
+    models = (stage.copied, stage.teacher, stage.student)
     before = [model.transformer.proj_out.weight.detach().clone() for model in models]
     values = stage.iterate(20, lesson_of(stage, lesson))
     moved = [bool((m.transformer.proj_out.weight != w).any()) for m, w in zip(models, before, strict=True)]
@@ -449,12 +455,12 @@ def test_a_later_chunk_is_what_the_sampler_makes(chunk):
     error = stage.iterate(1, drawn)["later"]
     clean = stage.clips.latents[drawn.clips][:, : 3 * chunk]
     noise = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(drawn.seed))
-    text, cache = stage.encoder(drawn.told).embeds, stage.told.new_cache(4, 4)
+    text, cache = stage.encoder(drawn.conditioned).embeds, stage.copied.new_cache(4, 4)
     with torch.no_grad():
         for start in range(0, 3 * chunk, 3):
-            stage.told(clean[:, start : start + 3], 0.0, text, cache=cache)
+            stage.copied(clean[:, start : start + 3], 0.0, text, cache=cache)
             cache.commit()
-        flow = stage.told(noise, 1000.0, text, cache=cache)
+        flow = stage.copied(noise, 1000.0, text, cache=cache)
     assert error == pytest.approx(float(flow.square().mean()), rel=0.02)
 
 
@@ -463,7 +469,7 @@ def test_the_opening_resumes_with_the_readers_points(tmp_path):
     for iterations in (3, 4):
         stage = opening(iterations=iterations, checkpoint_every=1, later_share=0.0, as_before_share=0.0)
         before = stage.reader
-        stage.train(tmp_path, Journal(tmp_path, "opening", lambda step, steps, values: seen.append(step)))
+        stage.train(tmp_path, lambda step, steps, values: seen.append(step))
     assert seen == [1, 2, 3, 4]
     kept = load_state(tmp_path / "opening.pt")["reader"]
     assert any(points.any() for points in kept.values())
@@ -597,17 +603,52 @@ def test_hard_clips_are_told_in_full():
     assert clips.draw(8, 3).captions == clips.draw(8, 3, hard=0.0).captions
 
 
-def test_orthogonalised_updates_have_singular_values_near_one():
-    stack = torch.randn(3, 20, 50)
-    values = torch.linalg.svdvals(orthogonalise(stack[0]).float())
-    assert values.min() > 0.4
-    assert values.max() < 1.4
-    torch.testing.assert_close(orthogonalise(stack)[0], orthogonalise(stack[0]), atol=0.02, rtol=0.1)
+def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
+    """The quintic Newton-Schulz iteration of Muon (K. Jordan et al., 2024), as this project had it before PyTorch."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    upright = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if upright else matrix
+    x = (x / (x.norm() + 1e-7)).bfloat16()
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if upright else x).float()
+
+
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (12, 8, 3, 3)])
+def test_convolutions_take_muons_steps_as_matrices(shape):
+    """Momentum, Nesterov's step, orthogonalised, at AdamW's size: two updates, to bfloat16's precision."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.nn.Parameter(torch.randn(shape, generator=generator))
+    expected, momentum = weight.detach().flatten(1).clone(), torch.zeros(shape).flatten(1)
+    rate, decay = 0.02, 0.01
+    optimiser = ConvolutionMuon([weight], lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    for _ in range(2):
+        weight.grad = torch.randn(shape, generator=generator)
+        gradient = weight.grad.flatten(1)
+        momentum = momentum.lerp(gradient, 0.05)
+        update = orthogonalised(gradient.lerp(momentum, 0.95))
+        expected = expected * (1 - rate * decay) - rate * 0.2 * max(update.shape) ** 0.5 * update
+        optimiser.step()
+    torch.testing.assert_close(weight.flatten(1), expected, atol=2e-3, rtol=0)
+    assert torch.linalg.svdvals(update).min() > 0.4
+
+
+def test_convolutions_that_read_pixels_take_adamw():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3), torch.nn.Linear(8, 8))
+    trained = {
+        "encoder.conv_in.weight": network[0].weight,
+        "1.weight": network[1].weight,
+        "2.weight": network[2].weight,
+    }
+    muon, adamw = convolution_optimisers(trained, matrix_optimiser(1e-3, 1e-3))
+    assert muon.weights == [network[1].weight]
+    assert len(adamw.param_groups[0]["params"]) == 2
 
 
 def test_the_draws_of_a_step_are_the_same_made_ahead_or_not():
     settings = FlowTraining(batch_size=2, iterations=6)
-    draws = FlowDraws(settings, whole_clips(), first_chunks(), WordLlamaEncoder(8), 0, Team())
+    draws = FlowDraws(settings, whole_clips(), first_chunks(), WordLlamaEncoder(8), 0, DistributedContext(cpu=True))
     here = list(made_ahead(draws, range(2, 6), torch.device("cpu")))
     elsewhere = list(made_ahead(draws, range(2, 6), torch.device("cuda")))
     assert [d.draw for d in here] == [d.draw for d in elsewhere]
@@ -617,9 +658,23 @@ def test_the_draws_of_a_step_are_the_same_made_ahead_or_not():
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    rates = [warm_then_linear(p) for p in (0.01, 0.2, 0.7, 1.0)]
+    rates = [rate_at(matrix_optimiser(1e-3, 1e-3), p) for p in (0.01, 0.2, 0.7, 1.0)]
     assert rates[1] == 1.0
     assert rates[0] < 1 > rates[2] > rates[3] > 0
+
+
+def test_the_average_starts_as_the_first_update_and_warms_up():
+    network = torch.nn.Linear(2, 2, bias=False)
+    state = TrainState(network, Optimiser(rate=0.1), DistributedContext(cpu=True), average_decay=0.9)
+    seen = []
+    for _ in range(3):
+        network(torch.ones(1, 2)).sum().backward()
+        state.step(0.0)
+        seen.append(network.weight.detach().clone())
+    expected = seen[0]
+    for number, weight in enumerate(seen[1:], 1):
+        expected = expected.lerp(weight, 1 - (1 + number) / (10 + number))
+    torch.testing.assert_close(state.averages["weight"], expected)
 
 
 def test_checkpoints_come_back(tmp_path):
@@ -720,26 +775,26 @@ def test_words_outside_the_world_are_found():
 
 def test_what_the_latent_detector_tells_makes_the_clip_show_what_is_stated(monkeypatch):
     torch.manual_seed(1)
-    game = distillation(monkeypatch, short_share=1.0, told_noise=0.0, empty_share=0.0)
-    game.detector = detector = LatentDetector(12, 16).eval().requires_grad_(False)
-    drawn, clip = game.draws[1], torch.randn(6, 3, 12, 4, 4)
+    stage = distillation(monkeypatch, short_share=1.0, conditioned_noise=0.0, empty_share=0.0)
+    stage.detector = detector = LatentDetector(12, 16).eval().requires_grad_(False)
+    drawn, clip = stage.draws[1], torch.randn(6, 3, 12, 4, 4)
     scenes = Scenes(**{name: torch.from_numpy(value) for name, value in drawn.values.items()})
 
     def loss(clip):
         with torch.autocast("cpu", torch.bfloat16, enabled=False):
-            return float(stated_loss(detector(clip), scenes, legible(drawn.told, scenes)))
+            return float(stated_loss(detector(clip), scenes, visible_targets(drawn.conditioned, scenes)))
 
-    told = game._told(clip.clone(), drawn, torch.Generator().manual_seed(0))
+    told = stage._conditioned(clip.clone(), drawn, torch.Generator().manual_seed(0))
     assert loss(clip - 1e-2 * told / told.abs().max()) < loss(clip)
-    untold = game._told(clip.clone(), replace(drawn, told=[frozenset()] * 6), torch.Generator())
+    untold = stage._conditioned(clip.clone(), replace(drawn, conditioned=[frozenset()] * 6), torch.Generator())
     assert untold.abs().max() == 0
 
 
 def test_a_clip_that_is_to_be_blurred_is_not_told_its_details():
     scenes = sample_scenes(2, torch.Generator().manual_seed(0)).replace(blurry=0, pixelated=0)
     told = [frozenset({"shape", "colour", "blurry"})] * 2
-    assert legible(told, scenes) == told
-    assert legible(told, scenes.replace(blurry=1)) == [frozenset({"colour", "blurry"})] * 2
+    assert visible_targets(told, scenes) == told
+    assert visible_targets(told, scenes.replace(blurry=1)) == [frozenset({"colour", "blurry"})] * 2
 
 
 def test_only_what_is_stated_counts():

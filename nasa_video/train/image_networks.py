@@ -1,6 +1,9 @@
-"""The networks of image training: loaded from a pipeline in diffusers' layout, or tiny ones of the same classes."""
+"""The networks of image training: loaded from a pipeline in diffusers' layout, or tiny ones of the same classes.
 
-# B batch, C channels, h w latent height and width, L text tokens, E text dim
+The clamped CLIP loss is that of SwiftBrush v2 (arXiv 2408.14176).
+"""
+
+# B batch, C channels, h w latent height and width, H W image height and width, L text tokens, E feature dim
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as nn_f
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, PixArtTransformer2DModel, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,10 +21,9 @@ from torch import Tensor, nn
 from nasa_video.errors import InputError
 from nasa_video.text import TextContext, TextEncoder
 from nasa_video.text.embedding_cache import CachedEncoder
-from nasa_video.train.clip_loss import ClipJudge, load_clip, tiny_clip
-from nasa_video.train.fleet import whole
-from nasa_video.train.player import Player
+from nasa_video.train.distributed import whole
 from nasa_video.train.settings import ImageSettings
+from nasa_video.train.state import TrainState
 
 DENOISERS: dict[str, tuple[str, Any]] = {
     "sd": ("unet", UNet2DConditionModel),
@@ -87,57 +90,44 @@ def _load(read: Callable[..., Any], place: str, **options: Any) -> Any:
 
 
 def _text_encoder(settings: ImageSettings, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    made = {"sd": ClipTextEncoder, "pixart": T5TextEncoder}[settings.family]
-
     def load() -> TextEncoder:
-        encoder: TextEncoder = _load(made, settings.teacher, max_tokens=settings.max_tokens, device=device, dtype=dtype)
-        return encoder
+        made: TextEncoder = _load(
+            ImageTextEncoder, settings.teacher, family=settings.family, max_tokens=settings.max_tokens, device=device,
+            dtype=dtype,
+        )  # fmt: skip
+        return made
 
-    identity = f"{made.__name__}|{settings.teacher}|{dtype}"
+    identity = f"{settings.family}|{settings.teacher}|{dtype}"
     return CachedEncoder(load, identity, settings.max_tokens) if settings.run.text_cache else load()
 
 
-class ClipTextEncoder:
-    """Stable Diffusion's text encoder; its padding carries meaning, so that every token counts as real."""
+class ImageTextEncoder:
+    """Stable Diffusion's CLIP or PixArt-alpha's T5, with the padding as each model takes it.
 
-    def __init__(self, place: str, *, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import CLIPTextModel, CLIPTokenizer
+    Stable Diffusion's padding carries meaning: every token counts as real. PixArt masks it out, and takes its prompts
+    in lower case.
+    """
 
-        self.max_tokens = max_tokens
-        self._tokenizer = CLIPTokenizer.from_pretrained(place, subfolder="tokenizer")
-        self._model = CLIPTextModel.from_pretrained(place, subfolder="text_encoder", dtype=dtype).to(device).eval()
+    def __init__(self, place: str, *, family: str, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+        self.max_tokens, self._masked = max_tokens, family == "pixart"
+        tokenizer, model = (T5Tokenizer, T5EncoderModel) if self._masked else (CLIPTokenizer, CLIPTextModel)
+        self._tokenizer = tokenizer.from_pretrained(place, subfolder="tokenizer")
+        self._model = model.from_pretrained(place, subfolder="text_encoder", dtype=dtype).to(device).eval()
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> TextContext:
         """Encode prompts; (B, max_tokens, E)."""
-        tokens = self._tokenizer(
-            list(prompts), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
-        )
-        embeds = self._model(tokens.input_ids.to(self._model.device))[0]
-        return TextContext(embeds, torch.full((len(prompts),), self.max_tokens))
-
-
-class T5TextEncoder:
-    """PixArt-alpha's text encoder; the model masks the padding out."""
-
-    def __init__(self, place: str, *, max_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import T5EncoderModel, T5Tokenizer
-
-        self.max_tokens = max_tokens
-        self._tokenizer = T5Tokenizer.from_pretrained(place, subfolder="tokenizer")
-        self._model = T5EncoderModel.from_pretrained(place, subfolder="text_encoder", dtype=dtype).to(device).eval()
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> TextContext:
-        """Encode prompts in lower case, as PixArt's pipeline does; (B, max_tokens, E)."""
-        texts = [prompt.lower().strip() for prompt in prompts]
+        texts = [prompt.lower().strip() for prompt in prompts] if self._masked else list(prompts)
         tokens = self._tokenizer(
             texts, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
         ).to(self._model.device)
-        embeds = self._model(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        lengths = tokens.attention_mask.sum(1)
-        mask = torch.arange(self.max_tokens, device=lengths.device)[None] < lengths[:, None]
-        return TextContext(embeds * mask[..., None], lengths)
+        if not self._masked:
+            return TextContext(self._model(tokens.input_ids)[0], torch.full((len(texts),), self.max_tokens))
+        mask = tokens.attention_mask
+        embeds = self._model(tokens.input_ids, attention_mask=mask)[0]
+        return TextContext(embeds * mask[..., None], mask.sum(1))
 
 
 def true_denoiser(settings: ImageSettings) -> Any:
@@ -182,12 +172,83 @@ def _tiny_denoiser(settings: ImageSettings) -> Any:
     )  # fmt: skip
 
 
-def export_denoiser(folder: Path, family: str, player: Player) -> None:
+def export_denoiser(folder: Path, family: str, state: TrainState) -> None:
     """Write the averaged student in diffusers' layout, for ``image --weights``; every process calls this."""
-    with player.averaged() as model:
-        tensors = whole(dict(model.state_dict()), keep=player.fleet.leads)
-    if player.fleet.leads:
+    with state.averaged() as model:
+        tensors = whole(dict(model.state_dict()), keep=state.context.leads)
+    if state.context.leads:
         inner = folder / DENOISERS[family][0]
         inner.mkdir(parents=True, exist_ok=True)
         model.save_config(inner)  # type: ignore[operator]
         save_file({n: v.contiguous() for n, v in tensors.items()}, inner / "diffusion_pytorch_model.safetensors")
+
+
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipJudge:
+    """Cosine similarity of images and prompts by a frozen CLIP.
+
+    Args:
+        model: transformers' CLIPModel.
+        tokenize: prompts to token ids (B, tokens) and their mask.
+    """
+
+    def __init__(self, model: Any, tokenize: Callable[[Sequence[str]], tuple[Tensor, Tensor]]) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self._tokenize = tokenize
+
+    def to(self, device: torch.device) -> ClipJudge:
+        """The same judge on a device."""
+        self.model.to(device)
+        return self
+
+    def similarity(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosines (B,) of images (B, 3, H, W) in [-1, 1]; differentiable in the images."""
+        size = self.model.config.vision_config.image_size
+        small = nn_f.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+        mean, deviation = (small.new_tensor(row).reshape(1, 3, 1, 1) for row in (_MEAN, _DEVIATION))
+        pixels = ((small + 1) / 2 - mean) / deviation
+        seen = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+        with torch.no_grad():
+            ids, mask = (x.to(pixels.device) for x in self._tokenize(prompts))
+            said = self.model.text_projection(self.model.text_model(input_ids=ids, attention_mask=mask).pooler_output)
+        return nn_f.cosine_similarity(seen.float(), said.float(), dim=-1)
+
+
+def clamped_loss(similarity_B: Tensor, margin: float) -> Tensor:
+    """Mean of max(0, margin - cosine): beyond the margin CLIP asks for nothing, so that images are not spoilt."""
+    return (margin - similarity_B).clamp_min(0).mean()
+
+
+def load_clip(name: str) -> ClipJudge:
+    """A published CLIP."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(name)
+
+    def tokenize(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        batch = tokenizer(list(prompts), padding=True, truncation=True, max_length=77, return_tensors="pt")
+        return batch.input_ids, batch.attention_mask
+
+    return ClipJudge(CLIPModel.from_pretrained(name), tokenize)
+
+
+def tiny_clip() -> ClipJudge:
+    """A random CLIP for dry runs; words become numbers by their letters."""
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 64, "max_position_embeddings": 16, "eos_token_id": 63, "bos_token_id": 62}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+
+    def tokenize(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids = torch.full((len(prompts), 16), 63)
+        for row, prompt in enumerate(prompts):
+            for column, word in enumerate(prompt.split()[:15]):
+                ids[row, column] = sum(word.encode()) % 60
+        return ids, torch.ones_like(ids)
+
+    return ClipJudge(model, tokenize)

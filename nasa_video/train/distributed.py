@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -17,13 +18,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from nasa_video.errors import InputError
 
 
-class Fleet:
+class DistributedContext:
     """Where this process computes, and what it shares with the others.
 
     Start several with ``accelerate launch --num_processes N`` on GPUs or ``torchrun`` anywhere (accelerate's launcher
     starts several processes on CPUs through MPI only); accelerate reads their environment and opens the process group
-    (gloo on CPUs). Models are sharded by PyTorch's own ``fully_shard``, because accelerate
-    shards on accelerators only, and what no CPU can run no test here can hold.
+    (gloo on CPUs). Models are sharded by PyTorch's own ``fully_shard``: accelerate shards on accelerators only, and
+    what no CPU can run no test here can check.
 
     Args:
         shard: spread what is trained over the processes.
@@ -39,6 +40,7 @@ class Fleet:
         self.rank: int = self._state.process_index
         self.size: int = self._state.num_processes
         self.device: torch.device = self._state.device
+        self.leads: bool = self.rank == 0  # whether this process writes the files
         self.precision = precision
         self.shard = shard
         if shard and not dist.is_initialized():
@@ -47,11 +49,6 @@ class Fleet:
                 "train CONFIG (torchrun --nproc-per-node N on CPUs), or give --no-shard"
             )
         self._mesh = init_device_mesh(self.device.type, (self.size,)) if shard else None
-
-    @property
-    def leads(self) -> bool:
-        """Whether this process writes the files."""
-        return self.rank == 0
 
     def stream(self, part: int) -> int:
         """Number of a pass within its update: two processes draw what one draws in two accumulated passes."""
@@ -62,7 +59,7 @@ class Fleet:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def place(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
-        """Move a model to the device; where the fleet shards, layer by layer and then the rest.
+        """Move a model to the device; with sharding, layer by layer and then the rest.
 
         Weights keep their precision while they travel: Wan computes its norms and modulations in float32, and autocast
         chooses the rest by operation, so that a sharded run computes what a single one does.
@@ -80,20 +77,16 @@ class Fleet:
         if self.size == 1 or isinstance(model, FSDPModule):
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([g.reshape(-1) for g in gradients])
-        dist.all_reduce(flat)
-        flat /= self.size
+        flat = reduce(torch.cat([g.reshape(-1) for g in gradients]), "mean")
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
-    @torch.no_grad()
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """Means over the processes of numbers that all of them have."""
         if self.size == 1 or not values:
             return values
-        numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device).float()
-        dist.all_reduce(numbers)
-        return dict(zip(values, (numbers / self.size).tolist(), strict=True))
+        numbers = reduce(torch.tensor(list(values.values()), device=self.device), "mean")
+        return dict(zip(values, numbers.tolist(), strict=True))
 
     def wait(self) -> None:
         """Return when every process has come here."""
