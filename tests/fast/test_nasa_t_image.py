@@ -116,7 +116,7 @@ def test_checkpointing_changes_no_gradient(family) -> None:
     gradients = []
     for checkpointing in (False, True):
         trainer = new_trainer(family, run={"gradient_checkpointing": checkpointing})
-        trainer._lesson(seeded(5), 0.5)
+        trainer._sample_and_gradient(None, seeded(5), False, 0.5)
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.student.parameters() if p.grad is not None]))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 

@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# On a CUDA machine: the tests of tests/gpu, then the bench at CausVid's true size with both attention kernels, and
-# compiled and not. Writes a log and one JSON file a bench. What is not installed is skipped; every step has its time
-# limit, so that the whole ends within 9 minutes.
-# Usage: scripts/bench_gpu.sh FOLDER [tests] [sdpa] [xformers] [compiled]        all four where none is named
-# PYTHON=... names the interpreter, SECONDS_LEFT=... another limit of the whole.
+# On a CUDA machine that is at hand for minutes, the most telling part first: the tests of tests/gpu; the bench at
+# CausVid's true size with both attention kernels, compiled and not; the removal table of the shipped model; training
+# steps of the shipped model. Results, a log and one JSON file a bench are in the folder. What is not installed is
+# skipped; every step has its time limit, so that the whole ends within 9 minutes.
+# Usage: scripts/gpu_evening.sh [FOLDER] [tests] [sdpa] [xformers] [compiled] [removal] [training]
+# FOLDER is $OUT where none is given; without names all steps but training, which is asked for by name.
+# PYTHON=... names the interpreter, SECONDS_LEFT=... another limit of the whole, TRAIN_OPTIONS=... those of
+# research/train_sprites.py (another --preset, --continue, --tune), RUN=... a folder to resume a training in.
 set -uo pipefail
 
-out=${1:?usage: scripts/bench_gpu.sh FOLDER [tests] [sdpa] [xformers] [compiled]}
-shift
-wanted=" ${*:-tests sdpa xformers compiled} "
+usage="usage: scripts/gpu_evening.sh FOLDER [tests] [sdpa] [xformers] [compiled] [removal] [training]"
+out=${1:-${OUT:?$usage}}
+if [ $# -gt 0 ]; then shift; fi
+wanted=" ${*:-tests sdpa xformers compiled removal} "
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$out" && out=$(cd "$out" && pwd)
 cd "$root" || exit 1
@@ -88,6 +92,21 @@ if wants compiled; then
     else
         say "triton is not installed: the compiled bench is skipped"
     fi
+fi
+if wants removal; then
+    mkdir -p "$out/images"
+    step removal 300 "$python" research/make_removal_table.py --device cuda --processes "${PROCESSES:-12}" --batch 200 \
+        --seconds 240 --docs "$out"
+fi
+if wants training; then
+    run=${RUN:-$out/training}
+    weights=$run/weights
+    mkdir -p "$run"
+    if [ ! -e "$weights" ]; then cp -r nasa_video/sprites/weights "$weights"; fi
+    read -r -a options <<<"${TRAIN_OPTIONS:-}"
+    # weights, curves and sheets are written as the training goes: what is there at the limit is there to bring home
+    step training 420 "$python" research/train_sprites.py --preset sprites-gpu --device cuda --folder "$run/run" \
+        --weights "$weights" --keep autoencoder,detector --until opening "${options[@]}"
 fi
 say "all written to $out ($SECONDS s)"
 exit "$failed"
