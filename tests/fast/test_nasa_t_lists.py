@@ -88,7 +88,7 @@ def test_every_config_is_complete_and_of_the_true_size(name: str) -> None:
 @pytest.mark.parametrize("name", shipped_names())
 def test_every_config_goes_a_step_in_small(name: str, tmp_path: Path) -> None:
     settings = load_settings(Path(name))
-    # one process here; what sharding computes is the same (tests/fast/test_nasa_t_fleet.py)
+    # one process here; what sharding computes is the same (tests/fast/test_nasa_t_distributed.py)
     settings = settings.model_copy(update={"run": settings.run.model_copy(update={"shard": False})})
     values = dry_run(settings, DistributedContext(precision=settings.run.precision, cpu=True), tmp_path)
     assert len(values) == 2

@@ -13,7 +13,7 @@ import count_code
 
 def test_docstrings_and_self_do_not_count():
     tree = ast.parse(
-        'class A:\n    def method(self, a, *rest, b=1):\n        """One.\n\n        Two.\n        """\n        return a\n'
+        'class A:\n    def method(self, a, *rest, b=1):\n        """One.\n\n        Two.\n        """\n        return a'
     )
     assert list(count_code.functions_in(tree)) == [(2, 3)]
 
