@@ -22,7 +22,7 @@ from PIL import Image
 
 from nasa_video.cli.console import chunk_progress
 from nasa_video.cli.generation import RunOptions, run
-from nasa_video.evaluation.cases import build_cases
+from nasa_video.evaluation.benchmarks.removal_cases import build_cases
 from nasa_video.files.source import read_frames
 from nasa_video.video.pipeline import VideoPipeline
 from nasa_video.video.request import StartFile, VideoRequest

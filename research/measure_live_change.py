@@ -27,7 +27,8 @@ import torch
 
 from nasa_video import Negative, VideoPipeline
 from nasa_video.cli.console import say
-from nasa_video.evaluation.removal import Method, SpritesJudge, parse_methods
+from nasa_video.evaluation.benchmarks.removal import SpritesJudge
+from nasa_video.evaluation.samples import Method, methods_of
 from nasa_video.files.frames import Frames
 from nasa_video.models.presets import OnChange
 from nasa_video.video.request import PromptState
@@ -103,7 +104,7 @@ def main() -> None:
     pipeline, judge = VideoPipeline.from_pretrained("sprites"), SpritesJudge()
     rows: list[dict[str, Any]] = []
     for kind in ("free", "named"):
-        for method in parse_methods(options.methods, pipeline):
+        for method in methods_of(options.methods, pipeline.preset):
             windows: list[Any] = options.windows.split(",") if method.guidance else ["keep"]
             for window in windows:
                 figures = measure(*chunks_of(pipeline, kind, options.seeds, method, window, options.before), judge)

@@ -32,7 +32,7 @@ import nasa_t_report as report
 import typer
 
 if TYPE_CHECKING:
-    from nasa_video.evaluation.removal import Method
+    from nasa_video.evaluation.samples import Method
     from nasa_video.train.settings import VideoSettings
     from nasa_video.video.pipeline import VideoPipeline
     from research.sprites.held_out import Observer, World
@@ -174,7 +174,7 @@ def train_arm(experiment: Experiment, placement: str, seed: int) -> tuple[Path, 
 
 def measure(experiment: Experiment, arm: str, seed: int | None, model: str) -> list[Row]:
     """A row for every inference and step count of one model."""
-    from nasa_video.evaluation.removal import parse_methods
+    from nasa_video.evaluation.samples import methods_of
     from nasa_video.video.pipeline import VideoPipeline
 
     pipeline = VideoPipeline.from_pretrained(model)
@@ -186,7 +186,7 @@ def measure(experiment: Experiment, arm: str, seed: int | None, model: str) -> l
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for count in counts:
-        for method in parse_methods(labels, pipeline):
+        for method in methods_of(labels, pipeline.preset):
             removal = _removal(experiment, pipeline, method, count, folder / f"{name}.jsonl")
             asked = _held_out(experiment, pipeline, method, count, folder / f"{name}-captions.json")
             rows.append({"arm": arm, "seed": seed, "label": method.label, "steps": count, **removal, **asked})
@@ -195,8 +195,8 @@ def measure(experiment: Experiment, arm: str, seed: int | None, model: str) -> l
 
 def _removal(experiment: Experiment, pipeline: VideoPipeline, method: Method, steps: int, journal: Path) -> Row:
     """Shares of the removal table, mean over attributes and kinds of case, and by kind."""
-    from nasa_video.evaluation.removal import cells, removal_table
-    from nasa_video.evaluation.report import summary
+    from nasa_video.evaluation.benchmarks.removal import cells
+    from research.removal_table import removal_table, summary
 
     plan = list(cells([method], [steps], KINDS, experiment.attributes))  # type: ignore[arg-type]
     rows = removal_table(
@@ -223,7 +223,7 @@ def _held_out(experiment: Experiment, pipeline: VideoPipeline, method: Method, s
 
 @cache
 def _judge(detector: Path | None) -> Any:
-    from nasa_video.evaluation.removal import SpritesJudge
+    from nasa_video.evaluation.benchmarks.removal import SpritesJudge
 
     return SpritesJudge(detector)
 

@@ -2,32 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from nasa_video.cli.console import console, emit_json, say, shown_warnings
+from nasa_video.cli.options import AsJsonOption, DeviceOption
 
 if TYPE_CHECKING:
-    from nasa_video.evaluation.picture_scores import Benchmark
+    from nasa_video.evaluation.benchmarks.base import Benchmark, Run
     from nasa_video.evaluation.results import Results
-    from nasa_video.evaluation.sampling import Model
+    from nasa_video.evaluation.samples import Model
     from nasa_video.jobs.processes import Shard
-    from nasa_video.jobs.store import Engine, Tell
+    from nasa_video.jobs.store import Engine, Outcome, Tell
 
-MethodsOption = Annotated[str, typer.Option(help="Comma list of METHOD[:SCALE], side by side.")]
-FolderOption = Annotated[Path, typer.Option("-o", "--output", help="Folder of everything; a rerun goes on there.")]
-StepListOption = Annotated[str | None, typer.Option(help="Comma list of step counts.", show_default="the model's")]
-FramesOption = Annotated[int | None, typer.Option(help="Length of a video.", show_default="the model's")]
-BaseOption = Annotated[Path | None, typer.Option(help="Of an image model: its base pipeline's folder.")]
-WeightsOption = Annotated[Path | None, typer.Option(help="Of an image model: its own weights on this machine.")]
-ShardOption = Annotated[
-    str | None, typer.Option(help="i/n: only this part, i from 0.", show_default="RANK or SLURM variables, or all")
+MethodsOption = Annotated[
+    str, typer.Option(help="Methods side by side: none,nasa:0.8 or 'none; nasa-centred:0.5,limit=0.3'.")
 ]
-EngineOption = Annotated[str, typer.Option(help="local, or ray: one actor a GPU of a cluster.")]
+FolderOption = Annotated[Path, typer.Option("-o", "--output", help="Folder of everything; a rerun goes on there.")]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a benchmark is made."""
+
+    steps: Annotated[str | None, typer.Option(help="Comma list of step counts.", show_default="the model's")] = None
+    frames: Annotated[int | None, typer.Option(help="Length of a video.", show_default="the model's")] = None
+    device: DeviceOption = None
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: only this part, i from 0.", show_default="RANK or SLURM variables, or all")
+    ] = None
+    engine: Annotated[str, typer.Option(help="local, or ray: one actor a GPU of a cluster.")] = "local"
+    as_json: AsJsonOption = False
+
+    @property
+    def counts(self) -> list[int | None]:
+        """The step counts; None is the model's own.
+
+        Raises:
+            InputError: a word is no whole number.
+        """
+        from nasa_video.errors import InputError
+
+        try:
+            return [int(word) for word in words(self.steps or "")] or [None]
+        except ValueError:
+            raise InputError(f"steps must be whole numbers, got {self.steps!r}") from None
+
+    def run(self, folder: Path, tell: Callable[[str], Tell] | None = None) -> Run:
+        """Where and how it runs; InputError for an unknown engine or shard."""
+        from nasa_video.errors import InputError
+        from nasa_video.evaluation.benchmarks.base import Run
+        from nasa_video.jobs.processes import Shard
+        from nasa_video.jobs.store import ENGINES
+
+        if self.engine not in ENGINES:
+            raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
+        return Run(folder, Shard.choose(self.shard), cast("Engine", self.engine), tell)
+
+
+@dataclass(frozen=True)
+class AnyModelOptions(RunOptions):
+    """How a benchmark of videos or stills is made."""
+
+    base: Annotated[Path | None, typer.Option(help="Of an image model: its base pipeline's folder.")] = None
+    weights: Annotated[Path | None, typer.Option(help="Of an image model: its own weights on this machine.")] = None
+
+    def model(self, name: str, first_steps: int | None = None) -> Model:
+        """The model; InputError as :func:`model_of`."""
+        from nasa_video.evaluation.samples import model_of
+
+        return model_of(name, self.device, self.frames, self.base, self.weights, first_steps)
 
 
 def words(text: str) -> list[str]:
@@ -35,38 +84,9 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def whole_numbers(text: str, name: str) -> list[int]:
-    """A comma list of whole numbers.
-
-    Raises:
-        InputError: a word is none.
-    """
-    from nasa_video.errors import InputError
-
-    try:
-        return [int(word) for word in words(text)]
-    except ValueError:
-        raise InputError(f"{name} must be whole numbers, got {text!r}") from None
-
-
-def check_engine(engine: str) -> Engine:
-    """The engine by name.
-
-    Raises:
-        InputError: there is none such.
-    """
-    from nasa_video.errors import InputError
-    from nasa_video.jobs.store import ENGINES
-
-    for known in ENGINES:
-        if engine == known:
-            return known
-    raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-
-
 @contextmanager
-def job_progress(total: int) -> Iterator[Callable[[str], Tell]]:
-    """Bars over jobs; gives what makes ``tell`` for a bar by its name."""
+def job_progress(totals: Mapping[str, int]) -> Iterator[Callable[[str], Tell]]:
+    """Bars by name; gives what makes ``tell`` for a bar."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -80,43 +100,36 @@ def job_progress(total: int) -> Iterator[Callable[[str], Tell]]:
         TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
+    with shown_warnings(), Progress(*columns, console=console, transient=True) as progress:
 
         def bar(name: str) -> Tell:
-            task = progress.add_task(name, total=total)
+            task = progress.add_task(name, total=totals[name])
             return lambda record, made: progress.advance(task)
 
         yield bar
 
 
-def run_benchmark(
-    benchmark: Benchmark,
-    model: Model,
-    methods: str,
-    steps: str | None,
-    folder: Path,
-    shard: str | None,
-    engine: str,
-    as_json: bool,
-) -> None:
+def run_benchmark(benchmark: Benchmark, model: Model, methods: str, folder: Path, options: RunOptions) -> None:
     """Make, measure, and where everything is there, write the results and say the table."""
-    from nasa_video.evaluation.measuring import make_and_measure
-    from nasa_video.jobs.processes import Shard
+    from nasa_video.evaluation.benchmarks.base import make_and_measure
+    from nasa_video.evaluation.samples import methods_of
 
-    part, how = Shard.choose(shard), check_engine(engine)
-    counts = whole_numbers(steps, "steps") if steps else [None]
-    plan = model.plan(benchmark.samples, model.methods(methods), counts)
-    with shown_warnings(), job_progress(len(part.of(plan))) as bar:
-        done = make_and_measure(
-            plan, model.suffix, model.new_worker, benchmark.measurement, folder, shard=part, engine=how, tell=bar
-        )
-    made = done.generation
-    damaged = f" ({made.remade} were there, damaged)" if made.remade else ""
-    say(f"{made.made} made{damaged}, {made.found} found finished")
+    plan = model.plan(benchmark.samples, methods_of(methods, model.preset), options.counts)
+    count = len(options.run(folder).shard.of(plan))
+    with job_progress({"make": count, "measure": count}) as bar:
+        run = options.run(folder, bar)
+        done = make_and_measure(plan, model, benchmark, run)
+    say_made(done.generation)
     if done.missing:
-        left_to_others(part, done.missing, folder, as_json)
+        left_to_others(run.shard, done.missing, folder, options.as_json)
         return
-    finish(benchmark.results(done, plan, {"methods": methods}), folder, as_json)
+    finish(benchmark.results(done, plan, {"methods": methods}), folder, options.as_json)
+
+
+def say_made(outcome: Outcome) -> None:
+    """How many were made and how many were there."""
+    damaged = f" ({outcome.remade} were there, damaged)" if outcome.remade else ""
+    say(f"{outcome.made} made{damaged}, {outcome.found} found finished")
 
 
 def left_to_others(shard: Shard, missing: int, folder: Path, as_json: bool) -> None:
@@ -129,23 +142,26 @@ def left_to_others(shard: Shard, missing: int, folder: Path, as_json: bool) -> N
         emit_json({"complete": False, "missing": missing, "shard": str(shard)})
 
 
-def finish(results: Results, folder: Path, as_json: bool, extra: dict[str, Any] | None = None) -> None:
-    """Write results and reports, and print the scores."""
-    from nasa_video.evaluation.page import write_report
-    from nasa_video.evaluation.tables import score_table
+def finish(results: Results, folder: Path, as_json: bool, keep: bool = True) -> None:
+    """Write results and reports (unless nothing is to be kept), and print the scores."""
+    from nasa_video.evaluation.report import score_table, write_report
 
-    results.write(folder)
-    page, text = write_report(results, folder)
-    say(f"{page}, {text}")
+    if keep:
+        results.write(folder)
+        page, text = write_report(results, folder)
+        say(f"{page}, {text}")
     if as_json:
-        emit_json(scores_json(results) | (extra or {}))
-    else:
-        typer.echo("\n".join(score_table(results)))
+        emit_json(scores_json(results))
+        return
+    parts = [score_table(results).markdown()]
+    if len(results.groups) > 1:
+        parts += [f"{group}:\n\n{score_table(results, group).markdown()}" for group in results.groups]
+    typer.echo("\n\n".join(parts))
 
 
 def scores_json(results: Results) -> dict[str, Any]:
     """The scores and differences of results, for machines."""
-    groups = ["", *(results.groups if len(results.groups) > 1 else [])]
+    groups = ["", *(results.groups if len(results.groups) > 1 else []), *results.parts]
     return {
         "complete": True,
         "kind": results.kind,

@@ -54,7 +54,6 @@ StepsOption = Annotated[int | None, option("Denoising steps a chunk.", panel=MOD
 FirstChunkStepsOption = Annotated[
     int | None, option("Steps of chunks that show something new.", panel=MODEL, default="as the others")
 ]
-FirstStepsOption = FirstChunkStepsOption
 DeviceOption = Annotated[str | None, option("cpu, cuda, cuda:1 ...", panel=SPEED, default="cuda if there is one")]
 AttentionOption = Annotated[str, option("sdpa or xformers.", panel=SPEED)]
 AsJsonOption = Annotated[bool, option("One JSON object on the last line.", "--json", panel=OUTPUT)]

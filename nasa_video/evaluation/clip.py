@@ -13,13 +13,13 @@ import importlib.machinery
 import importlib.util
 import logging
 import sys
-import types
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import MagicMock
 
 import numpy as np
 import torch
@@ -193,8 +193,7 @@ def import_open_clip() -> Any:
         with _torchvision():
             return importlib.import_module("open_clip")
     except Exception as error:  # a library that does not fit its neighbours fails in many ways
-        for name in [name for name in sys.modules if name.partition(".")[0] == "open_clip"]:
-            del sys.modules[name]
+        _forget("open_clip")
         raise InputError(
             f"open_clip is installed but cannot be imported ({type(error).__name__}: {error}); install it with the "
             f"torchvision that was built for torch {torch.__version__}: {INSTALL}"
@@ -203,45 +202,25 @@ def import_open_clip() -> Any:
 
 @contextmanager
 def _torchvision() -> Iterator[None]:
-    """Put a stand-in where torchvision cannot be imported, for as long as open_clip is being imported."""
-    # These ask once whether torchvision is there, and must not find the stand-in.
-    transformers = importlib.import_module("transformers.utils.import_utils")
-    transformers.is_torchvision_available()
+    """Put stand-ins where torchvision cannot be imported, for as long as open_clip is being imported."""
+    # These ask once whether torchvision is there, and must not find a stand-in.
+    importlib.import_module("transformers.utils.import_utils").is_torchvision_available()
+    names = ("torchvision", "torchvision.ops", "torchvision.ops.misc", "torchvision.transforms",
+             "torchvision.transforms.functional")  # fmt: skip
+    stands_in = False
     try:
-        importlib.import_module("torchvision.transforms.functional")
-        importlib.import_module("torchvision.ops.misc")
-        yield
-        return
+        for name in names:
+            importlib.import_module(name)
     except Exception:  # absent, or built for another torch (RuntimeError)
+        stands_in = True
         _forget("torchvision")
+        for name in names:
+            sys.modules[name] = MagicMock(__path__=[], __spec__=importlib.machinery.ModuleSpec(name, None))
     try:
-        for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.ops",
-                     "torchvision.ops.misc"):  # fmt: skip
-            sys.modules[name] = _StandIn(name)
         yield
     finally:
-        _forget("torchvision")
-
-
-class _StandIn(types.ModuleType):
-    """A module whose every name is a class that is good for being named, and for nothing else."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        self.__path__: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Named(name, (torch.nn.Module,), {})
-
-
-class _Named(type):
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return name
+        if stands_in:
+            _forget("torchvision")
 
 
 def _forget(package: str) -> None:
@@ -309,12 +288,11 @@ def _quiet() -> Iterator[None]:
     """Without open_clip's warning that a model has no weights yet."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
+        try:
             yield
-    finally:
-        logging.disable(level)
+        finally:
+            logging.disable(level)
 
 
 def _as_image(picture: np.ndarray[Any, Any] | Image.Image) -> Image.Image:

@@ -1,8 +1,13 @@
-"""Judges: whether a picture or video shows a feature, and whether it shows what was asked for.
+"""Judges: whether a still or video shows a feature, and whether it shows what was asked for. A new one is one class.
 
-judge = parse_judge("clip:ViT-L-14:openai")     # or "command:python my_judge.py", "http://127.0.0.1:8000/v1"
+judge = parse_judge("clip:ViT-L-14:openai")     # or "command:python my_judge.py", "http://127.0.0.1:8000/v1#MODEL"
 answer = judge(frames, Question(prompt="a photo of a person", feature="male", alternatives=("female",)))
 
+    @register_judge
+    class Bright(Judge):                        # --judge bright:200
+        name, spelling = "bright", "bright:LUMA"
+        def __init__(self, above: str, options: JudgeOptions): ...
+        def __call__(self, frames, question): return Answer(frames.mean() > self.above, None, {})
 """
 
 # F frames, H W height and width; frames are uint8 (F, H, W, 3)
@@ -10,21 +15,21 @@ answer = judge(frames, Question(prompt="a photo of a person", feature="male", al
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
 import re
-import select
 import shlex
+import signal
 import subprocess
 import tempfile
+import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from pydantic import JsonValue
 
@@ -34,10 +39,8 @@ from nasa_video.files.frames import Frames, check_frames
 
 DEFAULT_CLIP = "ViT-L-14:openai"
 FRAMES_LOOKED_AT = 4
-"""Of a video, evenly spaced, by judges that look at single pictures."""
+"""Of a video, evenly spaced, by judges that look at single stills."""
 KEY_VARIABLE = "NASA_VIDEO_JUDGE_KEY"
-PATIENCE = 300.0
-"""Seconds that a command or an endpoint may take for one answer."""
 _TRIES = 4
 
 
@@ -73,44 +76,88 @@ class Answer:
     detail: dict[str, JsonValue]
 
 
-class Judge(Protocol):
-    """Looks at samples one by one."""
+@dataclass(frozen=True)
+class JudgeOptions:
+    """How judges run: the device of models, and the seconds that a command or an endpoint has for one answer."""
 
-    @property
-    def identity(self) -> dict[str, JsonValue]:
-        """Everything that its answers depend on, for the record and to know when an answer must be asked again."""
-        ...
+    device: str | None = None
+    timeout: float = 300.0
 
-    @property
-    def asks_held(self) -> bool:
-        """Whether it can say if the prompt is held."""
-        ...
 
-    @property
-    def frames(self) -> int | None:
-        """How many frames of a video it looks at; None: all."""
-        ...
+DEFAULT_OPTIONS = JudgeOptions()
+
+
+class Judge:
+    """Looks at samples one by one.
+
+    Attributes:
+        name: what ``--judge`` takes; spelling: with what stands behind the colon, for messages.
+        identity: everything that its answers depend on, for the record and to know when to ask again.
+        asks_held: whether it can say if the prompt is held.
+        frames: how many frames of a video it looks at; None: all.
+    """
+
+    name: ClassVar[str]
+    spelling: ClassVar[str]
+    asks_held: ClassVar[bool] = False
+    frames: ClassVar[int | None] = FRAMES_LOOKED_AT
+    identity: dict[str, JsonValue]
+
+    def __init__(self, text: str, options: JudgeOptions) -> None:
+        """From what stands behind the colon; InputError where that is nothing that it can use."""
+        raise NotImplementedError
 
     def __call__(self, frames: Frames, question: Question) -> Answer:
-        """Judge a video, or a picture as a video of one frame."""
-        ...
+        """Judge a video (F, H, W, 3), or a still as a video of one frame."""
+        raise NotImplementedError
 
 
-class SpritesFeatureJudge:
+JUDGES: dict[str, type[Judge]] = {}
+"""Every registered judge by name."""
+
+
+def register_judge(judge: type[Judge]) -> type[Judge]:
+    """Make a judge known to ``--judge`` by its name; a decorator.
+
+    Raises:
+        InputError: it has no name, or one that another has.
+    """
+    name = getattr(judge, "name", "")
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or JUDGES.get(name, judge).__qualname__ != judge.__qualname__:
+        raise InputError(f"a judge needs a name of its own of lower-case letters, digits and hyphens, got {name!r}")
+    JUDGES[name] = judge
+    return judge
+
+
+def parse_judge(text: str, options: JudgeOptions = DEFAULT_OPTIONS) -> Judge:
+    """A judge by its spelling ``NAME`` or ``NAME:…``, or ``http://HOST/v1#MODEL``.
+
+    Raises:
+        InputError: none of the registered, or the judge cannot be had.
+    """
+    name, _, rest = text.partition(":")
+    address = name in ("http", "https")
+    if address or name in JUDGES:
+        return JUDGES["http" if address else name](text if address else rest, options)
+    raise InputError(f"the judge must be {', '.join(judge.spelling for judge in JUDGES.values())}, got {text!r}")
+
+
+@register_judge
+class SpritesFeatureJudge(Judge):
     """The shipped detectors of the sprites world, asked for one of its words ("red", "blurry", "moving left").
 
     Raises:
         InputError: (when asked) the feature is no word of that world.
     """
 
-    asks_held = False
-    frames: int | None = None
+    name = spelling = "sprites"
+    frames = None
 
-    def __init__(self) -> None:
-        from nasa_video.evaluation.removal import SpritesJudge, detector_hash
+    def __init__(self, text: str, options: JudgeOptions) -> None:
+        from nasa_video.evaluation.benchmarks.removal import SpritesJudge, detector_hash
 
         self._judge = SpritesJudge()
-        self.identity: dict[str, JsonValue] = {"judge": "sprites", "sha256": detector_hash()}
+        self.identity = {"judge": "sprites", "sha256": detector_hash()}
 
     def __call__(self, frames: Frames, question: Question) -> Answer:
         from nasa_video.sprites.detectors import UNSURE, shows
@@ -136,7 +183,8 @@ def sprites_word(feature: str) -> tuple[str, str]:
     raise InputError(f"the sprites detectors do not know {feature!r}; they know {known}")
 
 
-class ClipJudge:
+@register_judge
+class ClipJudge(Judge):
     """Zero-shot classification: the feature against its alternatives, or against the prompt without it.
 
     With alternatives the texts are "a photo of FEATURE" and "a photo of ALTERNATIVE" each; without, "PROMPT, FEATURE"
@@ -144,12 +192,11 @@ class ClipJudge:
     feature is shown where its probability (softmax at the model's own scale, mean over the frames) is above one half.
     """
 
-    asks_held = False
-    frames: int | None = FRAMES_LOOKED_AT
+    name, spelling = "clip", "clip[:ARCHITECTURE:WEIGHTS]"
 
-    def __init__(self, clip: Clip) -> None:
-        self._clip = clip
-        self.identity: dict[str, JsonValue] = {"judge": "clip", **clip.identity, "threshold": 0.5}
+    def __init__(self, text: str, options: JudgeOptions) -> None:
+        self._clip = Clip(Backbone.parse(text or DEFAULT_CLIP), options.device)
+        self.identity = {"judge": "clip", **self._clip.identity, "threshold": 0.5}
 
     def __call__(self, frames: Frames, question: Question) -> Answer:
         texts = clip_texts(question)
@@ -165,7 +212,8 @@ def clip_texts(question: Question) -> list[str]:
     return [f"{question.prompt}, {question.feature}", question.prompt]
 
 
-class CommandJudge:
+@register_judge
+class CommandJudge(Judge):
     """A program that is started once and answers line by line.
 
     For every question one JSON object on one line of its standard input::
@@ -182,132 +230,117 @@ class CommandJudge:
         InputError: it cannot be started.
     """
 
+    name, spelling = "command", "command:PROGRAM"
     asks_held = True
-    frames: int | None = FRAMES_LOOKED_AT
 
-    def __init__(self, command: str, patience: float = PATIENCE) -> None:
-        self.identity: dict[str, JsonValue] = {"judge": "command", "command": command}
-        self._words = shlex.split(command)
+    def __init__(self, text: str, options: JudgeOptions) -> None:
+        self.identity = {"judge": "command", "command": text}
+        self._words = shlex.split(text)
         if not self._words:
             raise InputError("--judge command:PROGRAM needs a program, such as command:python my_judge.py")
-        self._patience = patience
+        self._timeout = options.timeout
         self._folder = tempfile.TemporaryDirectory(prefix="nasa-video-judge-")
         try:
             self._process = subprocess.Popen(
-                self._words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
+                self._words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
             )
         except OSError as error:
             raise InputError(f"the judge {self._words[0]!r} cannot be started: {error.strerror}") from error
-        self._rest = b""
 
     def __call__(self, frames: Frames, question: Question) -> Answer:
+        from PIL import Image
+
         questions = questions_of(question)
-        paths = self._save(frames)
-        request = {"prompt": question.prompt, "feature": question.feature, "frames": paths, "questions": questions}
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        except OSError as error:
-            raise self._gone() from error
-        reply = self._line().decode(errors="replace")
+        paths = [Path(self._folder.name, f"{index}.png") for index in range(len(check_frames(frames)))]
+        for path, frame in zip(paths, frames, strict=True):
+            Image.fromarray(frame).save(path)
+        reply = self._ask(
+            {"prompt": question.prompt, "feature": question.feature, "frames": [*map(str, paths)],
+             "questions": questions}
+        )  # fmt: skip
         try:
             answers = json.loads(reply)["answers"]
+            if not isinstance(answers, list) or len(answers) != len(questions):
+                raise ValueError
         except (ValueError, KeyError, TypeError) as error:
-            raise self._wrong(reply) from error
-        if not isinstance(answers, list) or len(answers) != len(questions):
-            raise self._wrong(reply)
+            raise NasaVideoError(
+                f'the judge {self._words[0]!r} must answer with one line {{"answers": […]}}, one for each question; it '
+                f"said {reply[:200]!r}"
+            ) from error
         return answer_of(question, [_as_bool(one) for one in answers], [str(one)[:200] for one in answers])
 
     def close(self) -> None:
         """End the program."""
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
+            self._process.communicate(timeout=5)
+        self._kill()
+        self._process.wait()
         self._folder.cleanup()
 
     def __del__(self) -> None:
         if getattr(self, "_process", None) is not None:
             self.close()
 
-    def _save(self, frames: Frames) -> list[str]:
-        from PIL import Image
-
-        paths = [Path(self._folder.name, f"{index}.png") for index in range(len(check_frames(frames)))]
-        for path, frame in zip(paths, frames, strict=True):
-            Image.fromarray(frame).save(path)
-        return [str(path) for path in paths]
-
-    def _line(self) -> bytes:
-        """One line of its output, waited for."""
+    def _ask(self, request: dict[str, Any]) -> str:
+        """One line for one line; writing, reading and a program's end are all waited for no longer than the limit."""
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
-        deadline = time.monotonic() + self._patience
-        while b"\n" not in self._rest:
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0, deadline - time.monotonic()))
-            if not ready:
-                raise NasaVideoError(
-                    f"the judge {self._words[0]!r} gave no answer within {self._patience:g} s; it must answer each "
-                    "line of its input with one line, at once (flush the output)"
-                )
-            part = self._process.stdout.read(1 << 16)
-            if not part:
-                raise self._gone()
-            self._rest += part
-        line, _, self._rest = self._rest.partition(b"\n")
-        return line
+        timer = threading.Timer(self._timeout, self._kill)
+        timer.start()
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except OSError:  # it has closed its input
+            line = b""
+        if not line:
+            self._process.wait()  # the timer is still running
+        late = not timer.is_alive()
+        timer.cancel()
+        if line:
+            return line.decode(errors="replace")
+        if late:
+            raise NasaVideoError(
+                f"the judge {self._words[0]!r} gave no answer within {self._timeout:g} s; it must answer each line of "
+                "its input with one line, at once (flush the output); --judge-timeout gives it longer"
+            )
+        status = self._process.returncode
+        raise NasaVideoError(f"the judge {self._words[0]!r} ended with status {status} before it had answered")
 
-    def _gone(self) -> NasaVideoError:
-        status = self._process.wait()
-        return NasaVideoError(f"the judge {self._words[0]!r} ended with status {status} before it had answered")
-
-    def _wrong(self, reply: str) -> NasaVideoError:
-        return NasaVideoError(
-            f'the judge {self._words[0]!r} must answer with one line {{"answers": […]}}, one for each question; it '
-            f"said {reply[:200]!r}"
-        )
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
-class HttpJudge:
-    """A vision-language model behind an endpoint with OpenAI's chat completions.
+@register_judge
+class HttpJudge(Judge):
+    """A vision-language model behind an endpoint with OpenAI's chat completions: ``http://HOST/v1#MODEL``.
 
-    Pictures are sent as PNG inside the request. The key of an endpoint that wants one is read from the environment
+    Stills are sent as PNG inside the request. The key of an endpoint that wants one is read from the environment
     (NASA_VIDEO_JUDGE_KEY) and is kept out of every record. Busy answers (429, 5xx) are tried again, ``_TRIES`` in all.
-
-    Args:
-        url: up to and with ``/v1``; ``/chat/completions`` is put behind it.
-        model: the model's name there.
     """
 
+    name, spelling = "http", "http://HOST/v1#MODEL"
     asks_held = True
-    frames: int | None = FRAMES_LOOKED_AT
 
-    def __init__(self, url: str, model: str, patience: float = PATIENCE, pause: float = 2.0) -> None:
-        if not model:
+    def __init__(self, text: str, options: JudgeOptions, pause: float = 2.0) -> None:
+        url, _, self._model = text.partition("#")
+        if not self._model:
             raise InputError("a judge at an endpoint needs the name of its model: --judge http://HOST:PORT/v1#MODEL")
         self._url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self._model, self._patience, self._pause = model, patience, pause
-        self.identity: dict[str, JsonValue] = {"judge": "http", "url": self._url, "model": model, "prompt": INSTRUCTION}
+        self._timeout, self._pause = options.timeout, pause
+        self.identity = {"judge": "http", "url": self._url, "model": self._model, "prompt": INSTRUCTION}
 
     def __call__(self, frames: Frames, question: Question) -> Answer:
-        pictures: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": _data_url(frame)}} for frame in check_frames(frames)
-        ]
-        answers, said = [], []
+        stills = [{"type": "image_url", "image_url": {"url": _data_url(frame)}} for frame in check_frames(frames)]
+        said = []
         for text in questions_of(question):
-            content = [*pictures, {"type": "text", "text": INSTRUCTION.format(question=text)}]
-            reply = self._ask(content)
-            answers.append(_as_bool(reply))
-            said.append(reply[:200])
-        return answer_of(question, answers, said)
+            content = [*stills, {"type": "text", "text": INSTRUCTION.format(question=text)}]
+            said.append(self._ask([{"role": "user", "content": content}]))
+        return answer_of(question, [_as_bool(reply) for reply in said], [reply[:200] for reply in said])
 
-    def _ask(self, content: list[dict[str, Any]]) -> str:
-        messages = [{"role": "user", "content": content}]
-        body = {"model": self._model, "temperature": 0, "max_tokens": 16, "messages": messages}
-        reply = self._post(json.dumps(body).encode())
+    def _ask(self, messages: list[dict[str, Any]]) -> str:
+        reply = self._post({"model": self._model, "temperature": 0, "max_tokens": 16, "messages": messages})
         try:
             return str(json.loads(reply)["choices"][0]["message"]["content"])
         except (ValueError, KeyError, IndexError, TypeError) as error:
@@ -315,30 +348,25 @@ class HttpJudge:
                 f"{self._url} did not answer as chat completions do; it said {reply[:200]!r}"
             ) from error
 
-    def _post(self, body: bytes) -> str:
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
-        for attempt in range(1, _TRIES + 1):
-            request = urllib.request.Request(self._url, body, headers)
-            try:
-                with urllib.request.urlopen(request, timeout=self._patience) as reply:
-                    text: str = reply.read().decode(errors="replace")
-                    return text
-            except urllib.error.HTTPError as error:
-                if (error.code != 429 and error.code < 500) or attempt == _TRIES:
-                    raise self._refused(error) from error
-            except (urllib.error.URLError, OSError) as error:
-                if attempt == _TRIES:
-                    reason = getattr(error, "reason", error)
-                    raise NasaVideoError(f"the judge {self._url} cannot be reached: {reason}") from error
-            time.sleep(self._pause * 2 ** (attempt - 1))
-        raise AssertionError("the last attempt returns or raises")
+    def _post(self, body: dict[str, Any]) -> str:
+        import httpx
 
-    def _refused(self, error: urllib.error.HTTPError) -> NasaVideoError:
-        said = " ".join(error.read().decode(errors="replace").split())[:200]
-        key = f"; its key is read from {KEY_VARIABLE}" if error.code in (401, 403) else ""
-        return NasaVideoError(f"the judge {self._url} refuses (HTTP {error.code}: {said}){key}")
+        key = os.environ.get(KEY_VARIABLE)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        for pause in [*(self._pause * 2**attempt for attempt in range(_TRIES - 1)), None]:
+            try:
+                reply = httpx.post(self._url, json=body, headers=headers, timeout=self._timeout)
+                if reply.is_success:
+                    return reply.text
+                if pause is None or (reply.status_code != 429 and reply.status_code < 500):
+                    said = " ".join(reply.text.split())[:200]
+                    hint = f"; its key is read from {KEY_VARIABLE}" if reply.status_code in (401, 403) else ""
+                    raise NasaVideoError(f"the judge {self._url} refuses (HTTP {reply.status_code}: {said}){hint}")
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                if pause is None:
+                    raise NasaVideoError(f"the judge {self._url} cannot be reached: {error}") from error
+            time.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
 
 
 INSTRUCTION = (
@@ -360,27 +388,6 @@ def answer_of(question: Question, answers: Sequence[bool | None], said: Sequence
         shown = not shown
     detail: dict[str, JsonValue] = {"answers": list(said)}
     return Answer(shown, answers[1] if len(answers) > 1 else None, detail)
-
-
-def parse_judge(text: str, device: str | None = None) -> Judge:
-    """``sprites``, ``clip``, ``clip:ARCHITECTURE:WEIGHTS``, ``command:PROGRAM …`` or ``http://HOST/v1#MODEL``.
-
-    Raises:
-        InputError: none of these, or the judge cannot be had.
-    """
-    if text == "sprites":
-        return SpritesFeatureJudge()
-    if text == "clip" or text.startswith("clip:"):
-        return ClipJudge(Clip(Backbone.parse(text.partition(":")[2] or DEFAULT_CLIP), device))
-    if text.startswith("command:"):
-        return CommandJudge(text.partition(":")[2])
-    if text.startswith(("http://", "https://")):
-        url, _, model = text.partition("#")
-        return HttpJudge(url, model)
-    raise InputError(
-        f"the judge must be sprites, clip, clip:ARCHITECTURE:WEIGHTS, command:PROGRAM or http://HOST/v1#MODEL, "
-        f"got {text!r}"
-    )
 
 
 def _as_bool(answer: Any) -> bool | None:

@@ -1,238 +1,176 @@
-"""Plots as SVG that takes its colours from the page around it (light or dark), without scripts."""
+"""Plots by matplotlib as SVG inside a page, which gives them their colours (light or dark)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
+from typing import TYPE_CHECKING, Any, Literal
 
-from nasa_video.evaluation.results import Difference, Metric, Results, Score
+from nasa_video.evaluation.results import Arm, Difference, Metric, Results, Score
 
-_WIDTH, _HEIGHT = 400, 290
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 30, 44
-NUM_COLOURS = 6
-"""Classes c0 … c5 that the page gives colours to."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-
-@dataclass(frozen=True)
-class Axis:
-    """Numbers from ``low`` to ``high`` on pixels from ``start`` to ``end``."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    @classmethod
-    def around(cls, values: Sequence[float], start: float, end: float, share: bool = False) -> Axis:
-        """An axis that holds the values with a little room; a share's is cut at 0 and 1."""
-        low, high = min(values), max(values)
-        room = 0.06 * (high - low) or max(abs(high), 1.0) * 0.05
-        low, high = low - room, high + room
-        if share:
-            low, high = max(low, -0.02), min(high, 1.02)
-        return cls(low, high, start, end)
-
-    def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    @property
-    def ticks(self) -> list[float]:
-        """About five round numbers."""
-        rough = (self.high - self.low) / 5
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
-        first = math.ceil(self.low / step)
-        return [round(index * step, 10) for index in range(first, math.floor(self.high / step) + 1)]
+# Drawn in these, and exchanged for the page's variables in the SVG.
+_INK, _SOFT, _LINE = "#000001", "#000002", "#000003"
+_COLOURS = tuple(f"#00001{index}" for index in range(6))
+_VARIABLES = {_INK: "ink", _SOFT: "soft", _LINE: "line", **{c: f"k{i}" for i, c in enumerate(_COLOURS)}}
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "nasa-video", "font.family": "sans-serif", "font.size": 8.5,
+    "text.color": _INK, "axes.edgecolor": _SOFT, "axes.labelcolor": _SOFT, "xtick.color": _SOFT, "ytick.color": _SOFT,
+    "axes.grid": True, "grid.color": _LINE, "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.spines.top": False,
+    "axes.spines.right": False, "lines.markersize": 5, "axes.titlesize": 9.5, "axes.titleweight": "semibold",
+}  # fmt: skip
+# What quality costs: pairs of (across, up) where both were measured.
+TRADES = (
+    ("removed", "held"), ("removed", "sharpness"), ("removed", "flicker"), ("removed", "out_of_range"),
+    ("clip_minus", "clip_plus"), ("hpsv2", "luma"), ("aesthetic_quality", "luma"), ("imaging_quality", "luma"),
+)  # fmt: skip
 
 
-def sweep(results: Results, metric: Metric, group: str = "") -> str | None:
+def overview(results: Results, metrics: Sequence[Metric]) -> list[str]:
+    """SVGs: sweeps over the scale where there are several scales, else the arms below each other; then trade-offs."""
+    groups = results.groups if 1 < len(results.groups) <= 4 else [""]
+    drawn = [sweep(results, one, group) or forest(results, one, group) for one in metrics for group in groups]
+    named = {metric.name: metric for metric in results.metrics}
+    drawn += [trade(results, named[a], named[b]) for a, b in TRADES if a in named and b in named]
+    return [svg(figure) for figure in drawn if figure is not None]
+
+
+def sweep(results: Results, metric: Metric, group: str = "") -> Figure | None:
     """A metric over the scale, one curve a family; None where no family has two scales."""
     scores = _of_metric(results, metric, group)
-    arms = [arm for arm in results.arms if arm.label in scores and arm.scale is not None and arm.method != "none"]
-    families = {arm.family: [one for one in arms if one.family == arm.family] for arm in arms}
+    families = _families([a for a in results.arms if a.label in scores and a.scale is not None and a.method != "none"])
     if not any(len({arm.scale for arm in family}) > 1 for family in families.values()):
         return None
-    flat = [scores[arm.label] for arm in results.arms if arm.label in scores and arm.method == "none"]
-    y = Axis.around(_reach([*(scores[arm.label] for arm in arms), *flat]), _HEIGHT - _BOTTOM, _TOP, _is_share(metric))
-    x = Axis.around([0.0, *(arm.scale or 0.0 for arm in arms)], _LEFT, _WIDTH - _RIGHT)
-    parts = [_frame(x, y, "", metric)]
-    for score in flat:
-        parts.append(
-            f'<line class="flat" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(score.value):.1f}" '
-            f'y2="{y(score.value):.1f}"><title>{_told(metric, score)}</title></line>'
-        )
-    for index, (family, members) in enumerate(families.items()):
-        points = sorted(((arm.scale or 0.0, scores[arm.label]) for arm in members), key=lambda point: point[0])
-        # Families stand a little beside each other, so that none hides another at the same scale.
-        places = [(x(scale) + 5 * (index - (len(families) - 1) / 2), score) for scale, score in points]
-        parts.append(_curve([(left, y(score.value)) for left, score in places], _colour(results, family)))
-        parts += [_whisker(left, y, metric, score, _colour(results, family)) for left, score in places]
-    parts.append(_legend(results, list(families)))
-    return _svg(_title(metric.heading, group), parts)
+    with _axes(_title(metric.heading, group)) as (figure, axes):
+        for arm in results.arms:
+            if arm.method == "none" and arm.label in scores:
+                axes.axhline(
+                    _shown(metric)(scores[arm.label].value), color=_COLOURS[0], linestyle="--", label=arm.label
+                )
+        for family, arms in families.items():
+            arms.sort(key=lambda arm: arm.scale or 0.0)
+            _points(axes, "y", [arm.scale for arm in arms], [scores[a.label] for a in arms], metric,
+                    color=_colour(results, family), label=family, linestyle="-", marker="o")  # fmt: skip
+        axes.set_xlabel("scale")
+        axes.legend(frameon=False, fontsize=7.5)
+    return figure
 
 
-def forest(results: Results, metric: Metric, group: str = "") -> str | None:
+def forest(results: Results, metric: Metric, group: str = "") -> Figure | None:
     """A metric of every arm with its interval, one below the other."""
     scores = _of_metric(results, metric, group)
-    if not scores:
-        return None
     arms = [arm for arm in results.arms if arm.label in scores]
-    left = min(170, 20 + 6.6 * max(len(arm.label) for arm in arms))
-    height = _TOP + _BOTTOM + 22 * len(arms)
-    x = Axis.around(_reach(list(scores.values())), left, _WIDTH - _RIGHT, _is_share(metric))
-    parts = [_x_axis(x, metric, height)]
-    for row, arm in enumerate(arms):
-        y, score, colour = _TOP + 22 * row + 11, scores[arm.label], _colour(results, arm.family)
-        low, high = score.interval or (score.value, score.value)
-        parts.append(
-            f'<g class="{colour}"><text class="name" x="{left - 8:.0f}" y="{y + 4}">{escape(arm.label)}</text>'
-            f'<line class="whisker" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y}" y2="{y}"/>'
-            f'<circle cx="{x(score.value):.1f}" cy="{y}" r="4.5"><title>{_told(metric, score)}</title></circle></g>'
-        )
-    return _svg(_title(metric.heading, group), parts, height)
+    if not arms:
+        return None
+    with _axes(_title(metric.heading, group), 1.0 + 0.24 * len(arms)) as (figure, axes):
+        for row, arm in enumerate(arms):
+            _points(axes, "x", [row], [scores[arm.label]], metric, color=_colour(results, arm.family), marker="o")
+        axes.set_yticks(range(len(arms)), [arm.label for arm in arms])
+        axes.invert_yaxis()
+    return figure
 
 
-def trade(results: Results, across: Metric, up: Metric, group: str = "") -> str | None:
+def trade(results: Results, across: Metric, up: Metric, group: str = "") -> Figure | None:
     """One metric against another, one curve a family; each point is an arm."""
     xs, ys = _of_metric(results, across, group), _of_metric(results, up, group)
     arms = [arm for arm in results.arms if arm.label in xs and arm.label in ys]
     if len(arms) < 2:
         return None
-    x = Axis.around([xs[arm.label].value for arm in arms], _LEFT, _WIDTH - _RIGHT, _is_share(across))
-    y = Axis.around([ys[arm.label].value for arm in arms], _HEIGHT - _BOTTOM, _TOP, _is_share(up))
-    parts = [_frame(x, y, across.heading, up, across)]
-    taken: list[tuple[float, float]] = []
-    for family in dict.fromkeys(arm.family for arm in arms):
-        members = sorted((arm for arm in arms if arm.family == family), key=lambda arm: arm.scale or 0)
-        places = [(x(xs[arm.label].value), y(ys[arm.label].value)) for arm in members]
-        parts.append(_curve(places, _colour(results, family)))
-        for arm, (left, top) in zip(members, places, strict=True):
-            line = top - 6
-            while any(abs(line - other) < 10 and abs(left - beside) < 90 for beside, other in taken):
-                line += 11
-            taken.append((left, line))
-            told = f"{_told(across, xs[arm.label])}; {_told(up, ys[arm.label])}"
-            # A label that would run over the right edge stands on the other side of its point.
-            anchor, shift = ("end", -7) if left > 0.72 * _WIDTH else ("start", 7)
-            parts.append(
-                f'<g class="{_colour(results, family)}"><circle cx="{left:.1f}" cy="{top:.1f}" r="4.5"><title>{told}'
-                f'</title></circle><text class="point" text-anchor="{anchor}" x="{left + shift:.1f}" '
-                f'y="{line:.1f}">{escape(arm.label)}</text></g>'
-            )
-    return _svg(_title(f"{up.title} against {across.title}", group), parts)
+    with _axes(_title(f"{up.title} against {across.title}", group)) as (figure, axes):
+        for family, members in _families(arms).items():
+            members.sort(key=lambda arm: arm.scale or 0.0)
+            x = [_shown(across)(xs[arm.label].value) for arm in members]
+            y = [_shown(up)(ys[arm.label].value) for arm in members]
+            axes.plot(x, y, marker="o", color=_colour(results, family))
+            for arm, place in zip(members, zip(x, y, strict=True), strict=True):
+                axes.annotate(arm.label, place, xytext=(5, 4), textcoords="offset points", fontsize=7.5)
+        axes.set_xlabel(across.heading)
+        axes.set_ylabel(up.heading)
+        axes.margins(0.12)
+    return figure
 
 
 def changes(results: Results, difference: Difference) -> str:
-    """Every pair's difference, sorted: what was lowered on the left, what was raised on the right."""
+    """SVG of every pair's difference, sorted: what was lowered on the left, what was raised on the right."""
     metric = results.metric(difference.metric)
-    values = sorted(change for _, change in difference.pairs)
-    y = Axis.around([*values, 0.0], _HEIGHT - _BOTTOM, _TOP)
-    x = Axis(0, len(values), _LEFT, _WIDTH - _RIGHT)
-    # A step line of at most as many points as there are pixels.
-    stride = max(1, len(values) // (_WIDTH - _LEFT - _RIGHT))
-    path = [f"M{x(0):.1f},{y(0):.1f}"]
-    for index in range(0, len(values), stride):
-        end = min(index + stride, len(values))
-        path.append(f"L{x(index):.1f},{y(values[index]):.1f}L{x(end):.1f},{y(values[index]):.1f}")
-    path.append(f"L{x(len(values)):.1f},{y(0):.1f}Z")
-    colour = _colour(results, next(arm.family for arm in results.arms if arm.label == difference.arm))
-    mean = f'<line class="mean {colour}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(difference.value):.1f}" y2="{y(difference.value):.1f}"/>'  # noqa: E501
-    parts = [
-        _y_axis(y, metric, sign=True),
-        f'<path class="area {colour}" d="{"".join(path)}"/>{mean}',
-        f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(0):.1f}" y2="{y(0):.1f}"/>',
-        f'<text class="label" x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 8}">{difference.n} pairs, sorted'
-        f" (line: mean)</text>",
-    ]
-    return _svg(f"{metric.title}: {difference.arm} − {difference.against}", parts)
+    values = [_shown(metric)(value) for value in sorted(change for _, change in difference.pairs)]
+    family = next(arm.family for arm in results.arms if arm.label == difference.arm)
+    colour = _colour(results, family)
+    with _axes(f"{metric.title}: {difference.arm} − {difference.against}") as (figure, axes):
+        axes.stairs(values, fill=True, color=colour, alpha=0.45)
+        axes.axhline(_shown(metric)(difference.value), color=colour, linestyle="--")
+        axes.set_xlabel(f"{difference.n} pairs, sorted (line: mean)")
+    return svg(figure)
+
+
+@contextmanager
+def _axes(title: str, height: float = 2.9) -> Iterator[tuple[Figure, Axes]]:
+    """A figure with one plot; what is drawn is not clipped, since a page has no room for the names of clips."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(4.2, height), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(title)
+        yield figure, axes
+        for artist in axes.findobj():
+            artist.set_clip_on(False)
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an SVG element without anything that refers to outside."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = re.sub(r"<metadata>.*?</metadata>|<clipPath.*?</clipPath>", "", buffer.getvalue(), flags=re.S)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"| clip-path="[^"]*"| id="(?!m)[^"]*"', "", text[text.index("<svg") :])
+    for colour, name in _VARIABLES.items():
+        text = text.replace(colour, f"var(--{name})")
+    title = escape(figure.axes[0].get_title(), quote=True)
+    return re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', text)
+
+
+def _points(
+    axes: Axes, direction: Literal["x", "y"], places: Sequence[Any], scores: Sequence[Score], metric: Metric,
+    *, linestyle: str = "none", **look: Any,
+) -> None:  # fmt: skip
+    """Values with their intervals along x or y."""
+    show = _shown(metric)
+    values = [show(score.value) for score in scores]
+    ends = [tuple(map(show, score.interval or (score.value, score.value))) for score in scores]
+    errors = [[max(0.0, v - e[0]) for v, e in zip(values, ends, strict=True)],
+              [max(0.0, e[1] - v) for v, e in zip(values, ends, strict=True)]]  # fmt: skip
+    if direction == "x":
+        axes.errorbar(values, places, xerr=errors, linestyle=linestyle, **look)
+    else:
+        axes.errorbar(places, values, yerr=errors, linestyle=linestyle, **look)
 
 
 def _of_metric(results: Results, metric: Metric, group: str) -> dict[str, Score]:
     return {one.arm: one for one in results.scores([group]) if one.metric == metric.name}
 
 
-def _is_share(metric: Metric) -> bool:
-    return metric.kind == "share"
+def _families(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
+    return {arm.family: [one for one in arms if one.family == arm.family] for arm in arms}
 
 
-def _reach(scores: Sequence[Score]) -> list[float]:
-    """Values and the ends of their intervals."""
-    return [end for score in scores for end in (score.value, *(score.interval or ()))]
+def _shown(metric: Metric) -> Callable[[float], float]:
+    return lambda value: 100 * value if metric.kind == "share" else value
 
 
 def _colour(results: Results, family: str) -> str:
     families = list(dict.fromkeys(arm.family for arm in results.arms))
-    return f"c{families.index(family) % NUM_COLOURS}"
-
-
-def _told(metric: Metric, score: Score) -> str:
-    low_high = ""
-    if score.interval:
-        low_high = f" ({metric.show(score.interval[0])} to {metric.show(score.interval[1])})"
-    return escape(f"{score.arm}: {metric.title} {metric.show(score.value)}{low_high}, n = {score.n}")
+    return _COLOURS[families.index(family) % len(_COLOURS)]
 
 
 def _title(text: str, group: str) -> str:
     return f"{text} · {group}" if group else text
-
-
-def _curve(points: Sequence[tuple[float, float]], colour: str) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline class="curve {colour}" points="{path}"/>' if len(points) > 1 else ""
-
-
-def _legend(results: Results, families: Sequence[str]) -> str:
-    """The families' names in their colours, below the title."""
-    named = "".join(
-        f'<tspan class="family {_colour(results, family)}" dx="{10 if index else 0}">{escape(family)}</tspan>'
-        for index, family in enumerate(families)
-    )
-    return f'<text class="label" x="{_WIDTH / 2:g}" y="{_HEIGHT - 8}" dy="0">scale: {named}</text>'
-
-
-def _whisker(x: float, y: Axis, metric: Metric, score: Score, colour: str) -> str:
-    low, high = score.interval or (score.value, score.value)
-    return (
-        f'<g class="{colour}"><line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{y(low):.1f}" y2="{y(high):.1f}"/>'
-        f'<circle cx="{x:.1f}" cy="{y(score.value):.1f}" r="4"><title>{_told(metric, score)}</title></circle></g>'
-    )
-
-
-def _frame(x: Axis, y: Axis, label: str, up: Metric, across: Metric | None = None) -> str:
-    return _x_axis(x, across, _HEIGHT, label) + _y_axis(y, up)
-
-
-def _x_axis(x: Axis, metric: Metric | None, height: float, label: str = "") -> str:
-    bottom = height - _BOTTOM
-    marks = "".join(
-        f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{_TOP}" y2="{bottom}"/>'
-        f'<text class="tick" text-anchor="middle" x="{x(tick):.1f}" y="{bottom + 15}">{_tick(tick, metric)}</text>'
-        for tick in x.ticks
-    )
-    return (
-        f'{marks}<line class="axis" x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{bottom}" y2="{bottom}"/>'
-        f'<text class="label" x="{(x.start + x.end) / 2:.1f}" y="{height - 8}">{escape(label)}</text>'
-    )
-
-
-def _y_axis(y: Axis, metric: Metric, sign: bool = False) -> str:
-    marks = "".join(
-        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        f'<text class="tick" text-anchor="end" x="{_LEFT - 6}" y="{y(tick) + 4:.1f}">{_tick(tick, metric, sign)}</text>'
-        for tick in y.ticks
-    )
-    return f'{marks}<line class="axis" x1="{_LEFT}" x2="{_LEFT}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>'
-
-
-def _tick(value: float, metric: Metric | None, sign: bool = False) -> str:
-    number = 100 * value if metric is not None and _is_share(metric) else value
-    return f"{round(number, 6):{'+' if sign and value else ''}g}"
-
-
-def _svg(title: str, parts: Sequence[str], height: float = _HEIGHT) -> str:
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {height:g}" role="img" aria-label="{escape(title, quote=True)}">'
-        f'<text class="title" x="{_WIDTH / 2:g}" y="17">{escape(title)}</text>{"".join(parts)}</svg>'
-    )

@@ -7,13 +7,14 @@ for change in results.differences("none"): print(change.arm, change.value, chang
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, FiniteFloat, JsonValue, ValidationError, model_validator
 
 from nasa_video.errors import InputError
 from nasa_video.evaluation.statistics import Interval, bootstrap_mean, paired_shares, wilson
@@ -21,6 +22,7 @@ from nasa_video.files.atomic import write_text
 from nasa_video.models.presets import Strict
 
 RESULTS_FILE = "results.json"
+ENOUGH_PAIRS = 10
 
 
 class Metric(Strict):
@@ -74,7 +76,7 @@ class Item(Strict):
 
     Attributes:
         id: prompt and seed, equal in every arm that made the same sample: what pairs are formed by.
-        group: a style, dimension or kind of case.
+        group: a style, dimension or kind of case; ``kind/part`` is a part of the group ``kind``.
         values: by metric; a metric that could not be measured of this sample is not there.
         media: its picture or video, relative to the folder of the results; ``crop`` is (left, top, right, bottom).
     """
@@ -85,7 +87,7 @@ class Item(Strict):
     seed: int
     negative: str = ""
     group: str = ""
-    values: dict[str, float]
+    values: dict[str, FiniteFloat]
     media: str | None = None
     crop: tuple[int, int, int, int] | None = None
 
@@ -122,6 +124,11 @@ class Difference:
     def n(self) -> int:
         """Number of pairs."""
         return len(self.pairs)
+
+    @property
+    def sure(self) -> bool:
+        """Whether the interval leaves out zero, over enough pairs for an interval to mean something."""
+        return self.n >= ENOUGH_PAIRS and self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
     @property
     def raised(self) -> int:
@@ -191,16 +198,22 @@ class Results(Strict):
 
     @property
     def groups(self) -> list[str]:
-        """Groups in the order of the samples, without the empty one."""
-        return [name for name in dict.fromkeys(item.group for item in self.items) if name]
+        """Groups in the order of the samples, without the empty one; parts of groups are not among them."""
+        return [name for name in dict.fromkeys(item.group.partition("/")[0] for item in self.items) if name]
+
+    @property
+    def parts(self) -> list[str]:
+        """Parts of groups, such as "conflict/colour"."""
+        return [name for name in dict.fromkeys(item.group for item in self.items) if "/" in name]
 
     def metric(self, name: str) -> Metric:
         """A metric by name."""
         return next(metric for metric in self.metrics if metric.name == name)
 
     def of(self, arm: str, group: str = "") -> list[Item]:
-        """Samples of an arm, of one group or all."""
-        return [item for item in self.items if item.arm == arm and (not group or item.group == group)]
+        """Samples of an arm, of one group (or part of one) or all."""
+        own = [item for item in self.items if item.arm == arm]
+        return [item for item in own if not group or f"{item.group}/".startswith(f"{group}/")]
 
     def scores(self, groups: Sequence[str] = ("",)) -> Iterator[Score]:
         """Every metric of every arm in the groups ("" is all samples); a metric without samples is left out."""
@@ -274,3 +287,102 @@ def _score(arm: str, group: str, metric: Metric, items: Sequence[Item]) -> Score
     else:
         interval = bootstrap_mean(values, [item.prompt for item in measured])
     return Score(arm, group, metric.name, n, sum(values) / n, interval)
+
+
+def plain(value: object) -> str:
+    """A setting for people: texts as they are, the rest as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# --- two runs as one
+
+
+def compare_runs(first: Results, second: Results, arms: str | None, folders: Sequence[Path]) -> Results:
+    """Arms "A: …" and "B: …" over the samples that both runs have; each of B is held against its one of A.
+
+    Args:
+        arms: ``ARM_OF_A=ARM_OF_B``, several with commas between; None takes the arms of the same name, or the only arm
+            of each.
+        folders: of the two runs, where their media lie.
+
+    Raises:
+        InputError: the runs are of different kinds, or share no arm, metric or sample.
+    """
+    if first.kind != second.kind:
+        raise InputError(f"the runs are of different kinds, {first.kind} and {second.kind}; compare two of one kind")
+    pairs = _pairs(first, second, arms)
+    metrics = tuple(metric for metric in first.metrics if metric in second.metrics)
+    shared = {item.id for item in first.items} & {item.id for item in second.items}
+    if not metrics or not shared:
+        what = "samples (prompts and seeds)" if metrics else "metrics"
+        raise InputError(f"the runs share no {what}; make both with the same prompts, --seed and --n")
+    labels = {(one, side): f"{side}: {one}" for pair in pairs for one, side in zip(pair, "AB", strict=True)}
+    chosen: list[Arm] = []
+    items: list[Item] = []
+    for old, new in pairs:
+        chosen.append(_renamed(first, old, labels[old, "A"], labels[old, "A"]))
+        chosen.append(_renamed(second, new, labels[new, "B"], labels[old, "A"]))
+        items += _moved(first.of(old), shared, labels[old, "A"], folders[0])
+        items += _moved(second.of(new), shared, labels[new, "B"], folders[1])
+    return Results(
+        kind=first.kind,
+        title=f"{first.title} (A) and {second.title} (B)",
+        settings={
+            f"{side}: {name}": value
+            for side, run in (("A", first), ("B", second))
+            for name, value in run.settings.items()
+        },
+        arms=tuple(chosen),
+        metrics=metrics,
+        items=tuple(items),
+        notes=(f"{len(shared)} samples (prompt and seed) are in both runs; only these are compared.", *first.notes),
+    )  # fmt: skip
+
+
+def different_settings(first: Results, second: Results) -> Iterator[tuple[str, str, str]]:
+    """Settings in which two runs differ: name, value of the first, value of the second."""
+    for name in dict.fromkeys((*first.settings, *second.settings)):
+        old, new = first.settings.get(name), second.settings.get(name)
+        if old != new:
+            yield name, plain(old), plain(new)
+
+
+def _pairs(first: Results, second: Results, arms: str | None) -> list[tuple[str, str]]:
+    old, new = ([arm.label for arm in run.arms] for run in (first, second))
+    if arms is None:
+        same = [(label, label) for label in old if label in new]
+        if not same and len(old) == len(new) == 1:
+            same = [(old[0], new[0])]
+        if not same:
+            raise InputError(
+                f"no arm is in both runs (A has {', '.join(old)}; B has {', '.join(new)}); say which: "
+                "--arms ARM_OF_A=ARM_OF_B"
+            )
+        return same
+    # Labels hold commas and equals signs themselves, so the text is cut by the labels that there are.
+    known = {f"{a}={b}": (a, b) for a in old for b in new}
+    pairs, rest = [], arms.strip()
+    while rest:
+        found = max((pair for pair in known if f"{rest},".startswith(f"{pair},")), key=len, default=None)
+        if found is None:
+            raise InputError(
+                f"--arms takes ARM_OF_A=ARM_OF_B, got {rest!r}; A has {', '.join(old)}; B has {', '.join(new)}"
+            )
+        pairs.append(known[found])
+        rest = rest[len(found) + 1 :].strip()
+    return pairs
+
+
+def _renamed(results: Results, label: str, name: str, against: str) -> Arm:
+    arm = next(arm for arm in results.arms if arm.label == label)
+    return arm.model_copy(update={"label": name, "against": against})
+
+
+def _moved(items: Sequence[Item], shared: set[str], arm: str, folder: Path) -> list[Item]:
+    return [
+        item.model_copy(
+            update={"arm": arm, "media": str((folder / item.media).absolute()) if item.media is not None else None}
+        )
+        for item in items
+        if item.id in shared
+    ]

@@ -26,7 +26,7 @@ from nasa_video.errors import InputError, OutputError
 from nasa_video.files.atomic import commit, explained, file_sha256, is_whole, process_name, remove_orphans, write_text
 from nasa_video.jobs.processes import Shard
 from nasa_video.models.presets import Strict
-from nasa_video.video.recipe import StoredGuidance, StoredNegative
+from nasa_video.video.request import VideoRequest
 
 Engine = Literal["local", "ray"]
 ENGINES: tuple[Engine, ...] = ("local", "ray")
@@ -55,35 +55,30 @@ class Job(Strict):
 
 
 class GenerationJob(Job):
-    """A video or picture to make.
+    """A video or still to make.
 
     Attributes:
-        prompt: what is shown; ``text`` is what the model is given, where that is longer (an extended prompt).
+        request: what the model is given, everything of it said.
+        short: the prompt as its benchmark has it, where the model is given an extended one.
         label: the method as people wrote it, such as "nasa:0.8"; "none" is unguided.
-        guidance: the method with all its settings; None is unguided.
-        checkpoint: SHA-256 over the model's files (``identity.checkpoint_hash``).
+        checkpoint: SHA-256 over the model's files (``assets.checkpoint_hash``).
         settings: the rest of what matters: the model's loop, dtype, frames a second, encoding.
-        frames: pictures of a video; 1 for an image.
         tags: for tables, such as a style or dimension; no part of the id.
     """
 
     labels: ClassVar[frozenset[str]] = frozenset({"label", "tags"})
 
-    prompt: str
-    seed: int
-    model: str
+    request: VideoRequest
     checkpoint: str
-    steps: int
-    frames: int
-    width: int
-    height: int
-    version: str
+    short: str | None = None
     label: str = "none"
-    text: str | None = None
-    negatives: tuple[StoredNegative, ...] = ()
-    guidance: StoredGuidance | None = None
     settings: dict[str, JsonValue] = Field(default_factory=dict)
     tags: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """As the benchmark has it."""
+        return self.short or self.request.prompt or ""
 
 
 @dataclass(frozen=True)
@@ -331,7 +326,7 @@ def read_manifest(path: Path) -> list[GenerationJob]:
         InputError: it is missing, or a line is not a job or has an id that is not its own.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the manifest {path} cannot be read: {error}") from error
     jobs = []

@@ -7,15 +7,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nasa_video.evaluation.quality import mean_quality, quality
-from nasa_video.evaluation.removal import Method
+from nasa_video.evaluation.metrics import Quality, quality
+from nasa_video.evaluation.samples import Method
 from nasa_video.files.frames import Frames, frames_from_tensor, tensor_from_frames
 from nasa_video.sprites.detectors import Detector
 from nasa_video.sprites.world import sample_scenes
@@ -37,7 +37,7 @@ class HeldOut:
         accuracy: share of the stated attributes that the detector finds.
         distance: kernel distance to rendered clips in the detector's features; 0 is none, lower is better.
         out_of_range: share of colour values beyond black or white.
-        sharpness, flicker: see :class:`~nasa_video.evaluation.quality.Quality`.
+        sharpness, flicker: see :class:`~nasa_video.evaluation.metrics.Quality`.
     """
 
     n: int
@@ -117,7 +117,7 @@ def rendered_world(observer: Observer, clips: int, frames: int) -> World:
         videos = render(scenes[slice(start, start + 32)], frames)
         features.append(observer(videos)[1])
         measured += [quality(frames_from_tensor(video)) for video in videos]
-    mean = mean_quality(measured)
+    mean = _mean(measured)
     return World(torch.cat(features), mean.sharpness, mean.flicker)
 
 
@@ -147,7 +147,7 @@ def held_out(
         for index, case in enumerate(part):
             right += sum(labels[name][index] == value for name, value in case.stated.items())
             stated += len(case.stated)
-    mean = mean_quality(measured)
+    mean = _mean(measured)
     return HeldOut(
         n=n, accuracy=right / stated, distance=kernel_distance(torch.cat(features), world.features_ND),
         out_of_range=float(np.mean(beyond)), sharpness=mean.sharpness, flicker=mean.flicker,
@@ -174,3 +174,10 @@ def _videos(
     )
     videos = np.concatenate([chunk.frames for chunk in chunks], axis=1)
     return list(videos), np.mean([chunk.out_of_range for chunk in chunks], axis=0).tolist()
+
+
+def _mean(rows: list[Quality]) -> Quality:
+    """The mean of several videos' measures."""
+    return Quality(
+        **{field.name: float(np.mean([getattr(row, field.name) for row in rows])) for field in fields(Quality)}
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nasa_video import VideoPipeline
-from nasa_video.evaluation.removal import SpritesJudge
+from nasa_video.evaluation.benchmarks.removal import SpritesJudge
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "research"))
 from measure_live_change import chunks_of, measure
 
 from nasa_video import Nasa, VideoPipeline
-from nasa_video.evaluation.removal import Method, SpritesJudge
+from nasa_video.evaluation.benchmarks.removal import SpritesJudge
+from nasa_video.evaluation.samples import Method
 from nasa_video.models.presets import OnChange
 
 SEEDS = 4

@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from nasa_video import CentredNasa, ClassifierFree, Nasa, VideoPipeline, Vsf
-from nasa_video.evaluation.cases import build_cases
-from nasa_video.evaluation.removal import Method, SpritesJudge, run_cases
+from nasa_video.evaluation.benchmarks.removal import SpritesJudge, run_cases
+from nasa_video.evaluation.benchmarks.removal_cases import build_cases
+from nasa_video.evaluation.samples import Method
 from nasa_video.sprites.world import SHAPES
 
 NUM = 8

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nasa_video.evaluation import vbench
-from nasa_video.evaluation.vbench_setup import Environment, default_venv, python_of
+from nasa_video.evaluation.benchmarks.vbench.environment import Environment, default_venv, python_of
+from nasa_video.evaluation.benchmarks.vbench.scoring import Scoring, score_videos
 from nasa_video.files.atomic import file_sha256
 from nasa_video.files.ffmpeg_sink import FfmpegSink
 from nasa_video.files.source import read_frames
 from nasa_video.jobs.store import GenerationJob, Record, Store
+from nasa_video.video.request import VideoRequest
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,8 +32,8 @@ def _video(path: Path, seed: int, frames: int) -> Record:
     with FfmpegSink(path, FPS, crf=5) as sink:
         sink.write(pictures)
     job = GenerationJob(
-        prompt="a toilet, frozen in time", seed=seed, model="noise", checkpoint="", steps=1, frames=frames, width=64,
-        height=64, version="", tags={"dimensions": ["temporal_flickering"], "auxiliary": {}},
+        request=VideoRequest(prompt="a toilet, frozen in time", seed=seed), checkpoint="",
+        tags={"dimensions": ["temporal_flickering"], "auxiliary": {}},
     )  # fmt: skip
     return Record(job, {}, path, file_sha256(path))
 
@@ -47,8 +48,8 @@ def test_flicker_of_whole_videos_and_of_clips(tmp_path: Path) -> None:
     assert len(environment.prompts()) == 946
     records = [_video(tmp_path / f"{seed}.mp4", seed, frames) for seed, frames in ((0, 12), (1, 40))]
     for mode in ("standard", "long"):
-        scoring = vbench.Scoring(environment, mode, ("temporal_flickering",), "cpu", tmp_path)  # type: ignore[arg-type]
-        scores = vbench.score_videos(records, scoring, Store(tmp_path / mode))
+        scoring = Scoring(environment, mode, ("temporal_flickering",), "cpu", tmp_path)  # type: ignore[arg-type]
+        scores = score_videos(records, scoring, Store(tmp_path / mode))
         assert not scores.failed
         for record in records:
             assert record.output is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nasa_video.errors import InputError
-from nasa_video.evaluation import removal
-from nasa_video.evaluation.cases import CONFLICT, STATED, UNMENTIONED, attributes_of, build_cases
-from nasa_video.evaluation.quality import Quality, quality
-from nasa_video.evaluation.removal import Cell, Method, Verdict, cells, parse_methods, row_of, verdict
-from nasa_video.evaluation.report import markdown, summary
+from nasa_video.errors import InputError, NasaVideoError
+from nasa_video.evaluation import metrics
+from nasa_video.evaluation.benchmarks.removal import verdict
+from nasa_video.evaluation.benchmarks.removal_cases import CONFLICT, STATED, UNMENTIONED, attributes_of, build_cases
+from nasa_video.evaluation.metrics import Quality, quality
+from nasa_video.evaluation.results import Metric
 from nasa_video.evaluation.statistics import wilson
-from nasa_video.guidance.methods import METHODS, CentredNasa, Guidance, Nag, Nasa, Vsf
 from nasa_video.sprites.captions import TERMS
 
-ANY = Quality(100.0, 1.0, 0.0, 50.0, 0.0, 1.0)
+ANY = {"out_of_range": 0.0, **dataclasses.asdict(Quality(100.0, 1.0, 0.0, 50.0, 0.0, 1.0))}
 
 
 def test_wilson_matches_the_published_example() -> None:
@@ -104,76 +104,11 @@ def test_the_two_splits_share_nothing_and_draws_repeat() -> None:
 def test_unsure_is_neither_removed_nor_held() -> None:
     case = build_cases("colour", "conflict", 1, "report")[0]
     good = {**case.stated, "colour": "none"}
-    assert verdict(case, good, 0.0, ANY).removed
-    assert verdict(case, good, 0.0, ANY).held
-    assert not verdict(case, {**good, "colour": "unsure"}, 0.0, ANY).removed
-    assert not verdict(case, {**good, "colour": f"{case.value}+pink"}, 0.0, ANY).removed
-    assert not verdict(case, {**good, "shape": "unsure"}, 0.0, ANY).held
-
-
-def test_a_row_counts_removed_held_and_both() -> None:
-    verdicts = [Verdict(True, True, 0.0, ANY), Verdict(True, False, 0.2, ANY), Verdict(False, True, 0.0, ANY)]
-    row = row_of(Cell(Method("nasa:1", Nasa(1.0)), 4, "colour", "conflict"), verdicts)
-    assert (row["n"], row["removed"], row["held"], row["both"]) == (3, 2 / 3, 2 / 3, 1 / 3)
-    assert row["both_interval"] == wilson(1, 3)
-    assert row["out_of_range"] == pytest.approx(0.2 / 3)
-    assert {"method", "scale", "steps", "attribute", "case"} <= row.keys()
-
-
-def test_a_killed_table_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = list(cells([Method("none", None)], [4], ["conflict"], ["colour", "shape", "size"]))
-    made: list[str] = []
-
-    def run_cases(pipeline: Any, method: Method, steps: int, cases: Any, *rest: Any) -> list[Verdict]:
-        made.append(cases[0].attribute)
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        return [Verdict(True, True, 0.0, ANY)] * len(cases)
-
-    class Model:
-        class preset:
-            name = "m"
-
-        def opening_in(self, first_steps: None) -> Model:
-            return self
-
-    monkeypatch.setattr(removal, "run_cases", run_cases)
-    journal = tmp_path / "journal.jsonl"
-
-    def run(n: int) -> list[dict[str, Any]]:
-        return removal.removal_table(Model(), plan, None, n=n, split="report", frames=9, journal=journal)  # type: ignore[arg-type]
-
-    with pytest.raises(KeyboardInterrupt):
-        run(2)
-    with journal.open("a") as file:
-        file.write('{"key": "none/4/conflict/si')  # what a kill in the middle of a write leaves
-    rows = run(2)
-    assert made == ["shape", "colour", "size", "size"]
-    assert [row["attribute"] for row in rows] == ["shape", "colour", "size"]
-    run(5)
-    assert made[4:] == ["shape", "colour", "size"], "another n is another table"
-
-
-def test_the_report_has_every_cell(tmp_path: Path) -> None:
-    from nasa_video.evaluation.report import plot
-
-    cell = Cell(Method("nasa:1", Nasa(1.0)), 4, "colour", "conflict")
-    rows = [row_of(cell, [Verdict(True, i % 2 == 0, 0.0, ANY) for i in range(8)])]
-    text = markdown(rows)
-    assert "| nasa:1 | 4 | conflict | colour | 8 | 100.0 (67.6 to 100.0) | 50.0 (21.5 to 78.5) |" in text
-    assert summary(rows)[0]["held"] == 0.5
-    plot(rows, tmp_path / "p.png")
-    assert (tmp_path / "p.png").stat().st_size > 5000
-    assert json.loads(json.dumps(rows)) is not None
-
-
-def test_any_number_of_variants_is_drawn(tmp_path: Path) -> None:
-    from nasa_video.evaluation.report import plot
-
-    variants = [Method(f"nag+tau{tau}:3", Nasa(1.0)) for tau in range(30)]
-    verdicts = [Verdict(True, True, 0.0, ANY)]
-    plot([row_of(Cell(one, 4, "colour", "conflict"), verdicts) for one in variants], tmp_path / "p.png")
-    assert (tmp_path / "p.png").stat().st_size > 5000
+    assert verdict(case, good, ANY).removed
+    assert verdict(case, good, ANY).held
+    assert not verdict(case, {**good, "colour": "unsure"}, ANY).removed
+    assert not verdict(case, {**good, "colour": f"{case.value}+pink"}, ANY).removed
+    assert not verdict(case, {**good, "shape": "unsure"}, ANY).held
 
 
 def test_kinds_cover_the_world() -> None:
@@ -181,57 +116,38 @@ def test_kinds_cover_the_world() -> None:
     assert set(CONFLICT) == {"shape", "colour", "background", "motion", "size"}
 
 
-class _Preset:
-    """A model whose centred NASA rises with what prompt and negative share, and has a limit."""
+def test_a_new_measure_is_one_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+    from typer.testing import CliRunner
 
-    def guidance(self, method: str = "nasa", scale: float | None = None) -> Guidance:
-        if method not in METHODS:
-            raise InputError(f"no method {method}")
-        settings: dict[str, float] = {"conflict": 1.0, "limit": 0.4} if method == "nasa-centred" else {}
-        return METHODS[method](**settings | ({} if scale is None else {"scale": scale}))
+    from nasa_video.cli.evaluate import evaluate
 
+    monkeypatch.setattr(metrics, "MEASURES", dict(metrics.MEASURES))
 
-def test_methods_are_read_with_their_switches():
-    text = (
-        "none, nasa:0.8, nasa+nopad:0.1, nasa-centred:0.5, nasa-centred+conflict2.5+nolimit:1, "
-        "nasa-centred+conflict0+nopad+limit0.2:1, nag+nopad+tau1.5+alpha0.5:3, vsf+bias-1.5:2"
-    )
-    methods = parse_methods(text, _Preset())
-    assert [method.guidance for method in methods] == [
-        None,
-        Nasa(0.8),
-        Nasa(0.1, negative_padding=False),
-        CentredNasa(0.5, conflict=1.0, limit=0.4),
-        CentredNasa(1.0, conflict=2.5),
-        CentredNasa(1.0, limit=0.2, negative_padding=False),
-        Nag(3.0, tau=1.5, alpha=0.5, negative_padding=False),
-        Vsf(2.0, bias=-1.5),
-    ]
+    @metrics.register_measure
+    class Red(metrics.Measure):
+        metrics = (Metric(name="red", title="red"),)
 
+        def __call__(self, frames: Any) -> dict[str, float]:
+            return {"red": float(frames[..., 0].mean())}
 
-@pytest.mark.parametrize(
-    "label",
-    [
-        "nasa+conflict2:1",
-        "nasa-centred+conflict:1",
-        "nasa-centred+conflict99999:1",
-        "nasa-centred+limit:1",
-        "nasa-centred+limit99999:1",
-        "nasa+nolimit:1",
-        "nasa+loud",
-        "nasa+tau2:1",
-        "nag+alpha1.5:3",
-        "nag+bias1:3",
-        "nag+name2:3",
-        "vsf+bias--1:1",
-        "cfg+nopad:2",
-        "apg",
-        "nasa:x",
-        "nasa:-1",
-        "none:1",
-        "",
-    ],
-)
-def test_methods_that_there_are_not_are_refused(label):
-    with pytest.raises(InputError):
-        parse_methods(label, _Preset())
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "a.png")
+    said = CliRunner().invoke(evaluate, ["quality", str(tmp_path / "a.png"), "--json"])
+    assert json.loads(said.stdout.splitlines()[-1])["rows"][0]["red"] == 200
+    assert "red" in [metric.name for metric in metrics.measured_metrics()]
+
+    class Again(metrics.Measure):
+        metrics = (Metric(name="luma", title="luma"),)
+
+    with pytest.raises(InputError, match="names of their own"):
+        metrics.register_measure(Again)
+
+    @metrics.register_measure
+    class Broken(Red):
+        metrics = (Metric(name="broken", title="broken"),)
+
+        def __call__(self, frames: Any) -> dict[str, float]:
+            return {"broken": float("nan")}
+
+    with pytest.raises(NasaVideoError, match="Broken gave no number for broken"):
+        metrics.measure(np.zeros((1, 8, 8, 3), np.uint8))

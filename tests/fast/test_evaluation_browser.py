@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from test_evaluation_results import results
 
-from nasa_video.evaluation.page import write_report
+from nasa_video.evaluation.report import write_report
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_report_in_a_browser(page: Any, tmp_path: Path) -> None:
             overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
             assert overflow <= 0, f"wider than the window at {width}"
         papers[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        ink = page.evaluate("getComputedStyle(document.querySelector('svg .title')).fill")
+        ink = page.evaluate("getComputedStyle(document.querySelector('svg text')).fill")
         assert ink != papers[scheme]
     assert papers["light"] != papers["dark"]
     assert not said, "no policy was broken, nothing failed to load"
@@ -59,5 +59,5 @@ def test_the_report_in_a_browser(page: Any, tmp_path: Path) -> None:
     broken = page.evaluate("[...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).length")
     assert broken == 0
     assert page.evaluate("document.images.length") > 10
-    lines = page.evaluate("getComputedStyle(document.querySelector('svg .curve')).stroke")
+    lines = page.evaluate("getComputedStyle(document.querySelector('svg path[style*=--k1]')).stroke")
     assert lines.startswith("rgb("), "plots take their colours from the page"

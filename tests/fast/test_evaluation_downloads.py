@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from nasa_video.errors import InputError
-from nasa_video.evaluation.identity import checkpoint_hash
-from nasa_video.evaluation.picture_scores import HPS_ASSETS
-from nasa_video.evaluation.sampling import image_checkpoint
+from nasa_video.evaluation.assets import checkpoint_hash
+from nasa_video.evaluation.benchmarks.hpsv2 import HPS_ASSETS
+from nasa_video.evaluation.samples import image_checkpoint
 from nasa_video.images.presets import find_image_preset
 from nasa_video.models.presets import find_preset
 

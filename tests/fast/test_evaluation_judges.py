@@ -18,17 +18,22 @@ import torch
 from PIL import Image
 
 from nasa_video.errors import InputError, NasaVideoError
+from nasa_video.evaluation import judges
 from nasa_video.evaluation.judges import (
+    DEFAULT_OPTIONS,
     KEY_VARIABLE,
     Answer,
     ClipJudge,
     CommandJudge,
     HttpJudge,
+    Judge,
+    JudgeOptions,
     Question,
     answer_of,
     clip_texts,
     parse_judge,
     questions_of,
+    register_judge,
     sprites_word,
 )
 
@@ -51,7 +56,7 @@ for line in sys.stdin:
 def command(tmp_path: Path, program: str, **settings: Any) -> CommandJudge:
     path = tmp_path / "judge.py"
     path.write_text(program)
-    return CommandJudge(f"{sys.executable} {path}", **settings)
+    return CommandJudge(f"{sys.executable} {path}", JudgeOptions(**settings))
 
 
 def test_questions_and_what_their_answers_mean() -> None:
@@ -79,18 +84,20 @@ def test_a_command_answers_line_by_line(tmp_path: Path) -> None:
         ("import sys\nfor line in sys.stdin: print('hello', flush=True)", "must answer with one line"),
         ("import sys\nfor line in sys.stdin: print('{\"answers\": []}', flush=True)", "one for each question"),
         ("import sys\nfor line in sys.stdin: pass", "gave no answer within 1 s"),
+        ("import os, time\nos.close(1)\ntime.sleep(60)", "gave no answer within 1 s"),
+        ("import subprocess\nsubprocess.run(['sleep', '60'])", "gave no answer within 1 s"),
     ],
 )
 def test_a_command_that_does_not_answer(tmp_path: Path, program: str, message: str) -> None:
     with pytest.raises(NasaVideoError, match=message):
-        command(tmp_path, program, patience=1)(RED, SAILS)
+        command(tmp_path, program, timeout=1)(RED, SAILS)
 
 
 def test_a_command_that_is_none() -> None:
     with pytest.raises(InputError, match=r"cannot be started"):
-        CommandJudge("/nowhere/judge --fast")
+        CommandJudge("/nowhere/judge --fast", DEFAULT_OPTIONS)
     with pytest.raises(InputError, match="needs a program"):
-        CommandJudge(" ")
+        CommandJudge(" ", DEFAULT_OPTIONS)
 
 
 class Endpoint(HTTPServer):
@@ -149,7 +156,7 @@ def endpoints() -> Iterator[Any]:
 def test_an_endpoint_is_asked_with_pictures(endpoints: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "secret")
     server, url = endpoints(busy=2)
-    judge = HttpJudge(url, "some-vlm", pause=0.01)
+    judge = HttpJudge(f"{url}#some-vlm", DEFAULT_OPTIONS, pause=0.01)
     assert judge(RED, SAILS).shown is True, "the sails are not missing"
     assert judge(BLUE, SAILS) == Answer(False, True, {"answers": ["yes", "yes"]})
     assert server.keys[0] == "Bearer secret"
@@ -170,15 +177,15 @@ def test_an_endpoint_is_asked_with_pictures(endpoints: Any, monkeypatch: pytest.
 def test_an_endpoint_that_refuses(endpoints: Any, settings: dict[str, Any], message: str) -> None:
     server, url = endpoints(**settings)
     with pytest.raises(NasaVideoError, match=message):
-        HttpJudge(url, "m", pause=0.01)(RED, SAILS)
+        HttpJudge(f"{url}#m", DEFAULT_OPTIONS, pause=0.01)(RED, SAILS)
     assert len(server.keys) == (4 if settings["status"] == 500 else 1), "what will not change is not asked again"
 
 
 def test_an_endpoint_that_rambles_or_is_not_there(endpoints: Any) -> None:
     _, url = endpoints(text="It depends on the light.")
-    assert HttpJudge(url, "m")(RED, SAILS).shown is None
+    assert HttpJudge(f"{url}#m", DEFAULT_OPTIONS)(RED, SAILS).shown is None
     with pytest.raises(NasaVideoError, match="cannot be reached"):
-        HttpJudge("http://127.0.0.1:1/v1", "m", pause=0.01)(RED, SAILS)
+        HttpJudge("http://127.0.0.1:1/v1#m", DEFAULT_OPTIONS, pause=0.01)(RED, SAILS)
     with pytest.raises(InputError, match="#MODEL"):
         parse_judge("http://127.0.0.1:1/v1")
     with pytest.raises(InputError, match="the judge must be sprites, clip"):
@@ -198,8 +205,10 @@ class FakeClip:
         return torch.tensor([[1.0, 0.0] if text.endswith("red") else [0.0, 1.0] for text in texts])
 
 
-def test_clip_chooses_between_the_feature_and_what_else_it_could_be() -> None:
-    judge = ClipJudge(FakeClip())  # type: ignore[arg-type]
+def test_clip_chooses_between_the_feature_and_what_else_it_could_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judges, "Clip", lambda backbone, device: FakeClip())
+    judge = parse_judge("clip")
+    assert isinstance(judge, ClipJudge)
     question = Question("a ball", "red")
     assert clip_texts(question) == ["a ball, red", "a ball"]
     assert clip_texts(Question("a ball", "red", alternatives=("blue",))) == ["a photo of red", "a photo of blue"]
@@ -229,3 +238,29 @@ def test_the_sprites_detectors_judge_a_rendered_scene() -> None:
     true = COLOURS[int(scenes.colour)]
     assert shown[true] is True
     assert sum(value is True for value in shown.values()) == 1
+
+
+def test_a_new_judge_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judges, "JUDGES", dict(judges.JUDGES))
+
+    @register_judge
+    class Bright(Judge):
+        name, spelling = "bright", "bright:LUMA"
+
+        def __init__(self, text: str, options: JudgeOptions) -> None:
+            self.above = float(text)
+            self.identity = {"judge": "bright", "above": self.above}
+
+        def __call__(self, frames: Any, question: Question) -> Answer:
+            return Answer(bool(frames.mean() > self.above), None, {})
+
+    assert parse_judge("bright:80")(RED, SAILS).shown is True
+    assert parse_judge("bright:90")(RED, SAILS).shown is False
+    with pytest.raises(InputError, match="bright:LUMA"):
+        parse_judge("oracle")
+
+    class Clip(Bright):
+        name = "clip"
+
+    with pytest.raises(InputError, match="a name of its own"):
+        register_judge(Clip)

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from nasa_video.cli import eval_quality
+from nasa_video.cli import eval_report
 from nasa_video.cli.evaluate import evaluate
 from nasa_video.errors import InputError
-from nasa_video.evaluation import reference
-from nasa_video.evaluation.reference import PSNR_OF_EQUALS, has_vmaf, likeness
+from nasa_video.evaluation import metrics
+from nasa_video.evaluation.metrics import PSNR_OF_EQUALS, has_vmaf, likeness
 from nasa_video.files.ffmpeg_sink import FfmpegSink
 
 
@@ -79,16 +79,16 @@ def test_the_command_prints_every_measure(clips: dict[str, Path], tmp_path: Path
     assert set(picture) == {"file", "luma", "sharpness", "noise", "colourfulness", "flicker", "motion"}
     assert picture["luma"] == pytest.approx(0.299 * 200, abs=0.1)
     (tmp_path / "b.png").write_bytes(b"none")
-    with pytest.raises(InputError, match="is no picture"):
+    with pytest.raises(InputError, match="is no readable image"):
         run(str(tmp_path / "b.png"))
 
 
 def test_without_libvmaf_it_says_so_and_gives_the_rest(
     clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(reference, "has_vmaf", lambda: False)
+    monkeypatch.setattr(metrics, "has_vmaf", lambda: False)
     told: list[str] = []
-    monkeypatch.setattr(eval_quality, "say", told.append)
+    monkeypatch.setattr(eval_report, "say", told.append)
     row = run(str(clips["noisy"]), "--reference", str(clips["clean"]))["rows"][0]
     assert row["vmaf"] is None
     assert 0 < row["ssim"] < 0.8

@@ -25,18 +25,12 @@ if importlib.util.find_spec("open_clip") is None:  # not imported here: that may
 
 from nasa_video.cli.evaluate import evaluate
 from nasa_video.errors import InputError
+from nasa_video.evaluation.benchmarks.hpsv2 import STYLES, shortened, style_prompts
+from nasa_video.evaluation.benchmarks.negopt import Pair, negopt_pairs, sample_pairs
+from nasa_video.evaluation.benchmarks.removal import removal_prompts
 from nasa_video.evaluation.clip import Backbone, Clip, Fit, import_open_clip
-from nasa_video.evaluation.picture_scores import _hps_shortened
-from nasa_video.evaluation.prompt_files import (
-    STYLES,
-    Pair,
-    negopt_pairs,
-    removal_prompts,
-    sample_pairs,
-    style_prompts,
-)
 from nasa_video.evaluation.results import Results
-from nasa_video.evaluation.sampling import ImageModel, Sample, model_of
+from nasa_video.evaluation.samples import ImageModel, Sample, methods_of, model_of
 
 CONFIG = {
     "embed_dim": 16,
@@ -181,9 +175,9 @@ def test_hpsv2_end_to_end(scorer: tuple[Path, Path], image_model: Path, tmp_path
 
 def test_only_all_of_hpsv2s_prompts_are_called_comparable() -> None:
     whole = [Sample(f"{style}/{i}", "a fox", "", i, style) for style in STYLES for i in range(800)]
-    assert not _hps_shortened(whole)
-    assert "photo over 799" in _hps_shortened(whole[:-1])[0], "a file that holds fewer, without --limit"
-    assert "anime over 800" in _hps_shortened(whole[:800])[0], "a style alone"
+    assert not shortened(whole)
+    assert "photo over 799" in shortened(whole[:-1])[0], "a file that holds fewer, without --limit"
+    assert "anime over 800" in shortened(whole[:800])[0], "a style alone"
 
 
 def test_negopt_end_to_end(scorer: tuple[Path, Path], image_model: Path, tmp_path: Path) -> None:
@@ -322,13 +316,14 @@ def test_an_image_plan_depends_on_what_the_model_is_made_of(image_model: Path, t
     model = model_of(str(image_model / "preset.yaml"), "cpu", base=image_model / "base")
     assert isinstance(model, ImageModel)
     samples = [Sample("0", "a fox", "bad", 3)]
-    none, nasa = model.plan(samples, model.methods("none,nasa"), [None])
-    assert none.job.negatives == ()
-    assert [n.text for n in nasa.job.negatives] == ["bad"]
-    assert (nasa.arm.label, nasa.arm.scale, nasa.job.steps) == ("nasa", 0.5, 2)
+    none, nasa = model.plan(samples, methods_of("none,nasa", model.preset), [None])
+    assert none.job.request.negatives == ()
+    assert [n.text for n in nasa.job.request.negatives or ()] == ["bad"]
+    assert (nasa.arm.label, nasa.arm.scale, nasa.job.request.steps) == ("nasa", 0.5, 2)
     other = tmp_path / "base"
     tiny.sd_pipe(1).save_pretrained(other)
-    changed = model_of(str(image_model / "preset.yaml"), "cpu", base=other).plan(samples, model.methods("none"), [None])
+    unguided = methods_of("none", model.preset)
+    changed = model_of(str(image_model / "preset.yaml"), "cpu", base=other).plan(samples, unguided, [None])
     assert changed[0].job.id != none.job.id
-    with pytest.raises(InputError, match="draws pictures; leave out --frames"):
+    with pytest.raises(InputError, match="makes stills; leave out --frames"):
         model_of(str(image_model / "preset.yaml"), frames=9)

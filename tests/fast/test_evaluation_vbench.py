@@ -14,13 +14,24 @@ from typing import Any
 import pytest
 
 from nasa_video.errors import InputError, NasaVideoError
-from nasa_video.evaluation import vbench, vbench_runner, vbench_setup, vbench_weights
-from nasa_video.evaluation.vbench_prompts import read_extended, select_prompts
-from nasa_video.evaluation.vbench_run import VBenchOptions, VBenchOutcome, VBenchRun
+from nasa_video.evaluation.benchmarks.base import Run
+from nasa_video.evaluation.benchmarks.vbench import environment, runner, scoring, weights
+from nasa_video.evaluation.benchmarks.vbench.run import (
+    PromptChoice,
+    VBenchOutcome,
+    VBenchRun,
+    read_extended,
+    results_of,
+    select_prompts,
+)
+from nasa_video.evaluation.benchmarks.vbench.scoring import score_videos
+from nasa_video.evaluation.results import Arm
+from nasa_video.evaluation.samples import Planned, Sample, VideoModel, methods_of
 from nasa_video.files.atomic import file_sha256
 from nasa_video.guidance.terms import Negative
 from nasa_video.jobs.processes import Shard
 from nasa_video.jobs.store import GenerationJob, Record, Store
+from nasa_video.video.request import VideoRequest
 
 ENTRIES: list[dict[str, Any]] = [
     {"prompt_en": "a star", "dimension": ["temporal_flickering"]},
@@ -125,8 +136,8 @@ def new_records(tmp_path: Path) -> Callable[..., list[Record]]:
             path = tmp_path / f"v{number}.mp4"
             path.write_bytes(bytes([number]) * 10 * (number + 1))
             job = GenerationJob(
-                prompt="a_ring/or so", seed=number, model="m", checkpoint="c", steps=1, frames=1, width=8, height=8,
-                version="1", tags={"dimensions": list(dimensions), "auxiliary": {"color": {"color": "red"}}},
+                request=VideoRequest(prompt="a_ring/or so", seed=number), checkpoint="c",
+                tags={"dimensions": list(dimensions), "auxiliary": {"color": {"color": "red"}}},
             )  # fmt: skip
             quality = {"luma": 100.0, "sharpness": 1.0, "flicker": 0.0}
             records.append(Record(job, {"quality": quality, "out_of_range": 0.0}, path, file_sha256(path)))
@@ -136,17 +147,17 @@ def new_records(tmp_path: Path) -> Callable[..., list[Record]]:
 
 
 @pytest.fixture
-def new_scoring(venv: Path, tmp_path: Path) -> Callable[..., vbench.Scoring]:
+def new_scoring(venv: Path, tmp_path: Path) -> Callable[..., scoring.Scoring]:
     """Makes a scoring by the stand-in; weights are there for all but those named."""
 
-    def new(*dimensions: str, mode: vbench.Mode = "standard", without: str = "", batch: int = 32) -> vbench.Scoring:
+    def new(*dimensions: str, mode: scoring.Mode = "standard", without: str = "", batch: int = 32) -> scoring.Scoring:
         cache = tmp_path / "cache"
         for name in dimensions:
-            for one in vbench_weights.DIMENSIONS[name]:
+            for one in weights.dimensions()[name]:
                 for place in one.places if name != without else ():
                     (cache / place).parent.mkdir(parents=True, exist_ok=True)
                     (cache / place).write_text("weights")
-        return vbench.Scoring(vbench_setup.Environment(venv), mode, dimensions, "cpu", cache, batch)
+        return scoring.Scoring(environment.Environment(venv), mode, dimensions, "cpu", cache, batch)
 
     return new
 
@@ -156,29 +167,29 @@ def test_scores_are_regrouped_by_video_and_kept(
     mode: Any, tmp_path: Path, venv: Path, new_records: Any, new_scoring: Any
 ) -> None:
     records = new_records("temporal_flickering", "imaging_quality")
-    scoring = new_scoring("temporal_flickering", "imaging_quality", mode=mode)
+    judges = new_scoring("temporal_flickering", "imaging_quality", mode=mode)
     store = Store(tmp_path / "scores")
     told: list[float | None] = []
-    scores = vbench.score_videos(records, scoring, store, tell=lambda job, score: told.append(score))
+    scores = score_videos(records, judges, store, tell=lambda record, made: told.append(record.measured["score"]))
     for number, record in enumerate(records):
         expected = pytest.approx(1 / (10 * (number + 1)))
         found = scores.values[str(record.sha256), "a_ring/or so"]
         assert found == {"temporal_flickering": expected, "imaging_quality": expected}
     assert len(told) == 4
     assert scores.versions["numpy"]
-    again = vbench.score_videos(records, scoring, store)
+    again = score_videos(records, judges, store)
     assert again.values == scores.values
     assert again.versions == scores.versions
     assert scored_dimensions(venv) == ["temporal_flickering", "imaging_quality"], "scored twice"
 
 
 def test_a_video_that_changed_is_scored_again(tmp_path: Path, venv: Path, new_records: Any, new_scoring: Any) -> None:
-    scoring, store = new_scoring("temporal_flickering", mode="long"), Store(tmp_path / "scores")
+    judges, store = new_scoring("temporal_flickering", mode="long"), Store(tmp_path / "scores")
     old = new_records("temporal_flickering", count=1)
-    vbench.score_videos(old, scoring, store)
+    score_videos(old, judges, store)
     old[0].output.write_bytes(bytes(50))
     new = [Record(old[0].job, old[0].measured, old[0].output, file_sha256(old[0].output))]
-    scores = vbench.score_videos(new, scoring, store)
+    scores = score_videos(new, judges, store)
     assert scores.values[str(new[0].sha256), "a_ring/or so"] == {"temporal_flickering": pytest.approx(1 / 50)}
     assert not list((tmp_path / "scores").rglob("*.mp4")), "no clip outlives its scoring"
 
@@ -187,15 +198,13 @@ def test_missing_weights_skip_their_dimension_and_nothing_else(
     tmp_path: Path, venv: Path, new_records: Any, new_scoring: Any
 ) -> None:
     records = new_records("temporal_flickering", "imaging_quality")
-    scoring = new_scoring("temporal_flickering", "imaging_quality", without="imaging_quality")
-    scores = vbench.score_videos(records, scoring, Store(tmp_path / "scores"))
-    assert "musiq_spaq_ckpt" in scores.skipped["imaging_quality"]
-    assert "PolyForm-Noncommercial" in scores.skipped["imaging_quality"]
+    judges = new_scoring("temporal_flickering", "imaging_quality", without="imaging_quality")
+    scores = score_videos(records, judges, Store(tmp_path / "scores"))
+    assert "musiq_spaq_ckpt" in judges.skipped["imaging_quality"]
+    assert "PolyForm-Noncommercial" in judges.skipped["imaging_quality"]
     assert scored_dimensions(venv) == ["temporal_flickering"]
-    results = vbench.results_of(records, scores, scoring, [_none()], {}, tmp_path)
-    assert [metric.name for metric in results.metrics if metric.name in vbench_weights.DIMENSIONS] == [
-        "temporal_flickering"
-    ]
+    results = results_of(planned(records), scores, judges, tmp_path, {})
+    assert [metric.name for metric in results.metrics if metric.name in weights.dimensions()] == ["temporal_flickering"]
     assert all("imaging_quality" not in item.values for item in results.items)
     assert any("imaging_quality was skipped" in note for note in results.notes)
 
@@ -203,27 +212,27 @@ def test_missing_weights_skip_their_dimension_and_nothing_else(
 def test_a_broken_judge_is_told_and_others_go_on(
     tmp_path: Path, venv: Path, new_records: Any, new_scoring: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(vbench_weights.DIMENSIONS, "scene", ())
-    scoring = new_scoring("scene", "temporal_flickering", batch=1)
+    monkeypatch.setitem(weights.dimensions(), "scene", ())
+    judges = new_scoring("scene", "temporal_flickering", batch=1)
     records = new_records("scene", "temporal_flickering", count=3)
-    scores = vbench.score_videos(records, scoring, Store(tmp_path / "scores"))
+    scores = score_videos(records, judges, Store(tmp_path / "scores"))
     assert scores.failed == {"scene": "RuntimeError: the judge is broken"}
     assert all(set(values) == {"temporal_flickering"} for values in scores.values.values())
     assert len(scores.values) == 3
     assert scores.missing == 0
     assert scored_dimensions(venv).count("scene") == 1, "a broken judge is not asked for every batch"
-    results = vbench.results_of(records, scores, scoring, [_none()], {}, tmp_path)
+    results = results_of(planned(records), scores, judges, tmp_path, {})
     assert any("the judge is broken" in note for note in results.notes)
 
 
 def test_a_video_without_a_score_is_no_zero(
     tmp_path: Path, new_records: Any, new_scoring: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(vbench_weights.DIMENSIONS, "color", ())
-    scoring, records = new_scoring("color"), new_records("color")
-    scores = vbench.score_videos(records, scoring, Store(tmp_path / "scores"))
+    monkeypatch.setitem(weights.dimensions(), "color", ())
+    judges, records = new_scoring("color"), new_records("color")
+    scores = score_videos(records, judges, Store(tmp_path / "scores"))
     assert sorted(map(str, (values["color"] for values in scores.values.values()))) == ["0.05", "None"]
-    results = vbench.results_of(records, scores, scoring, [_none()], {}, tmp_path)
+    results = results_of(planned(records), scores, judges, tmp_path, {})
     (score,) = [score for score in results.scores() if score.metric == "color"]
     assert (score.n, score.value) == (1, 0.05)
     assert "VBench gave no color for 1 videos" in results.notes
@@ -232,11 +241,11 @@ def test_a_video_without_a_score_is_no_zero(
 def test_a_process_that_dies_leaves_its_scores_and_its_last_words(
     tmp_path: Path, venv: Path, new_records: Any, new_scoring: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(vbench_weights.DIMENSIONS, "human_action", ())
+    monkeypatch.setitem(weights.dimensions(), "human_action", ())
     records, store = new_records("temporal_flickering", "human_action"), Store(tmp_path / "scores")
     with pytest.raises(NasaVideoError, match=r"status 9 .*out of memory"):
-        vbench.score_videos(records, new_scoring("temporal_flickering", "human_action"), store)
-    scores = vbench.score_videos(records, new_scoring("temporal_flickering"), store)
+        score_videos(records, new_scoring("temporal_flickering", "human_action"), store)
+    scores = score_videos(records, new_scoring("temporal_flickering"), store)
     assert len(scores.values) == 2
     assert scored_dimensions(venv).count("temporal_flickering") == 1
 
@@ -245,19 +254,19 @@ def test_names_that_vbench_can_read(tmp_path: Path) -> None:
     source = tmp_path / "x.mp4"
     source.write_text("x")
     videos = [{"path": str(source), "prompt": "a_b/c, 2-3", "key": str(i)} for i in range(2)]
-    names = vbench_runner._lay_out(videos, tmp_path / "videos")
+    names = runner._lay_out(videos, tmp_path / "videos")
     assert list(names) == ["a b c, 2-3-0", "a b c, 2-3-1"]
-    assert {vbench_runner.video_of(f"{name}{end}.mp4") for name in names for end in ("", "_003", "_full")} == set(names)
+    assert {runner.video_of(f"{name}{end}.mp4") for name in names for end in ("", "_003", "_full")} == set(names)
 
 
 def test_prompts_are_selected_merged_and_extended(tmp_path: Path) -> None:
     chosen = select_prompts(ENTRIES, ["temporal_flickering"])
-    assert [prompt.text for prompt in chosen] == ["a star", "a ring"]
-    assert chosen[0].tags["dimensions"] == ["human_action", "temporal_flickering"], "listed twice, one prompt"
-    assert chosen[1].tags["auxiliary"] == {"color": {"color": "red"}}
+    assert list(chosen) == ["a star", "a ring"]
+    assert chosen["a star"]["dimensions"] == ["human_action", "temporal_flickering"], "listed twice, one prompt"
+    assert chosen["a ring"]["auxiliary"] == {"color": {"color": "red"}}
     many = [{"prompt_en": str(i), "dimension": ["scene"]} for i in range(10)]
-    assert [p.text for p in select_prompts(many, ["scene"], limit=3)] == ["0", "3", "6"]
-    assert [p.text for p in select_prompts(many, ["scene"], limit=99)] == [str(i) for i in range(10)]
+    assert list(select_prompts(many, ["scene"], limit=3)) == ["0", "3", "6"]
+    assert list(select_prompts(many, ["scene"], limit=99)) == [str(i) for i in range(10)]
     with pytest.raises(InputError, match="no prompt for color"):
         select_prompts(many, ["color"])
     with pytest.raises(InputError, match="1 prompts have no extended one, such as 'a ring'"):
@@ -280,17 +289,17 @@ def test_prompts_are_selected_merged_and_extended(tmp_path: Path) -> None:
 
 
 def test_every_dimension_says_what_it_needs() -> None:
-    assert set(vbench_weights.DIMENSIONS) == set(vbench_runner.DIMENSIONS)
-    assert len(vbench_weights.DIMENSIONS) == 16
-    assert vbench_weights.DIMENSIONS["temporal_flickering"] == ()
-    for needed in vbench_weights.DIMENSIONS.values():
+    assert set(weights.dimensions()) == set(runner.DIMENSIONS)
+    assert len(weights.dimensions()) == 16
+    assert weights.dimensions()["temporal_flickering"] == ()
+    for needed in weights.dimensions().values():
         for one in needed:
             assert one.bytes > 0
             assert one.licence
             assert one.url.startswith("https://")
     with pytest.raises(InputError, match="no VBench dimension sharpness; choose among subject_consistency"):
-        vbench_weights.check_dimensions(["sharpness"])
-    assert len(vbench_weights.check_dimensions(["all"])) == 16
+        weights.check_dimensions(["sharpness"])
+    assert len(weights.check_dimensions(["all"])) == 16
 
 
 def test_downloads_are_checked_and_whole(tmp_path: Path) -> None:
@@ -302,61 +311,63 @@ def test_downloads_are_checked_and_whole(tmp_path: Path) -> None:
     good = hashlib.sha256(content).hexdigest()
     url = (tmp_path / "w.pth").as_uri()
     cache, said = tmp_path / "cache", list[str]()
-    file = vbench_weights.Weights("d/w.pth", 1, url, "MIT", good[:8], also=("torch/w.pth",))
-    vbench_weights.download([file, file], cache, said.append)
+    file = weights.Weights("d/w.pth", 1, url, "MIT", good[:8], also=("torch/w.pth",))
+    weights.download([file, file], cache, said.append)
     assert (cache / "d/w.pth").read_bytes() == (cache / "torch/w.pth").read_bytes() == content
-    assert said == [f"downloading d/w.pth (0 kB, MIT) from {url}"]
-    wrong = vbench_weights.Weights("d/x.pth", 1, url, "MIT", "0" * 64)
+    assert said == [f"downloading d/w.pth (0.0 MB, MIT) from {url}"]
+    wrong = weights.Weights("d/x.pth", 1, url, "MIT", "0" * 64)
     with pytest.raises(InputError, match="another file"):
-        vbench_weights.download([wrong], cache, said.append)
-    absent = vbench_weights.Weights("d/y.pth", 1, (tmp_path / "none").as_uri(), "MIT")
+        weights.download([wrong], cache, said.append)
+    absent = weights.Weights("d/y.pth", 1, (tmp_path / "none").as_uri(), "MIT")
     with pytest.raises(InputError, match="put it at"):
-        vbench_weights.download([absent], cache, said.append)
+        weights.download([absent], cache, said.append)
     assert sorted(path.name for path in (cache / "d").iterdir()) == ["w.pth"]
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("models/raft.pth", "r")
         archive.writestr("__MACOSX/junk", "")
-    zipped = vbench_weights.Weights(
-        "raft/models", 1, (tmp_path / "a.zip").as_uri(), "BSD", kind="zip", member="raft.pth"
-    )
+    zipped = weights.Weights("raft/models", 1, (tmp_path / "a.zip").as_uri(), "BSD", kind="zip", member="raft.pth")
     assert not zipped.present(cache)
-    vbench_weights.download([zipped], cache, said.append)
+    weights.download([zipped], cache, said.append)
     assert zipped.present(cache)
 
 
 def test_the_environment_is_asked_for_with_the_way_out(tmp_path: Path, venv: Path) -> None:
     with pytest.raises(InputError, match="nasa-video eval setup vbench"):
-        vbench_setup.Environment(tmp_path / "none")
-    assert [entry["prompt_en"] for entry in vbench_setup.Environment(venv).prompts()][:2] == ["a star", "a ring"]
+        environment.Environment(tmp_path / "none")
+    assert [entry["prompt_en"] for entry in environment.Environment(venv).prompts()][:2] == ["a star", "a ring"]
     (venv.parent / "modules" / "vbench" / "__init__.py").unlink()
     (venv.parent / "modules" / "vbench" / "VBench_full_info.json").unlink()
     (venv.parent / "modules" / "vbench").rename(venv.parent / "gone")
     with pytest.raises(InputError, match="has no vbench"):
-        vbench_setup.Environment(venv)
+        environment.Environment(venv)
     with pytest.raises(NasaVideoError, match="exit status 3"):
-        vbench_setup.install([[sys.executable, "-c", "raise SystemExit(3)"]], lambda line: None)
-    steps = vbench_setup.install_steps(tmp_path, torch=("torch==2.13.0",), constraint=Path("c.txt"))
+        environment.install([[sys.executable, "-c", "raise SystemExit(3)"]], lambda line: None)
+    steps = environment.install_steps(tmp_path, torch=("torch==2.13.0",), constraint=Path("c.txt"))
     assert all("--constraint" in step for step in steps[1:])
     assert {"vbench==0.1.5", "setuptools<81", "torch==2.13.0"} <= set(steps[-1])
 
 
-def _none() -> Any:
-    from nasa_video.evaluation.removal import Method
-
-    return Method("none", None)
+def planned(records: list[Record]) -> list[tuple[Planned, Record]]:
+    """Records with the samples that they are of, in one arm."""
+    return [
+        (Planned(Sample(f"#{number}", "a_ring/or so", (), number), Arm(label="none"), record.job), record)  # type: ignore[arg-type]
+        for number, record in enumerate(records)
+    ]
 
 
 @pytest.fixture
 def new_run(venv: Path, model_folder: Path, tmp_path: Path) -> Callable[..., VBenchRun]:
     """Plans runs of the tiny model, scored by the stand-in."""
 
-    def new(output: str, **changes: Any) -> VBenchRun:
-        settings: dict[str, Any] = {
-            "model": str(model_folder), "methods": "none,nasa:0.5", "negatives": (Negative("red"),),
-            "dimensions": ("temporal_flickering",), "output": tmp_path / output, "venv": venv,
-            "cache": tmp_path / "cache", "samples": 1, "frames": 9, "steps": 1, "device": "cpu", "judge_device": "cpu",
-        }  # fmt: skip
-        return VBenchRun(VBenchOptions(**settings | changes))
+    def new(output: str, shard: Shard = Shard()) -> VBenchRun:  # noqa: B008
+        model = VideoModel(str(model_folder), "cpu", frames=9)
+        judges = scoring.Scoring(
+            environment.Environment(venv), "standard", ("temporal_flickering",), "cpu", tmp_path / "cache"
+        )
+        return VBenchRun(
+            model, methods_of("none,nasa:0.5", model.preset), (Negative("red"),), judges, PromptChoice(), [0], [1],
+            Run(tmp_path / output, shard),
+        )  # fmt: skip
 
     return new
 
@@ -376,11 +387,9 @@ def test_shards_kills_and_damage_give_the_table_of_the_single_run(
     ]
     assert all({"temporal_flickering", "luma"} <= row[2].keys() for row in table)
     assert table[0][2] != table[1][2], "the methods make different videos"
-    assert (tmp_path / "one" / "results.json").exists()
 
     first = new_run("two", shard=Shard(0, 2)).run()
-    assert (first.results, first.made, first.missing_videos) == (None, 2, 2)
-    assert not (tmp_path / "two" / "results.json").exists()
+    assert (first.results, first.videos.made, len(first.videos.missing)) == (None, 2, 2)
     second = new_run("two", shard=Shard(1, 2)).run()
     assert _table(second) == table
 
@@ -388,11 +397,11 @@ def test_shards_kills_and_damage_give_the_table_of_the_single_run(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        new_run("three").run(tell_video=stop)
+        new_run("three").run(lambda name: stop)
     run = new_run("three")
     run.videos.output(run.jobs[0]).write_bytes(b"cut")  # type: ignore[union-attr]
     third = run.run()
-    assert (third.found, third.made, third.remade) == (0, 4, 1)
+    assert (third.videos.found, third.videos.made, third.videos.remade) == (0, 4, 1)
     assert _table(third) == table
     assert single.results is not None
     settings = single.results.settings

@@ -8,7 +8,7 @@ from PIL import Image
 from test_video_frames import make_clip
 
 from nasa_video.errors import InputError, OutputError
-from nasa_video.evaluation.sampling import pictures_of
+from nasa_video.evaluation.metrics import read_stills
 from nasa_video.files.images import read_image, save_image
 from nasa_video.files.sheets import label_grid
 
@@ -33,7 +33,7 @@ def test_a_photograph_is_read_upright_by_every_door(tmp_path: Path) -> None:
     exif[0x0112] = 6  # stored lying on its side, to be turned by 90 degrees
     Image.fromarray(np.rot90(upright)).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "a.png"), upright)
-    assert np.array_equal(pictures_of(tmp_path / "a.png", None), upright[None])
+    assert np.array_equal(read_stills(tmp_path / "a.png", None), upright[None])
 
 
 def test_a_size_is_covered_and_cut_at_the_centre(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nasa_video.evaluation.removal import Method
+from nasa_video.evaluation.samples import Method
 from nasa_video.files.frames import frames_from_tensor
 from nasa_video.guidance.methods import Nasa
 from nasa_video.sprites.world import sample_scenes

@@ -1,0 +1,1 @@
+"""Published benchmarks, each from its prompts to its results."""
