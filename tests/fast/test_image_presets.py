@@ -401,7 +401,7 @@ def test_command_writes_a_picture_that_says_how(bases: dict[str, Path], tmp_path
         assert picture.size == (16, 16)
         made = json.loads(picture.text["comment"])["nasa_video_image"]
     assert made["negatives"] == [{"text": "blurry", "weight": 0.5}]
-    assert made["guidance"]["settings"]["scale"] == 0.5
+    assert made["guidance"] == "nasa:0.5"
     assert made["seed"] == 3
     result = run(*common, "-o", str(tmp_path / "two.png"), "--count", "2", "--guidance", "none")
     assert result.exit_code == 0, result.output
@@ -425,6 +425,11 @@ def test_command_writes_a_sweep(bases: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_command_refuses_before_loading(tmp_path: Path) -> None:
-    for args in (["  "], ["a fox", "--model", "nothing"], ["a fox", "--guidance", "magic"], ["a fox", "--scale", "-1"]):
+    for args in (
+        ["  "],
+        ["a fox", "--model", "nothing"],
+        ["a fox", "--guidance", "magic"],
+        ["a fox", "--guidance", "nasa:-1"],
+    ):
         result = run(*args)
         assert isinstance(result.exception, InputError), args
