@@ -63,14 +63,13 @@ def load_generator(
     else:
         state = to_diffusers(unwrap(read_state_dict(path)), source=str(path_or_id))
         transformer = build_transformer(state, _read_config(config), source=str(path_or_id))
-        _cast(transformer, dtype)
+        if dtype is not None:
+            cast_like_diffusers(transformer, dtype)
     return CausalWan(transformer.to(device).requires_grad_(False)).eval()
 
 
-def _cast(transformer: WanTransformer3DModel, dtype: torch.dtype | None) -> None:
+def cast_like_diffusers(transformer: WanTransformer3DModel, dtype: torch.dtype) -> None:
     """Cast as diffusers' ``from_pretrained`` does: what Wan computes in float32 stays in float32."""
-    if dtype is None:
-        return
     for name, parameter in transformer.named_parameters():
         keep = any(part in name.split(".") for part in WanTransformer3DModel._keep_in_fp32_modules)
         parameter.data = parameter.data.to(torch.float32 if keep else dtype)

@@ -11,3 +11,11 @@ class InputError(NasaVideoError, ValueError):
 
 class OutputError(NasaVideoError):
     """The result could not be written; the message says what was kept and where."""
+
+
+def format_bytes(size: float) -> str:
+    """A size as messages and tables say it, in powers of ten."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(size) >= factor / 10:
+            return f"{size / factor:.1f} {unit}" if abs(size) >= 10 * factor else f"{size / factor:.2f} {unit}"
+    return f"{size:.0f} B"

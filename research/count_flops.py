@@ -19,8 +19,9 @@ from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 from true_sizes import SUBJECTS, Subject, randn
 
+from causvid_adapter.sizes import WanSizes
 from nasa_video.backbones.joint import JointFormula, NegativeMass, PositiveMass, WholeOutput
-from nasa_video.bench.flops import ChunkLoop, WanSizes, mean_chunk_flops, pass_flops, prompt_flops, text_flops
+from nasa_video.bench.flops import ChunkLoop, mean_chunk_flops, pass_flops, prompt_flops, text_flops
 from nasa_video.guidance.attention import SdpaAttend, folded_tokens
 from nasa_video.guidance.methods import Guidance, Nag, Nasa, Vsf
 from nasa_video.guidance.state import EffectMeter

@@ -35,10 +35,10 @@ from typing import Any
 
 import httpx
 import psutil
+from tiny_model import write_tiny_model
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from nasa_video.bench.random_model import write_tiny_model
 from nasa_video.models.presets import find_preset
 from nasa_video.serve.server import Server
 from nasa_video.serve.settings import ServeSettings

@@ -24,8 +24,8 @@ from typing import Any
 
 import psutil
 from load_test import open_socket, settle
+from tiny_model import write_tiny_model
 
-from nasa_video.bench.random_model import write_tiny_model
 from nasa_video.serve.delivery import Picture
 from nasa_video.serve.hub import Hub
 from nasa_video.serve.outgoing import Outgoing

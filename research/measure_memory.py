@@ -74,14 +74,15 @@ def child(wanted: Wanted) -> dict[str, Any]:
 
     from nasa_video.bench.random_model import RandomText, random_generator, random_vae
     from nasa_video.models.loading import FullDecoder
-    from nasa_video.models.memory_plan import transformer_config, vae_config
+    from nasa_video.models.part_sizes import transformer_config, vae_config
     from nasa_video.models.placement import Placement, place, quantise
     from nasa_video.video.pipeline import VideoPipeline
 
     dtype = getattr(torch, wanted.dtype)
     preset = wanted.preset()
-    config, vae = transformer_config(preset), vae_config(preset)
+    config = transformer_config(preset)
     assert config is not None
+    vae = vae_config(preset, int(config["in_channels"]))
     # Whatever the libraries load at their first use is not of the run.
     small = {"num_attention_heads": 1, "attention_head_dim": 24, "text_dim": 8, "freq_dim": 8, "ffn_dim": 8}
     small["num_layers"] = 1

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from tiny_model import write_tiny_model
 from torch import Tensor, nn
 
-from nasa_video.bench.random_model import write_tiny_model
 from nasa_video.text import TextContext
 
 LATENT = (4, 4, 6)

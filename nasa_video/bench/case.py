@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKLWan
 
-from causvid_adapter import load_generator
-from nasa_video.bench.flops import ChunkLoop, WanSizes, mean_chunk_flops
+from causvid_adapter import compile_generator, load_generator
+from causvid_adapter.errors import CausvidAdapterError
+from causvid_adapter.sizes import WanSizes
+from nasa_video.bench.flops import ChunkLoop, mean_chunk_flops
 from nasa_video.bench.random_model import RandomText, random_generator
 from nasa_video.bench.subject import Method, Subject, find_methods
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import AttentionError, Backend, SdpaAttend, make_attend
-from nasa_video.models.loading import choose_device
+from nasa_video.models.loading import choose_device, default_dtype
 from nasa_video.models.memory_estimate import Run
-from nasa_video.models.presets import Source, VideoPreset, find_preset
+from nasa_video.models.part_sizes import check_size, transformer_config, vae_config
+from nasa_video.models.presets import VideoPreset, find_preset
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,7 +42,7 @@ class BenchSettings:
         layers: run that many of the model's layers only.
         chunks: of each video; figures are means over them.
         decode: time the VAE as well.
-        methods: names of METHODS; empty measures all.
+        methods: names as :func:`find_methods` reads them; empty measures all.
     """
 
     model: str = "causvid"
@@ -89,8 +88,8 @@ class Case:
 
     @classmethod
     def of(cls, settings: BenchSettings) -> Case:
-        methods = find_methods(settings.methods)
         preset = find_preset(settings.model)
+        methods = find_methods(settings.methods, preset.guidance)
         device = choose_device(settings.device)
         if settings.attention == "xformers" and device.type != "cuda":
             raise InputError(
@@ -101,7 +100,13 @@ class Case:
                 f"the weights of {settings.model} are not here ({preset.components.transformer.description}); "
                 "--random-weights measures a model of its sizes without them"
             )
-        config, vae = transformer_config(preset), vae_config(preset)
+        config = transformer_config(preset)
+        if config is None:
+            raise InputError(
+                f"the sizes of {preset.name} are nowhere on this machine: {preset.components.transformer.description} "
+                "is missing, and the preset has no config of its own"
+            )
+        vae = vae_config(preset, int(config["in_channels"]))
         total = config["num_layers"]
         layers = total if settings.layers is None else settings.layers
         if not 1 <= layers <= total:
@@ -113,11 +118,11 @@ class Case:
                     f"{name} must be from 1 to the {most} of {settings.model}'s text encoder, "
                     f"got {getattr(settings, name)}"
                 )
-        dtype = DTYPES[settings.dtype] if settings.dtype else _default_dtype(device)
+        dtype = DTYPES[settings.dtype] if settings.dtype else default_dtype(device)
         width = preset.video.width if settings.width is None else settings.width
         height = preset.video.height if settings.height is None else settings.height
         case = cls(settings, preset, config, vae, layers, width, height, device, dtype, methods)
-        case.check_size()
+        check_size(width, height, case.run().units)
         if device.type == "cpu" and settings.width is settings.height is settings.layers is None:
             return case._reduced()
         return case
@@ -150,15 +155,6 @@ class Case:
         keys = [[self.preset.components.text_encoder.max_tokens]]
         return videos * self.settings.chunks * mean_chunk_flops(sizes, loop, self.settings.chunks, keys)
 
-    def check_size(self) -> None:
-        """Refuse a picture that patch and VAE do not allow."""
-        for name, size, unit in zip(("width", "height"), (self.width, self.height), self.run().units, strict=True):
-            if size <= 0 or size % unit:
-                below = max(unit, size // unit * unit)
-                raise InputError(
-                    f"{name} must be a multiple of {unit} for this model, got {size}; use {below} or {below + unit}"
-                )
-
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent frame."""
@@ -187,6 +183,11 @@ class Case:
             source = self.preset.components.transformer.fetch()
             model = load_generator(source, self.preset.components.config, dtype=self.dtype, device=device)
             model.transformer.blocks = model.transformer.blocks[:layers]
+        if self.settings.compile and device.type != "meta":
+            try:
+                compile_generator(model)
+            except CausvidAdapterError as error:
+                raise InputError(str(error)) from error
         try:
             attend = SdpaAttend() if device.type == "meta" else make_attend(cast(Backend, self.settings.attention))
         except AttentionError as error:
@@ -195,59 +196,3 @@ class Case:
         lengths = (self.settings.positive_tokens, self.settings.negative_tokens)
         guidance = self.preset.guidance
         return Subject(model, attend, self.preset.sampler, guidance, self.latent_shape, text, lengths)
-
-
-def _default_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def component_config(source: Source, default: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """The config beside a component's weights where they are on this machine, else ``default``.
-
-    Raises:
-        InputError: the file is no config.
-    """
-    path = source.find()
-    for file in (path / "transformer" / "config.json", path / "config.json") if path is not None else ():
-        if file.is_file():
-            return _read_json(file)
-    return dict(default())
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is no readable JSON config: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{file} holds a {type(data).__name__}, not a config")
-    return data
-
-
-def vae_config(preset: VideoPreset) -> dict[str, Any]:
-    """The VAE's config, or Wan 2.1's (diffusers' default) where its files are elsewhere."""
-
-    def default() -> Mapping[str, Any]:
-        with torch.device("meta"):
-            return dict(AutoencoderKLWan().config)
-
-    return component_config(preset.components.vae, default)
-
-
-def transformer_config(preset: VideoPreset) -> dict[str, Any]:
-    """The transformer's config.
-
-    Raises:
-        InputError: neither the preset nor the machine has it.
-    """
-
-    def default() -> Mapping[str, Any]:
-        if preset.components.config is None:
-            raise InputError(
-                f"the sizes of {preset.name} are nowhere on this machine: {preset.components.transformer.description} "
-                "is missing, and the preset has no config of its own"
-            )
-        return preset.components.config
-
-    config = dict(preset.components.config or component_config(preset.components.transformer, default))
-    return {key: value for key, value in config.items() if not key.startswith("_")}

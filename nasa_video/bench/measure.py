@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from nasa_video.bench.case import BenchSettings, Case
 from nasa_video.bench.operations import Operations, Report, analytic_flops, count_flops, prompt_operations
 from nasa_video.bench.random_model import random_vae
 from nasa_video.bench.subject import BASELINE, Method, Rollout, Subject
-from nasa_video.errors import NasaVideoError
+from nasa_video.guidance.methods import ClassifierFree, parse_guidance
 from nasa_video.models.free_memory import available
 from nasa_video.models.memory_estimate import estimate, require
 
@@ -36,9 +35,8 @@ def bench(settings: BenchSettings, report: Report = lambda what, done, total: No
     subject = case.subject(case.device, case.layers)
     prompts = {m.name: _time_prompts(subject, m, case.device, report) for m in case.methods}
     load_before = _load()
-    with _compiled(subject, settings.compile):
-        measured = _Measurement(case, subject, interleaved, report)
-        measured.run()
+    measured = _Measurement(case, subject, interleaved, report)
+    measured.run()
     decode_ms = _time_decode(case, report) if settings.decode else None
     full = case if case.layers == case.config["num_layers"] else replace(case, layers=case.config["num_layers"])
     own = replace(full, width=case.preset.video.width, height=case.preset.video.height)
@@ -209,7 +207,8 @@ def _own_chunks(case: Case) -> int:
 def _check_memory(case: Case) -> bool:
     """Refuse what cannot fit; says whether the histories of all methods fit side by side."""
     free = available(case.device)
-    run = case.run(caches=2 if any(method.guidance == "cfg" for method in case.methods) else 1)
+    two = any(isinstance(parse_guidance(m.guidance, case.preset.guidance), ClassifierFree) for m in case.methods)
+    run = case.run(caches=2 if two else 1)
     require(run, free, str(case.device), loaded=False)
     if case.device.type == "cuda":  # one video at a time, so that its peak memory is its own
         return False
@@ -252,28 +251,6 @@ def _time_decode(case: Case, report: Report) -> float:
         decoder.decode(latents)
         times.append(1000 * (_now(case.device) - start))
     return statistics.median(times[1:])
-
-
-@contextmanager
-def _compiled(subject: Subject, wanted: bool) -> Iterator[None]:
-    transformer = subject.model.transformer
-    with ExitStack() as scope:
-        if wanted:
-            from torch._dynamo import config
-            from torch._dynamo.exc import TorchDynamoException
-
-            # Every method, and every length of its history before lengths become symbols, is a graph of its own.
-            scope.enter_context(config.patch(recompile_limit=256, accumulated_recompile_limit=1024))  # type: ignore[no-untyped-call]
-            transformer.forward = torch.compile(transformer.forward)
-            scope.callback(lambda: delattr(transformer, "forward"))
-        try:
-            yield
-        except Exception as error:
-            if wanted and isinstance(error, TorchDynamoException):
-                raise NasaVideoError(
-                    f"torch.compile failed on this machine: {str(error).strip().splitlines()[0]}; leave out --compile"
-                ) from error
-            raise
 
 
 def _rotated(methods: Sequence[Method], by: int) -> list[Method]:

@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from causvid_adapter.sizes import WanSizes
 from nasa_video.bench.case import Case
-from nasa_video.bench.flops import WanSizes, flop_counter, mean_chunk_flops, prompt_flops
+from nasa_video.bench.flops import flop_counter, mean_chunk_flops, prompt_flops
 from nasa_video.bench.subject import BASELINE, Method, Rollout, Subject
 
 # Layers are alike, so the operations of any number of them follow from those of one and of two.

@@ -5,16 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
 
 from causvid_adapter import CausalWan
-from nasa_video.models.presets import configs_dir
+from causvid_adapter.checkpoint import cast_like_diffusers
 from nasa_video.text import TextContext
 
 
@@ -32,9 +30,7 @@ def random_generator(
         settings["num_layers"] = num_layers
     with torch.device("meta"):
         transformer = WanTransformer3DModel(**settings)
-    for name, parameter in transformer.named_parameters():
-        keep = any(part in name.split(".") for part in WanTransformer3DModel._keep_in_fp32_modules)
-        parameter.data = parameter.data.to(torch.float32 if keep else dtype)
+    cast_like_diffusers(transformer, dtype)
     transformer = transformer.to_empty(device=device)
     _fill(transformer, seed)
     return CausalWan(transformer.requires_grad_(False)).eval()
@@ -49,36 +45,6 @@ def random_vae(
     vae = vae.to(dtype).to_empty(device=device)
     _fill(vae, seed)
     return vae.eval().requires_grad_(False)  # type: ignore[no-any-return]
-
-
-def write_tiny_model(folder: Path, default_steps: int) -> Path:
-    """Fill a folder with a model whose pictures are noise of 32 x 16 and cost next to nothing.
-
-    It has preset.yaml, transformer/ and vae/, and reads its prompts as the shipped model does.
-    """
-    torch.manual_seed(0)
-    WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=24, in_channels=8, out_channels=8, text_dim=256, freq_dim=16,
-        ffn_dim=64, num_layers=2,
-    ).save_pretrained(folder / "transformer")  # fmt: skip
-    AutoencoderKLWan(
-        base_dim=4, z_dim=8, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], patch_size=2,
-        in_channels=12, out_channels=12, latents_mean=[0.0] * 8, latents_std=[1.0] * 8, scale_factor_spatial=8,
-    ).save_pretrained(folder / "vae")  # fmt: skip
-    preset = yaml.safe_load((configs_dir() / "video" / "sprites.yaml").read_text())
-    preset |= {
-        "name": "tiny",
-        "components": {
-            "transformer": {"path": "transformer"},
-            "vae": {"path": "vae"},
-            "text_encoder": {"kind": "wordllama", "max_tokens": 24},
-        },
-        "video": {"width": 32, "height": 16, "fps": 12, "frames": 21, "upscale": 2},
-    }
-    preset["sampler"] |= {"steps": {2: [1000, 750], 1: [1000]}, "without_history": None, "default_steps": default_steps}
-    del preset["vocabulary"]
-    (folder / "preset.yaml").write_text(yaml.safe_dump(preset))
-    return folder
 
 
 @torch.no_grad()

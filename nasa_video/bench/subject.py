@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from causvid_adapter import CausalWan, ChunkSampler, KVCache, ModelCall, NoiseSource
+from causvid_adapter.sizes import WanSizes
 from causvid_adapter.window import Window
 from nasa_video.backbones import wan
-from nasa_video.bench.flops import Branches, ChunkLoop, WanSizes
+from nasa_video.bench.flops import Branches, ChunkLoop
 from nasa_video.bench.random_model import RandomText
-from nasa_video.errors import InputError
 from nasa_video.guidance.attention import Attend
-from nasa_video.guidance.methods import AttentionGuidance, ClassifierFree, Guidance, parse_guidance
+from nasa_video.guidance.methods import METHODS, AttentionGuidance, ClassifierFree, Guidance, Nasa, parse_guidance
 from nasa_video.guidance.state import GuidanceState, PromptKeys
 from nasa_video.models.presets import SamplerSettings
 from nasa_video.video.classifier_free import BranchCaches, ClassifierFreeDenoiser
@@ -31,30 +31,30 @@ class Method:
     fold: bool
 
 
-METHODS = (
-    Method("none-padded", "none, padded", None, False),
-    Method("none-folded", "none, folded", None, True),
-    Method("nasa-folded", "NASA, folded", "nasa", True),
-    Method("nasa-padded", "NASA, padded", "nasa", False),
-    Method("nasa-centred", "NASA centred, folded", "nasa-centred", True),
-    Method("nag", "NAG, folded", "nag", True),
-    Method("vsf", "VSF, folded", "vsf", True),
-    Method("cfg", "CFG, folded", "cfg", True),
-)
-BASELINE = METHODS[0]
+BASELINE = Method("none-padded", "none, padded", None, False)
+_PADDED, _FOLDED = "-padded", "-folded"
 
 
-def find_methods(names: tuple[str, ...]) -> tuple[Method, ...]:
-    """Methods by name, in the bench's order; the unguided padded one is always among them.
+def find_methods(names: Sequence[str], presets: Mapping[str, Mapping[str, Any]]) -> tuple[Method, ...]:
+    """Methods by spelling, such as ``nasa``, ``cfg:3`` or ``nasa-padded``; the baseline is always the first.
+
+    Args:
+        names: methods' spellings; "-padded" behind one leaves equal padding keys apart, which are folded otherwise
+            ("-folded"). None takes every registered method.
+        presets: the model's settings of each method.
 
     Raises:
-        InputError: there is no such method.
+        InputError: there is no such method, or the model cannot take its settings.
     """
-    known = {method.name: method for method in METHODS}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise InputError(f"there is no method {unknown[0]!r} to measure; use some of {', '.join(known)}")
-    return tuple(method for method in METHODS if not names or method.name in names or method is BASELINE)
+    ours = (f"none{_FOLDED}", Nasa.name + _FOLDED, Nasa.name + _PADDED)
+    rows = [BASELINE]
+    for name in names or (*ours, *(name for name in METHODS if name != Nasa.name)):
+        spelling, fold = name.removesuffix(_PADDED).removesuffix(_FOLDED), not name.endswith(_PADDED)
+        guidance = parse_guidance(spelling, presets)
+        title = "none" if guidance is None else f"{guidance.label}{spelling.removeprefix(guidance.name)}"
+        title += ", folded" if fold else ", padded"
+        rows.append(Method(name, title, None if guidance is None else spelling, fold))
+    return tuple({row.title: row for row in rows}.values())
 
 
 @dataclass
@@ -120,7 +120,8 @@ class Subject:
     def branches(self, method: Method) -> Branches:
         """Text keys of each branch of each pass."""
         numbers = [self.keys(*prompt).layers[0].k.shape[1] for prompt in self.prompts(method)]
-        return [[n] for n in numbers] if method.guidance == ClassifierFree.name else [numbers]
+        two_passes = isinstance(self.settings(method), ClassifierFree)
+        return [[n] for n in numbers] if two_passes else [numbers]
 
 
 Reading = tuple[float, ...]
@@ -159,7 +160,7 @@ class Rollout:
         self.chunks = chunks
         self.spent: list[Reading] = []
         self.text_key_bytes = sum(k.num_bytes for k in keys)
-        self._denoiser = _CacheHolder(model)
+        self._denoiser = _CacheHolder(model, chunks * subject.sampler.frames_per_chunk)
         self._read = read
         self._chunk = 0
         s = subject.sampler
@@ -201,16 +202,17 @@ class Rollout:
 
 
 class _CacheHolder:
-    """A denoiser that remembers the cache that it made."""
+    """A denoiser that remembers the cache that it made, which holds the measured frames."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, num_frames: int) -> None:
         self.model = model
+        self.num_frames = num_frames
         self.cache: KVCache | BranchCaches | None = None
 
     def new_cache(
         self, height: int, width: int, window: Window, num_frames: int | None = None
     ) -> KVCache | BranchCaches:
-        self.cache = self.model.new_cache(height, width, window, num_frames)
+        self.cache = self.model.new_cache(height, width, window, self.num_frames)
         return self.cache
 
     def __call__(self, latents: Tensor, timestep: float, context: Tensor | None, *, cache: Any) -> Tensor:

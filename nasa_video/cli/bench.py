@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from nasa_video.cli.console import console, emit_json, shown_warnings
+from nasa_video.errors import format_bytes
 
 
 def bench(
@@ -29,7 +30,7 @@ def bench(
     compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile the transformer.")] = False,
     decode: Annotated[bool, typer.Option("--decode", help="Time the VAE's decoding as well.")] = False,
     methods: Annotated[
-        str | None, typer.Option(help="Some of the methods, with commas: nasa-folded,cfg.", show_default="all")
+        str | None, typer.Option(help="Some of the methods: none,cfg:2,nasa,nasa-padded.", show_default="all")
     ] = None,
     positive_tokens: Annotated[int, typer.Option(help="Real tokens of the prompt.")] = 20,
     negative_tokens: Annotated[int, typer.Option(help="Real tokens of the negative prompt.")] = 8,
@@ -40,6 +41,7 @@ def bench(
 
     from nasa_video.bench.case import BenchSettings
     from nasa_video.bench.measure import bench as measure
+    from nasa_video.guidance.methods import split_methods
 
     settings = BenchSettings(
         model=model,
@@ -54,7 +56,7 @@ def bench(
         attention=attention,
         compile=compile_model,
         decode=decode,
-        methods=tuple(name.strip() for name in methods.split(",")) if methods is not None else (),
+        methods=tuple(split_methods(methods)) if methods is not None else (),
         positive_tokens=positive_tokens,
         negative_tokens=negative_tokens,
     )
@@ -107,13 +109,13 @@ def tables(result: dict[str, Any]) -> list[tuple[str, Columns]]:
         time.append(("decoded", [f"{row['fps_with_decode']:.2f}" for row in rows]))
     memory: Columns = [
         names,
-        ("history", [size_text(row["memory"]["history"]) for row in rows]),
-        ("text keys", [size_text(row["memory"]["text_keys"]) for row in rows]),
-        ("extra", [size_text(row["memory"]["extra"]) for row in rows]),
+        ("history", [format_bytes(row["memory"]["history"]) for row in rows]),
+        ("text keys", [format_bytes(row["memory"]["text_keys"]) for row in rows]),
+        ("extra", [format_bytes(row["memory"]["extra"]) for row in rows]),
         ("once a prompt", [f"{_ms(row['prompt']['ms'])} ms" for row in rows]),
     ]
     if any(row["memory"]["peak_beside_weights"] is not None for row in rows):
-        memory.append(("peak", [size_text(row["memory"]["peak_beside_weights"] or 0) for row in rows]))
+        memory.append(("peak", [format_bytes(row["memory"]["peak_beside_weights"] or 0) for row in rows]))
     shown = [
         (f"Time, measured: {size}, {layers_text(result)}", time),
         (f"Memory beside the weights, measured: {size}, {layers_text(result)}", memory),
@@ -124,7 +126,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, Columns]]:
             names,
             ("ms a chunk", [_ms(x["ms_per_chunk"]) for x in far]),
             ("FPS", [f"{x['fps']:.2f}" for x in far]),
-            *((title, [size_text(x[key]) for x in far]) for title, key in MEMORY_TITLES),
+            *((title, [format_bytes(x[key]) for x in far]) for title, key in MEMORY_TITLES),
         ]
         what = f"EXTRAPOLATED to all {result['model_layers']} layers, time by operations and memory by layers: {size}"
         shown.append((what, columns))
@@ -190,11 +192,3 @@ def layers_text(result: dict[str, Any]) -> str:
 
 def _ms(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def size_text(size: float) -> str:
-    """Bytes for people."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(size) >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size:.0f} B"

@@ -9,6 +9,7 @@ import typer
 
 from nasa_video.cli.console import console, emit_json, say
 from nasa_video.cli.options import AsJsonOption, MemoryOption
+from nasa_video.errors import format_bytes
 
 models = typer.Typer(name="models", help="List the presets; bring one's weights; check what it needs.")
 
@@ -76,8 +77,8 @@ def pull(
         return
     total = sum(file.size for file in files)
     for file in files:
-        say(f"  {file.size / 1e6:10.1f} MB  {file.repo}/{file.name}")
-    say(f"{name}: {len(files)} files, {total / 1e9:.2f} GB. Licence: {preset.licence}")
+        say(f"  {format_bytes(file.size):>10}  {file.repo}/{file.name}")
+    say(f"{name}: {len(files)} files, {format_bytes(total)}. Licence: {preset.licence}")
     _check_space(to, total)
     if not yes and not typer.confirm("Download?"):
         raise typer.Exit(1)

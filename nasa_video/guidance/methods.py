@@ -453,10 +453,19 @@ def parse_guidance(spelling: str | Guidance | None, model: Settings | None = Non
 
 
 def parse_methods(text: str, model: Settings | None = None) -> dict[str, Guidance | None]:
-    """Several spellings, separated by semicolons or commas (what has no "=" begins the next), by what was written.
+    """The methods of several spellings (see :func:`split_methods`), by what was written.
 
     Raises:
         InputError: none, one twice, or as :func:`parse_guidance`.
+    """
+    return {spelling: parse_guidance(spelling, model) for spelling in split_methods(text)}
+
+
+def split_methods(text: str) -> list[str]:
+    """Several spellings, separated by semicolons or commas (what has no "=" begins the next).
+
+    Raises:
+        InputError: none, or one twice.
     """
     spellings: list[str] = []
     for part in (part.strip() for group in text.split(";") for part in ["", *group.split(",")]):
@@ -470,7 +479,7 @@ def parse_methods(text: str, model: Settings | None = None) -> dict[str, Guidanc
     twice = next((s for i, s in enumerate(spellings) if s in spellings[:i]), None)
     if twice is not None:
         raise InputError(f"the method {twice!r} is given twice")
-    return {spelling: parse_guidance(spelling, model) for spelling in spellings}
+    return spellings
 
 
 def spell(method: Guidance | None, model: Settings | None = None) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from nasa_video.errors import InputError
+from nasa_video.errors import InputError, format_bytes
 from nasa_video.guidance.methods import METHODS, Guidance, check_settings, parse_guidance
 from nasa_video.models.presets import Source, Strict, configs_dir, read_yaml
 
@@ -56,7 +56,7 @@ class Weights(Strict):
         """The place, for people."""
         if self.repo is None:
             return f"no public checkpoint ({self.missing}); give --weights PATH"
-        size = f" ({self.bytes / 1e9:.2f} GB)" if self.bytes else ""
+        size = f" ({format_bytes(self.bytes)})" if self.bytes else ""
         return "/".join(part for part in (self.repo, self.subfolder, self.file) if part) + size
 
 

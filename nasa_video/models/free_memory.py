@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -18,15 +18,8 @@ def available(device: torch.device) -> int | None:
     return None
 
 
-def _free_on_machine() -> int | None:
-    try:
-        rows = dict(row.split(":", 1) for row in Path("/proc/meminfo").read_text().splitlines() if ":" in row)
-        free = int(rows["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError, IndexError):
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (OSError, ValueError, AttributeError):
-            return None
+def _free_on_machine() -> int:
+    free = psutil.virtual_memory().available
     limits = [room for room in (_room_in_container(*names) for names in _CONTAINER_FILES) if room is not None]
     return min([free, *limits])
 
@@ -42,7 +35,7 @@ _CONTAINER_FILES = (
 
 
 def _room_in_container(limit: str, used: str, statistics: str) -> int | None:
-    """Bytes left under a container's limit; what the page cache holds can be had back."""
+    """Bytes left under a container's limit; what the page cache holds counts as free."""
     try:
         room = int(Path(limit).read_text()) - int(Path(used).read_text())
         rows = dict(row.split() for row in Path(statistics).read_text().splitlines())

@@ -7,15 +7,16 @@ Measured against real runs by ``research/measure_memory.py``; see docs/guides/me
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from causvid_adapter.sizes import WanSizes
 from causvid_adapter.window import Window
-from nasa_video.bench.flops import WanSizes
-from nasa_video.errors import InputError
+from nasa_video.errors import InputError, format_bytes
 from nasa_video.models.part_sizes import decoder_numbers_per_pixel, transformer_sizes, vae_sizes
 from nasa_video.models.placement import LADDER, RESIDENT, Placement
 from nasa_video.models.presets import SamplerSettings
@@ -206,6 +207,13 @@ class Fit:
     size: tuple[int, int] | None
     latent_frames: int | None
 
+    def ways(self, run: Run) -> list[str]:
+        """The options that ask for it."""
+        ways = [] if self.size is None else [f"--width {self.size[0]} --height {self.size[1]}"]
+        if self.latent_frames is not None:
+            ways.append(f"--frames {(self.latent_frames - 1) * int(run.vae['scale_factor_temporal']) + 1}")
+        return ways
+
 
 def fitting_sizes(run: Run, free: int, *, loaded: bool = True) -> Fit:
     """The largest picture of about the same shape, and the longest video of the same size, that ``free`` bytes hold."""
@@ -213,19 +221,26 @@ def fitting_sizes(run: Run, free: int, *, loaded: bool = True) -> Fit:
     def fits(candidate: Run) -> bool:
         return estimate(candidate, loaded=loaded).peak <= free
 
-    unit_width, unit_height = run.units
-    size = None
-    for width in range(run.width // unit_width * unit_width, 0, -unit_width):
+    def of_width(columns: int) -> Run:
+        width = columns * unit_width
         height = max(unit_height, round(width * run.height / run.width / unit_height) * unit_height)
-        if fits(replace(run, width=width, height=height)):
-            size = (width, height)
-            break
-    frames = None
-    if run.sampler.window_frames is None and run.latent_frames is not None:
-        chunk = run.sampler.frames_per_chunk
-        lengths = range(run.latent_frames - chunk, 0, -chunk)
-        frames = next((n for n in lengths if fits(replace(run, latent_frames=n))), None)
-    return Fit(size, frames)
+        return replace(run, width=width, height=height)
+
+    def of_length(chunks: int) -> Run:
+        return replace(run, latent_frames=chunks * chunk)
+
+    (unit_width, unit_height), chunk = run.units, run.sampler.frames_per_chunk
+    columns = _most(run.width // unit_width, lambda number: fits(of_width(number)))
+    size = (of_width(columns).width, of_width(columns).height) if columns else None
+    chunks = 0
+    if run.sampler.window.frames is None and run.latent_frames is not None:
+        chunks = _most((run.latent_frames - 1) // chunk, lambda number: fits(of_length(number)))
+    return Fit(size, chunks * chunk or None)
+
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to ``limit`` that fits, where every smaller one does too; 0 where none does."""
+    return bisect_left(range(1, limit + 1), True, key=lambda number: not fits(number))
 
 
 def budget_of(gigabytes: float) -> int:
@@ -273,23 +288,20 @@ def require(run: Run, free: int | None, where: str, *, loaded: bool = True, host
     needs = estimate(run, loaded=loaded)
     if host is not None and needs.host > host and (free is None or needs.peak <= free):
         raise InputError(
-            f"not enough memory on this machine: {_gigabytes(needs.host)} are needed beside {where} "
-            f"({run.placement.description}), {_gigabytes(host)} are free; close other programs, or take a larger card"
+            f"not enough memory on this machine: {format_bytes(needs.host)} are needed beside {where} "
+            f"({run.placement.description}), {format_bytes(host)} are free; close other programs, or take a larger card"
         )
     if free is None or needs.peak <= free:
         return
     wanted = needs.peak
-    fit = fitting_sizes(run, free, loaded=loaded)
     card = None if loaded else fitting_card(run, free, host)
-    ways = [] if card is None else [f"--memory {card}"]
-    if fit.size is not None:
-        ways.append(f"--width {fit.size[0]} --height {fit.size[1]}")
-    if fit.latent_frames is not None:
-        ways.append(f"--frames {(fit.latent_frames - 1) * int(run.vae['scale_factor_temporal']) + 1}")
-    listed = ", ".join(f"{_gigabytes(size)} for {what}" for what, size in _parts(needs).items() if size >= wanted / 50)
+    ways = [*([] if card is None else [f"--memory {card}"]), *fitting_sizes(run, free, loaded=loaded).ways(run)]
+    listed = ", ".join(
+        f"{format_bytes(size)} for {what}" for what, size in _parts(needs).items() if size >= wanted / 50
+    )
     raise InputError(
-        f"not enough memory on {where}: {run.width} x {run.height} needs {_gigabytes(wanted)}"
-        f"{' beside the weights' if loaded else ''} ({listed}), {_gigabytes(free)} are free; "
+        f"not enough memory on {where}: {run.width} x {run.height} needs {format_bytes(wanted)}"
+        f"{' beside the weights' if loaded else ''} ({listed}), {format_bytes(free)} are free; "
         f"what fits: {' or '.join(ways) or 'no size of this model'}"
     )
 
@@ -306,7 +318,3 @@ def _parts(needs: Estimate) -> dict[str, int]:
         "decoding": needs.features + decoding,
         "a pass of the model": needs.denoiser if needs.overlapped or not decoding else 0,
     }
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"

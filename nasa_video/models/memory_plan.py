@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
-from transformers import UMT5Config, UMT5EncoderModel
 
-from causvid_adapter.checkpoint import infer_config, read_shapes, to_diffusers, unwrap
-from nasa_video.errors import InputError
+from nasa_video.errors import InputError, format_bytes
 from nasa_video.models.free_memory import available
 from nasa_video.models.memory_estimate import (
     Estimate,
@@ -28,8 +22,9 @@ from nasa_video.models.memory_estimate import (
     frames_of_rollout,
     require,
 )
+from nasa_video.models.part_sizes import check_size, text_encoder_bytes, transformer_config, vae_config
 from nasa_video.models.placement import RESIDENT, Placement, WeightKind
-from nasa_video.models.presets import Components, Umt5Text, VideoPreset
+from nasa_video.models.presets import VideoPreset
 
 # A plan of less than this is not worth a line.
 _SMALL = 500_000_000
@@ -107,11 +102,11 @@ class Plan:
             "a pass": needs.denoiser,
             "text encoder": needs.text_encoder,
         }
-        listed = ", ".join(f"{what} {gigabytes(size)}" for what, size in parts.items() if size)
-        beside = f"; {gigabytes(needs.host)} in the host's memory" if needs.host else ""
-        free = "" if self.free is None else f" of {gigabytes(self.free)} free"
+        listed = ", ".join(f"{what} {format_bytes(size)}" for what, size in parts.items() if size)
+        beside = f"; {format_bytes(needs.host)} in the host's memory" if needs.host else ""
+        free = "" if self.free is None else f" of {format_bytes(self.free)} free"
         return (
-            f"memory on {self.device}: {gigabytes(needs.peak)} at most{free} ({listed}){beside}; "
+            f"memory on {self.device}: {format_bytes(needs.peak)} at most{free} ({listed}){beside}; "
             f"{self.placement.description}"
         )
 
@@ -192,12 +187,7 @@ def _run(
         overlapped=request.overlapped,
         shared=device.type == "cpu",
     )  # fmt: skip
-    for name, size, unit in zip(("width", "height"), (width, height), run.units, strict=True):
-        if size <= 0 or size % unit:
-            below = max(unit, size // unit * unit)
-            raise InputError(
-                f"{name} must be a multiple of {unit} for this model, got {size}; use {below} or {below + unit}"
-            )
+    check_size(width, height, run.units)
     return run
 
 
@@ -228,10 +218,7 @@ def _placement(
 
 def _sizes(run: Run, budget: int) -> str:
     smallest = replace(run, placement=Placement(offload=not run.shared, text_on_cpu=not run.shared, half_decoder=True))
-    fit = fitting_sizes(smallest, budget, loaded=False)
-    ways = [] if fit.size is None else [f"--width {fit.size[0]} --height {fit.size[1]}"]
-    if fit.latent_frames is not None:
-        ways.append(f"--frames {(fit.latent_frames - 1) * int(run.vae['scale_factor_temporal']) + 1}")
+    ways = fitting_sizes(smallest, budget, loaded=False).ways(run)
     return f"what fits is {' or '.join(ways)}" if ways else "no size of this model does"
 
 
@@ -248,92 +235,3 @@ def _budget(memory: str | None, free: int | None) -> int | None:
     if not 2 <= gigabytes <= 1000:
         raise InputError(f"--memory must be {MEMORY_CHOICES}, got {memory!r}")
     return budget_of(gigabytes)
-
-
-def transformer_config(preset: VideoPreset) -> dict[str, Any] | None:
-    """Sizes of the preset's transformer: its own, those beside its weights, or those of the weights themselves."""
-    if preset.components.config is not None:
-        return preset.components.config
-    found = preset.components.transformer.find()
-    if found is not None and found.is_file():
-        return infer_config(to_diffusers(unwrap(read_shapes(found)), source=str(found)))
-    return _read_config(found)
-
-
-# What Wan 2.2's VAE of 48 channels differs in from diffusers' defaults, which are Wan 2.1's.
-_WAN22_VAE: dict[str, Any] = {
-    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "dim_mult": [1, 2, 4, 4], "patch_size": 2,
-    "is_residual": True, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16,
-    "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
-}  # fmt: skip
-
-
-def vae_config(preset: VideoPreset, channels: int = 16) -> dict[str, Any]:
-    """Sizes of the preset's VAE, or those of Wan's published one for so many channels where its files are elsewhere."""
-    found = _read_config(preset.components.vae.find())
-    if found is not None:
-        return found
-    with torch.device("meta"):
-        return dict(AutoencoderKLWan(**(_WAN22_VAE if channels == 48 else {})).config)
-
-
-def text_encoder_bytes(
-    parts: Components, device: torch.device, dtype: torch.dtype, prompts: Sequence[str] | None
-) -> int:
-    """Bytes of the text encoder's weights; 0 where it is small, or where every prompt's embeddings are on disk.
-
-    On the CPU in float32 they are the file's own pages, which the system lets go when it needs the room: not counted.
-    """
-    settings = parts.text_encoder
-    if not isinstance(settings, Umt5Text) or (device.type == "cpu" and dtype == torch.float32):
-        return 0
-    found = settings.find()
-    if found is not None and prompts is not None and _all_known(settings, device, dtype, prompts):
-        return 0
-    if found is not None and found.is_file():
-        numbers = sum(tensor.numel() for tensor in unwrap(read_shapes(found)).values())
-    else:
-        try:
-            config = _read_config(found) or {}
-        except InputError:
-            config = {}  # said when it is loaded
-        numbers = _umt5_parameters(json.dumps(config, sort_keys=True, default=str))
-    return numbers * dtype.itemsize
-
-
-def _all_known(settings: Umt5Text, device: torch.device, dtype: torch.dtype, prompts: Sequence[str]) -> bool:
-    from nasa_video.models.loading import load_text_encoder
-    from nasa_video.text.embedding_cache import CachedEncoder
-
-    try:
-        encoder = load_text_encoder(settings, device, dtype)
-    except InputError:
-        return False
-    return isinstance(encoder, CachedEncoder) and encoder.holds(prompts)
-
-
-@lru_cache(maxsize=4)
-def _umt5_parameters(config: str) -> int:
-    # What transformers' default lacks of the XXL that Wan reads its prompts with.
-    xxl = {
-        "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 24,
-        "feed_forward_proj": "gated-gelu",
-    }  # fmt: skip
-    with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**(json.loads(config) or xxl)))
-    return sum(p.numel() for p in model.parameters())
-
-
-def _read_config(folder: Path | None) -> dict[str, Any] | None:
-    if folder is None or not (folder / "config.json").is_file():
-        return None
-    try:
-        loaded: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}/config.json is damaged ({error}); remove it and bring it again") from error
-    return loaded
-
-
-def gigabytes(size: int) -> str:
-    """A size for people."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nasa_video.errors import format_bytes
 from nasa_video.models.memory_estimate import (
     COMMON_CARDS,
     Estimate,
@@ -17,7 +18,8 @@ from nasa_video.models.memory_estimate import (
     fitting_placement,
     fitting_sizes,
 )
-from nasa_video.models.memory_plan import Plan, PlanRequest, gigabytes, make_plan, text_encoder_bytes
+from nasa_video.models.memory_plan import Plan, PlanRequest, make_plan
+from nasa_video.models.part_sizes import text_encoder_bytes
 from nasa_video.models.placement import Placement
 from nasa_video.models.presets import VideoPreset
 
@@ -34,8 +36,8 @@ class Card:
         """For people."""
         if self.memory is None or self.placement is None:
             return f"--memory {self.gigabytes}: does not fit"
-        host = f" and {gigabytes(self.memory.host)} on the host" if self.memory.host else ""
-        return f"--memory {self.gigabytes}: {gigabytes(self.memory.peak)}{host}; {self.placement.description}"
+        host = f" and {format_bytes(self.memory.host)} on the host" if self.memory.host else ""
+        return f"--memory {self.gigabytes}: {format_bytes(self.memory.peak)}{host}; {self.placement.description}"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Self
 from huggingface_hub import hf_hub_download, snapshot_download
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from nasa_video.errors import InputError
+from nasa_video.errors import InputError, format_bytes
 from nasa_video.models.stored import MODELS_FOLDER, WEIGHT_SUFFIXES, find_file, find_folder
 
 
@@ -63,7 +63,7 @@ class Source(Strict):
             return f"{self.package}, shipped in the package"
         if self.path is not None:
             return str(self.path)
-        size = f" ({self.bytes / 1e9:.2f} GB)" if self.bytes else ""
+        size = f" ({format_bytes(self.bytes)})" if self.bytes else ""
         return f"{self.repo}/{self.file or self.folder}{size}"
 
     def find(self) -> Path | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from nasa_video.errors import InputError
+from nasa_video.errors import InputError, format_bytes
 from nasa_video.models.loading import choose_device, default_dtype
 from nasa_video.models.memory_estimate import fitting_card
-from nasa_video.models.memory_plan import Plan, PlanRequest, check_plan, gigabytes, make_plan
+from nasa_video.models.memory_plan import Plan, PlanRequest, check_plan, make_plan
 from nasa_video.models.presets import find_preset
 from nasa_video.serve.settings import ServeSettings
 
@@ -60,5 +60,5 @@ def _refusal(settings: ServeSettings, plan: Plan) -> str:
     less = "" if card is None else f"; --memory {card} would fit"
     return (
         f"not enough memory on {plan.device}: {settings.models[0]} with {plan.run.decoders} streams needs "
-        f"{gigabytes(plan.needs.peak)}, {gigabytes(plan.free)} are free{less}"
+        f"{format_bytes(plan.needs.peak)}, {format_bytes(plan.free)} are free{less}"
     )

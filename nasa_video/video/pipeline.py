@@ -43,6 +43,7 @@ from nasa_video.models.loading import (
     load_text_encoder,
 )
 from nasa_video.models.memory_estimate import Run, frames_of_rollout, require
+from nasa_video.models.part_sizes import check_size
 from nasa_video.models.placement import RESIDENT, Placement, place
 from nasa_video.models.presets import OnChange, SamplerSettings, VideoPreset, find_preset
 from nasa_video.text import TextEncoder
@@ -372,15 +373,7 @@ class VideoPipeline:
         sizes = (video.width if width is None else width, video.height if height is None else height)
         stride = self.vae.config.scale_factor_spatial
         _, patch_height, patch_width = self.model.transformer.config.patch_size
-        for name, size, unit in (
-            ("width", sizes[0], stride * patch_width),
-            ("height", sizes[1], stride * patch_height),
-        ):
-            if size <= 0 or size % unit:
-                below = max(unit, size // unit * unit)
-                raise InputError(
-                    f"{name} must be a multiple of {unit} for this model, got {size}; use {below} or {below + unit}"
-                )
+        check_size(*sizes, (stride * patch_width, stride * patch_height))
         return sizes[0] // stride, sizes[1] // stride
 
     def encode_frames(self, frames: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:

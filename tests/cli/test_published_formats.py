@@ -175,7 +175,7 @@ def test_any_causal_wan_runs_from_its_file_alone(nasa_video: Run, wan_folder: Pa
 
 
 def test_14b_and_wan_22_are_known_by_their_tensors(tmp_path: Path) -> None:
-    from nasa_video.models.memory_plan import vae_config
+    from nasa_video.models.part_sizes import vae_config
     from nasa_video.models.presets import find_preset
 
     save_file(any_wan(in_channels=48, out_channels=48), tmp_path / "wan22.safetensors")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,22 +15,25 @@ import yaml
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from causvid_adapter import CausalWan
+from nasa_video.bench import case as cases
 from nasa_video.bench import measure as measuring
 from nasa_video.bench.case import BenchSettings, Case
 from nasa_video.bench.flops import chunk_flops, flop_counter, mean_chunk_flops, prompt_flops
 from nasa_video.bench.measure import bench
 from nasa_video.bench.operations import count_flops, count_video
 from nasa_video.bench.random_model import RandomText
-from nasa_video.bench.subject import BASELINE, METHODS, Method, Rollout, Subject
+from nasa_video.bench.subject import BASELINE, Method, Rollout, Subject, find_methods
 from nasa_video.cli import bench as command
 from nasa_video.errors import InputError
 from nasa_video.guidance.attention import SdpaAttend
-from nasa_video.models.presets import SamplerSettings
+from nasa_video.guidance.methods import METHODS, Nasa, register
+from nasa_video.models.presets import SamplerSettings, find_preset
 
 NewWan = Callable[..., WanTransformer3DModel]
 NewVae = Callable[..., AutoencoderKLWan]
 GUIDANCE: dict[str, dict[str, float]] = {"nasa": {"scale": 0.5}, "vsf": {"scale": 1.0}}
-BY_NAME = {method.name: method for method in METHODS}
+ROWS = find_methods((), GUIDANCE)
+BY_NAME = {method.name: method for method in ROWS}
 
 
 def subject_of(transformer: WanTransformer3DModel, window: int | None = None) -> Subject:
@@ -76,7 +80,7 @@ def test_attention_is_counted_on_the_cpu(bias: bool) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", ROWS, ids=lambda method: method.name)
 def test_counted_on_the_cpu_is_counted_on_shapes_is_the_formula(
     new_wan: NewWan, method: Method, window: int | None
 ) -> None:
@@ -138,7 +142,7 @@ def test_a_present_model_is_measured_in_every_method(folder: Path) -> None:
     heard: list[tuple[str, int, int]] = []
     result = bench(settings_of(folder, decode=True, width=None, height=None), lambda *what: heard.append(what))
     rows = {row["name"]: row for row in result["methods"]}
-    assert list(rows) == [method.name for method in METHODS]
+    assert list(rows) == [method.name for method in ROWS]
     assert result["order"] == "chunk by chunk"
     assert (result["layers"], result["model_layers"], result["weights"]) == (3, 3, "loaded")
     assert [rows[name]["keys"] for name in ("none-padded", "nasa-folded", "nasa-padded", "cfg")] == [
@@ -197,12 +201,15 @@ def test_videos_that_do_not_fit_side_by_side_are_measured_one_after_another(
         bench(settings_of(folder))
 
 
-def test_a_compiled_model_is_measured_and_left_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_compiled_as_generate_compiles_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
-    result = bench(settings_of(folder, compile=True, methods=("nasa-folded",), repeats=1))
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compiled.append(options) or forward)
+    result = bench(settings_of(folder, compile=True, methods=("nasa-folded", "cfg"), repeats=1))
     assert result["compile"]
-    assert len(compiled) == 1
+    assert compiled == [{"fullgraph": True, "backend": "inductor"}]
+    folded, two = result["methods"][1:]
+    assert two["memory"]["history"] == 2 * folded["memory"]["history"] == 2 * 2 * 144 * 3 * 48 * 4
+    assert folded["flops"]["first_chunk_counted"] == pytest.approx(folded["flops"]["first_chunk_analytic"], rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +227,7 @@ def test_a_compiled_model_is_measured_and_left_as_it_was(folder: Path, monkeypat
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"chunks": 0}, "chunks must be from 1"),
         ({"repeats": 0}, "repeats must be from 1"),
-        ({"methods": ("nasa",)}, "no method 'nasa' to measure; use some of none-padded"),
+        ({"methods": ("nsa",)}, "must be one of nasa, .* or none"),
         ({"positive_tokens": 33}, "positive_tokens must be from 1 to the 32"),
     ],
 )
@@ -235,6 +242,34 @@ def test_a_cpu_measures_a_part_of_a_large_model_and_says_so() -> None:
     assert (case.width, case.height, case.layers) == (208, 112, 2)
     case = Case.of(BenchSettings(random_weights=True, device="cpu", layers=30))
     assert (case.width, case.height, case.layers) == (832, 480, 30)
+
+
+def test_methods_are_the_registered_ones_and_take_settings_of_their_own() -> None:
+    @register
+    @dataclasses.dataclass(frozen=True)
+    class Half(Nasa):
+        name: ClassVar[str] = "half"
+        label: ClassVar[str] = "Half"
+
+    try:
+        assert find_methods((), {})[-1].title == "Half, folded"
+    finally:
+        del METHODS["half"]
+    rows = find_methods(("cfg:2", "none-padded", "nasa:0.5-padded", "cfg:2-folded"), {})
+    assert [(row.guidance, row.fold) for row in rows] == [(None, False), ("cfg:2", True), ("nasa:0.5", False)]
+    assert rows[1].title == "CFG:2, folded"
+
+
+def test_sizes_of_wan22_are_not_those_of_wan21() -> None:
+    """Its VAE makes a quarter as many latents of a frame, wherever its config is read."""
+    preset = find_preset("causvid")
+    for channels, size in ((16, (104, 60)), (48, (52, 30))):
+        config = {**(preset.components.config or {}), "in_channels": channels}
+        own = preset.model_copy(update={"components": preset.components.model_copy(update={"config": config})})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cases, "find_preset", lambda name, own=own: own)
+            case = Case.of(BenchSettings(random_weights=True, width=832, height=480, layers=1, device="cpu"))
+        assert (case.latent_shape[2], case.latent_shape[1]) == size
 
 
 def test_zero_is_a_size_like_another(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -102,12 +103,20 @@ def test_what_fits_fits_and_the_next_larger_does_not() -> None:
     assert fitting_sizes(run, 1000) == Fit(None, None)
 
 
+def test_a_size_beyond_reason_is_refused_at_once() -> None:
+    run = replace(causvid(), width=100_000_000, height=80_000_000)
+    started = time.perf_counter()
+    with pytest.raises(InputError, match=r"what fits: --width \d+ --height \d+"):
+        require(run, 12_000_000_000, "cuda", loaded=True)
+    assert time.perf_counter() - started < 5
+
+
 def test_a_refusal_says_what_for_how_much_is_free_and_what_fits() -> None:
     with pytest.raises(InputError) as caught:
         require(causvid(), 12_000_000_000, "cuda", loaded=True)
     text = str(caught.value)
     assert "832 x 480 needs 14.6 GB beside the weights" in text
-    assert "6.0 GB for keys and values of earlier frames" in text
+    assert "6.04 GB for keys and values of earlier frames" in text
     assert "12.0 GB are free" in text
     assert "--width" in text
     assert "--frames 45" in text

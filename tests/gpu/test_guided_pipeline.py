@@ -14,7 +14,8 @@ import torch
 from nasa_video import Nasa, VideoPipeline
 from nasa_video.bench.random_model import RandomText, random_generator, random_vae
 from nasa_video.models.memory_estimate import estimate
-from nasa_video.models.memory_plan import PlanRequest, make_plan, transformer_config, vae_config
+from nasa_video.models.memory_plan import PlanRequest, make_plan
+from nasa_video.models.part_sizes import transformer_config, vae_config
 from nasa_video.models.placement import Placement
 from nasa_video.models.presets import find_preset
 from nasa_video.video.engine import InitialLatents
@@ -62,7 +63,7 @@ def test_compiled_is_eager(load: Callable[..., VideoPipeline], kind: str) -> Non
 @pytest.mark.parametrize("size", [(416, 240), (832, 480)])
 def test_the_plan_is_within_a_tenth_of_the_peak_at_true_size(size: tuple[int, int]) -> None:
     preset = find_preset("causvid")
-    config, vae = transformer_config(preset), vae_config(preset)
+    config, vae = transformer_config(preset), vae_config(preset, 16)
     assert config is not None
     steps = {1: (1000.0,)}
     preset = preset.model_copy(
