@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
+IMPORTING = "<import>"
 PACKAGES = tuple(f"{ROOT / name}/" for name in ("nasa_video", "causvid_adapter"))
 
 
@@ -38,10 +39,12 @@ class Tracer:
         if event != "call" or not code.co_filename.startswith(PACKAGES) or code.co_name in ("<module>", "__repr__"):
             return
         callee, caller = _name(code.co_filename), _caller(frame.f_back)
-        self.files.add(callee)
-        if caller is None or caller == callee:
+        if caller == IMPORTING:
             return
-        self.arrows[caller, callee] += 1
+        self.files.add(callee)
+        if caller in (None, callee):
+            return
+        self.arrows[str(caller), callee] += 1
         for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
             kind = _record(frame.f_locals.get(name))
             if kind is not None:
@@ -53,12 +56,18 @@ def _name(path: str) -> str:
 
 
 def _caller(frame: FrameType | None) -> str | None:
-    """The nearest of our files that is waiting for this call, through libraries; None while modules are imported."""
+    """The nearest of our files that is waiting for this call, through libraries; None for none.
+
+    ``IMPORTING`` while one of our modules is imported: what runs then is no part of the trip.
+    """
+    nearest = None
     while frame is not None:
         if frame.f_code.co_filename.startswith(PACKAGES):
-            return None if frame.f_code.co_name == "<module>" else _name(frame.f_code.co_filename)
+            if frame.f_code.co_name == "<module>":
+                return IMPORTING
+            nearest = nearest or _name(frame.f_code.co_filename)
         frame = frame.f_back
-    return None
+    return nearest
 
 
 def _record(value: Any) -> str | None:

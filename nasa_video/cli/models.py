@@ -8,10 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from nasa_video.cli.console import console, emit_json, say
-from nasa_video.cli.options import AsJsonOption, MemoryOption
+from nasa_video.cli.options import AsJsonOption, MemoryOption, default_command
 from nasa_video.errors import format_bytes
 
-models = typer.Typer(name="models", help="List the presets; bring one's weights; check what it needs.")
+models = typer.Typer(
+    name="models",
+    cls=default_command("show"),  # models NAME is models show NAME
+    help="List the presets; show one; bring its weights; check what it needs.",
+)
 
 
 @models.callback(invoke_without_command=True)
@@ -48,6 +52,36 @@ def list_models(context: typer.Context, as_json: AsJsonOption = False) -> None:
         here = "[green]yes[/]" if row["present"] else "no"
         table.add_row(f"[bold]{row['name']}[/]", row["kind"], here, f"{row['title']}\n{row['licence']}\n{needs}")
     _out().print(table)
+
+
+@models.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A preset, a preset file or a folder.")], as_json: AsJsonOption = False
+) -> None:
+    """Show what a model is and needs, and the words of one that knows few: models NAME."""
+    from rich.table import Table
+
+    from nasa_video.images.presets import image_presets
+    from nasa_video.models.presets import find_preset
+    from nasa_video.text.vocabulary import find_vocabulary
+
+    preset = image_presets().get(name) or find_preset(name)
+    vocabulary = find_vocabulary(getattr(preset, "vocabulary", None))
+    words = {} if vocabulary is None else {a: dict(values) for a, values in vocabulary.words().items()}
+    about = {"name": preset.name, "title": preset.title, "licence": preset.licence, "needs": preset.needs}
+    if as_json:
+        emit_json({**about, "present": preset.present, "words": words})
+        return
+    out = _out()
+    out.print(f"[bold]{preset.name}[/]: {preset.title}\n{preset.licence}")
+    for need in preset.needs:
+        out.print(f"  [dim]{need}[/]")
+    if vocabulary is None:
+        return
+    table = Table("attribute", "words", title=f"It knows {vocabulary.about}; try: {vocabulary.example}")
+    for attribute, values in words.items():
+        table.add_row(attribute, "; ".join(", ".join(phrases) for phrases in values.values()))
+    out.print(table)
 
 
 @models.command()

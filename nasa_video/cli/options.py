@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from causvid_adapter.window import OnChange, read_on_change
 
@@ -25,6 +25,19 @@ def option(help: str, *names: str, panel: str | None = None, default: Any = None
     """A Typer option; ``default`` is shown as it is."""
     shown = {} if default is None else {"show_default": default}
     return typer.Option(*names, help=help, rich_help_panel=panel, **shown, **more)
+
+
+def default_command(name: str) -> type[TyperGroup]:
+    """A group in which ``GROUP WORD`` is ``GROUP NAME WORD``, unless the word is one of its commands or options."""
+
+    class WithDefault(TyperGroup):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            own = {option for parameter in self.get_params(ctx) for option in parameter.opts}
+            if args and args[0] not in self.commands and args[0] not in own:
+                args = [name, *args]
+            return super().parse_args(ctx, args)
+
+    return WithDefault
 
 
 PromptArgument = Annotated[str | None, typer.Argument(help="What the video should show.", show_default=False)]

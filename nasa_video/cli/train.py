@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from nasa_video.cli.console import console, emit_json, say
-from nasa_video.cli.options import AsJsonOption
+from nasa_video.cli.options import AsJsonOption, default_command
 
 if TYPE_CHECKING:
     from nasa_video.train.distributed import DistributedContext
     from nasa_video.train.settings import Settings
 
 
-class _RunByDefault(TyperGroup):
-    """``train CONFIG`` is ``train run CONFIG``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] != "--help":
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
-
-
 train = typer.Typer(
     name="train",
-    cls=_RunByDefault,
+    cls=default_command("run"),  # train CONFIG is train run CONFIG
     help="Train with the negative prompt inside (NASA-T): nasa-video train CONFIG.yaml",
     no_args_is_help=True,
 )

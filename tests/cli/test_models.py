@@ -197,3 +197,14 @@ def test_verify_compares_size_and_hash(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="bytes instead of 4"):
         downloads.verify(path, downloads.HubFile("r", "f", 4, None))
     assert not path.exists()
+
+
+def test_a_model_is_shown_with_the_words_that_it_knows(nasa_video: Run) -> None:
+    done = nasa_video("models", "sprites", "--json")
+    assert done.status == 0
+    shown = json.loads(done.stdout)
+    assert shown["words"]["shape"]["circle"][0] == "circle"
+    assert shown["needs"]
+    large = json.loads(nasa_video("models", "show", "self-forcing", "--json").stdout)
+    assert large["words"] == {}
+    assert nasa_video("models", "no-such-model").status == 1
