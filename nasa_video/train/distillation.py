@@ -262,6 +262,7 @@ class Distillation(ABC):
         clips = self.decode(torch.stack(samples, 1)) if self.context.leads else None
         if clips is None:
             return
-        contact_sheet(clips, path, zoom=max(1, 128 // clips.shape[-1]))
+        frames = range(0, clips.shape[1], 6 if clips.shape[1] > len(scales) else 1)
+        contact_sheet(clips, path, frames, zoom=max(1, 128 // clips.shape[-1]))
         pairs = zip(texts.prompts, texts.negatives, strict=True)
         path.with_suffix(".txt").write_text("".join(f"{p}  |  without: {n}\n" for p, n in pairs), encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -164,3 +165,12 @@ def test_the_formulas() -> None:
     sample = z.clone().requires_grad_(True)
     descend(sample, x).backward()
     torch.testing.assert_close(sample.grad, x / x.numel())
+
+
+def test_a_sheet_shows_every_prompt_without_and_with_nasa(tmp_path: Path) -> None:
+    trainer = new_trainer(run={"sheet_samples": 2})
+    trainer.sheet(tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        # two prompts side by side, two images each
+        assert sheet.width == 4 * sheet.height
+    assert "without: " in (tmp_path / "sheet.txt").read_text()
