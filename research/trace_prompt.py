@@ -111,7 +111,7 @@ def main(
 ) -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
-        unwanted = ["--negative", negative] if negative else []
+        unwanted = ["--neg", negative] if negative else []
         tracer = trace(["generate", prompt, *unwanted, "--frames", "9", "-o", str(Path(folder) / "traced.mp4")])
     console = Console(width=120)
     table = Table("what", "number", title=f'generate "{prompt}"')

@@ -184,7 +184,8 @@ class Distillation(ABC):
         self, plan: Any, generator: torch.Generator, warming: bool, progress: float
     ) -> tuple[Sample, dict[str, float]]:
         """Samples; unless the fake score is warming up, also the student's gradient on them."""
-        settings, values = self.settings, {}
+        settings = self.settings
+        values: dict[str, float] = {}
         batch = settings.run.batch_size
         texts = draw_texts(settings.negatives, self.prompts, self.negatives, batch, generator)
         contexts = encode_texts(texts, self.encoder, self.context.device)

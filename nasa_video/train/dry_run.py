@@ -113,7 +113,8 @@ def true_student(settings: Settings) -> nn.Module:
             from nasa_video.train.image_networks import true_denoiser
 
             return true_denoiser(settings)  # type: ignore[no-any-return]
-        return WanTransformer3DModel(**true_config(settings))
+        wan: nn.Module = WanTransformer3DModel(**true_config(settings))
+        return wan
 
 
 def sizes(settings: Settings) -> list[dict[str, Any]]:
