@@ -13,7 +13,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from causvid_adapter import CausalWan
-from causvid_adapter.checkpoint import _cast
+from causvid_adapter.checkpoint import cast_like_diffusers
 from nasa_video.models.presets import find_preset
 from nasa_video.train.distributed import DistributedContext
 from nasa_video.train.dry_run import NEGATIVES, PROMPTS, HashEncoder
@@ -58,7 +58,7 @@ def new_trainer(context: DistributedContext, accumulate: int, kind: str) -> Vide
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     models = [WanTransformer3DModel(**SMALL) for _ in range(2)]
     for model in models:
-        _cast(model, dtype)
+        cast_like_diffusers(model, dtype)
     student, teacher = map(CausalWan, models)
     parts = VideoParts(find_preset("sprites"), student, teacher, HashEncoder(8, 10), (4, 4, 6))
     return VideoTrainer(settings(accumulate, context.shard, kind), parts, PROMPTS, NEGATIVES, context)
