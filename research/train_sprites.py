@@ -221,7 +221,7 @@ class Run:
 
     def _show(self, name: str, schedule: FlowMatchSchedule, student_too: bool = False):  # type: ignore[no-untyped-def]
         from nasa_video.text import WordLlamaEncoder
-        from nasa_video.train.curves import contact_sheet
+        from nasa_video.train.curves import save_sheet
         from research.sprites.assessment import Studio
 
         studio = Studio(self.autoencoder(), WordLlamaEncoder(self.plan.text_tokens), self.plan.latent_size)
@@ -232,7 +232,7 @@ class Run:
             if student_too:
                 self._place(model, "transformer")
             clips = studio.stream(model, SHEET_PROMPTS, range(len(SHEET_PROMPTS)), schedule)
-            contact_sheet(clips, self.folder / "sheets" / f"{name}-{step:05d}.png")
+            save_sheet(clips, SHEET_PROMPTS, self.folder / "sheets" / f"{name}-{step:05d}.png")
 
         return show
 

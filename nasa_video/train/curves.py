@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from torch import Tensor
+
+from nasa_video.files.frames import frames_from_tensor
+from nasa_video.files.images import read_image
+from nasa_video.files.sheets import contact_sheet
 
 
 class Curves:
@@ -56,12 +58,8 @@ class Curves:
 
     def show_sheet(self, path: Path, step: int) -> None:
         """Show a contact sheet in TensorBoard too."""
-        if self._board is None:
-            return
-        import numpy as np
-
-        with Image.open(path) as image:
-            self._board.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        if self._board is not None:
+            self._board.add_image("samples", read_image(path), step, dataformats="HWC")
 
     def draw(self) -> None:
         """Draw every value over the steps."""
@@ -95,16 +93,8 @@ def _board(folder: Path, start: int) -> Any:
     return SummaryWriter(str(folder), purge_step=start + 1)
 
 
-def contact_sheet(
-    clips: Tensor, path: Path, frames: Sequence[int] = (0, 6, 12, 18, 24, 32), columns: int = 2, zoom: int = 2
-) -> None:
-    """Write clips (B, F, 3, H, W) in [-1, 1] as a PNG: a row of chosen frames each, clips in ``columns``."""
-    chosen = [f for f in frames if f < clips.shape[1]]
-    pixels = ((clips[:, chosen].float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-    rows = [torch.cat(list(clip), dim=-1) for clip in pixels]
-    rows += [torch.zeros_like(rows[0])] * (-len(rows) % columns)
-    height = len(rows) // columns
-    sheet = torch.cat([torch.cat(rows[c * height : (c + 1) * height], dim=-2) for c in range(columns)], dim=-1)
-    image = Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy())
+def save_sheet(clips: Tensor, labels: Sequence[str], path: Path) -> None:
+    """Write clips (B, F, 3, H, W) in [-1, 1] as a contact sheet, each under its label; NaN becomes grey."""
+    rows = [(label, frames_from_tensor(clip.nan_to_num())) for label, clip in zip(labels, clips, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(path)
+    contact_sheet(rows, min(6, clips.shape[1])).save(path)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nasa_video.text import TextContext, TextEncoder
 from nasa_video.train.attention import TrainingGuidance, doubled, guided_training
 from nasa_video.train.batch import Contexts, Texts, at_scale, draw_texts, encode_texts, seeded, without_some
-from nasa_video.train.curves import contact_sheet
+from nasa_video.train.curves import save_sheet
 from nasa_video.train.distributed import DistributedContext
 from nasa_video.train.settings import ImageSettings, VideoSettings
 from nasa_video.train.state import TrainState
@@ -263,7 +263,9 @@ class Distillation(ABC):
         clips = self.decode(torch.stack(samples, 1)) if self.context.leads else None
         if clips is None:
             return
-        frames = range(0, clips.shape[1], 6 if clips.shape[1] > len(scales) else 1)
-        contact_sheet(clips, path, frames, zoom=max(1, 128 // clips.shape[-1]))
-        pairs = zip(texts.prompts, texts.negatives, strict=True)
-        path.with_suffix(".txt").write_text("".join(f"{p}  |  without: {n}\n" for p, n in pairs), encoding="utf-8")
+        labels = [f"{p}  |  without: {n}" for p, n in zip(texts.prompts, texts.negatives, strict=True)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+        if len(clips) > len(labels):  # a clip for each scale; several stills are one row
+            labels = [f"{label}  |  NASA {scale:g}" for label in labels for scale in scales]
+        save_sheet(clips, labels, path)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nasa_video.sprites.world import sample_scenes
-from nasa_video.train.curves import contact_sheet
+from nasa_video.train.curves import save_sheet
 from nasa_video.train.distributed import DistributedContext
 from nasa_video.train.run import Report
 from nasa_video.train.state import TrainState
@@ -163,4 +163,5 @@ def write_sheet(vae: AutoencoderKLWan, path: Path, device: torch.device) -> None
     frames, _ = render_with_mask(sample_scenes(12, torch.Generator().manual_seed(7)).to(device))
     with autocast(device):
         decoded = vae.decode(vae.encode(frames.transpose(1, 2)).latent_dist.mean).sample.transpose(1, 2)
-    contact_sheet(torch.stack((frames, decoded.float()), 1).flatten(0, 1), path)
+    labels = [f"clip {i}{what}" for i in range(len(frames)) for what in ("", ", decoded")]
+    save_sheet(torch.stack((frames, decoded.float()), 1).flatten(0, 1), labels, path)

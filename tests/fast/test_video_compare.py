@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_video_frames import make_clip
 
 from nasa_video import Nag, Negative
 from nasa_video.errors import OutputError
+from nasa_video.files.frames import frames_from_tensor
 from nasa_video.files.sheets import (
     Excerpt,
     comparison_labels,
@@ -17,6 +19,7 @@ from nasa_video.files.sheets import (
     sheet_path,
     side_by_side,
 )
+from nasa_video.train.curves import save_sheet as save_clips
 
 
 def test_side_by_side_keeps_every_pixel() -> None:
@@ -135,3 +138,12 @@ def test_an_excerpt_keeps_few_frames_of_any_length_with_their_numbers(length: in
     assert (length if length <= 8 else 4) <= len(excerpt.frames) <= 8
     assert [int(frame[0, 0, 0]) for frame in excerpt.frames] == [number % 251 for number in excerpt.numbers]
     assert excerpt.numbers[-1] + (excerpt.numbers.step or 1) >= length
+
+
+def test_training_draws_the_same_sheets_of_its_clips(tmp_path: Path) -> None:
+    """Also those of a model that broke."""
+    clips = torch.stack([torch.zeros(9, 3, 16, 16), torch.full((9, 3, 16, 16), torch.nan)])
+    save_clips(clips, ["a ball", "a star"], tmp_path / "sheets" / "a.png")
+    with Image.open(tmp_path / "sheets" / "a.png") as sheet:
+        rows = [("a ball", frames_from_tensor(clips[0])), ("a star", frames_from_tensor(clips[0]))]
+        assert np.array_equal(np.asarray(sheet), np.asarray(contact_sheet(rows, 6)))
