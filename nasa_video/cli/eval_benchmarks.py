@@ -24,6 +24,7 @@ from nasa_video.cli.eval_options import (
 from nasa_video.cli.options import FirstChunkStepsOption, grouped
 
 if TYPE_CHECKING:
+    from nasa_video.evaluation.benchmarks.base import Benchmark
     from nasa_video.evaluation.benchmarks.removal import Draw
     from nasa_video.models.presets import VideoPreset
 
@@ -56,6 +57,11 @@ class CaseOptions:
             raise InputError(f"cases must be among {', '.join(KINDS)}, got {self.cases}")
         return kinds
 
+    @property
+    def chosen(self) -> list[str] | None:
+        """The attributes; None is all."""
+        return words(self.attributes) if self.attributes else None
+
     def draw(self, frames: int) -> Draw:
         """Which cases are drawn for every cell."""
         from nasa_video.evaluation.benchmarks.removal import Draw
@@ -63,10 +69,44 @@ class CaseOptions:
         return Draw(self.n, self.split, self.seed, frames)
 
 
+@dataclass(frozen=True)
+class JudgeChoice:
+    """Who judges, and what is asked of models but the shipped one."""
+
+    judge: Annotated[
+        str, typer.Option(help="sprites, clip[:ARCHITECTURE:WEIGHTS], command:PROGRAM, or http://HOST/v1#MODEL.")
+    ] = "sprites"
+    judge_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a judge has for one answer.")] = 300.0
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts with the feature that must go, in NegGenBench's format, for models but sprites."),
+    ] = None
+    seeds: Annotated[int, typer.Option(min=1, help="With --prompts: samples of a prompt, from --seed on.")] = 1
+
+    def benchmark(self, model: Any, cases: CaseOptions, device: str | None) -> Benchmark:
+        """Prompts of a file, or the sprites' cases; InputError where there are neither."""
+        from nasa_video.errors import InputError
+        from nasa_video.evaluation.benchmarks.removal import feature_removal, removal_prompts, sprites_removal
+        from nasa_video.evaluation.judges import JudgeOptions
+        from nasa_video.files.atomic import file_sha256
+
+        how = JudgeOptions(device, self.judge_timeout)
+        if self.prompts is not None:
+            entries = removal_prompts(self.prompts)
+            source = f"{self.prompts.name}, SHA-256 {file_sha256(self.prompts)}, {len(entries)} prompts"
+            return feature_removal(entries, range(cases.seed, cases.seed + self.seeds), self.judge, how, source)
+        if not is_sprites(model):
+            raise InputError(
+                f"{model.name} is no sprites model: give prompts with --prompts FILE (NegGenBench's format)"
+            )
+        return sprites_removal(cases.kinds, cases.chosen, cases.draw(model.preset.video.frames), self.judge, how)
+
+
 @grouped
 def removal(
     options: AnyModelOptions,
     cases: CaseOptions,
+    judged: JudgeChoice,
     model: Annotated[str, typer.Option(help="A sprites model; with another --judge and --prompts any model.")] = (
         "sprites"
     ),
@@ -75,15 +115,6 @@ def removal(
         typer.Option(help="As none,nasa:0.8.", show_default=f"none, the model's own, {', '.join(PUBLISHED)}"),
     ] = None,
     first_chunk_steps: FirstChunkStepsOption = None,
-    judge: Annotated[
-        str, typer.Option(help="sprites, clip[:ARCHITECTURE:WEIGHTS], command:PROGRAM, or http://HOST/v1#MODEL.")
-    ] = "sprites",
-    judge_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a judge has for one answer.")] = 300.0,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Prompts with the feature that must go, in NegGenBench's format, for models but sprites."),
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="With --prompts: samples of a prompt, from --seed on.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Videos made at once.")] = 16,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for table, report and outputs; a rerun resumes there.")
@@ -91,40 +122,28 @@ def removal(
 ) -> None:
     """How often the unwanted feature is gone, and everything asked for still there (table 2 of the paper)."""
     from nasa_video.errors import InputError
-    from nasa_video.evaluation.benchmarks.removal import feature_removal, removal_prompts, sprites_removal
-    from nasa_video.evaluation.judges import JudgeOptions
-    from nasa_video.evaluation.samples import VideoModel
-    from nasa_video.files.atomic import file_sha256
 
-    kinds = cases.kinds
     chosen = options.model(model, first_chunk_steps)
     compared = methods or default_methods(chosen.preset)
-    sprites = isinstance(chosen, VideoModel) and chosen.preset.vocabulary == "sprites"
-    if judge == "sprites" and prompts is None:
-        if not sprites:
+    if judged.judge == "sprites" and judged.prompts is None:
+        if not is_sprites(chosen):
             raise InputError(
                 f"eval removal judges with the sprites detectors; {model} is no sprites model. Give another judge with "
                 "--judge, and prompts with --prompts"
             )
         where = tempfile.TemporaryDirectory(prefix="nasa-video-removal-") if output is None else nullcontext(output)
         with where as folder:
-            _with_detectors(
-                chosen, compared, (options, cases, first_chunk_steps, batch), Path(folder), output is not None
-            )
+            asked = (options, cases, first_chunk_steps, batch)
+            _with_detectors(chosen, compared, asked, Path(folder), output is not None)
         return
     if output is None:
         raise InputError("give a folder with -o: what is judged is kept there, and a rerun goes on there")
-    how = JudgeOptions(options.device, judge_timeout)
-    if prompts is not None:
-        entries = removal_prompts(prompts)
-        source = f"{prompts.name}, SHA-256 {file_sha256(prompts)}, {len(entries)} prompts"
-        benchmark = feature_removal(entries, range(cases.seed, cases.seed + seeds), judge, how, source)
-    elif sprites:
-        attributes = words(cases.attributes) if cases.attributes else None
-        benchmark = sprites_removal(kinds, attributes, cases.draw(chosen.preset.video.frames), judge, how)
-    else:
-        raise InputError(f"{model} is no sprites model: give prompts with --prompts FILE (NegGenBench's format)")
-    run_benchmark(benchmark, chosen, compared, output, options)
+    run_benchmark(judged.benchmark(chosen, cases, options.device), chosen, compared, output, options)
+
+
+def is_sprites(model: Any) -> bool:
+    """Whether a model makes videos of the shipped model's world."""
+    return getattr(model.preset, "vocabulary", None) == "sprites"
 
 
 def default_methods(preset: Any) -> str:
@@ -147,8 +166,7 @@ def _with_detectors(
     counts = [count or preset.sampler.default_steps for count in options.counts]
     for count in counts:
         preset.sampler.timesteps(count)
-    attributes = words(cases.attributes) if cases.attributes else None
-    table = list(cells(methods_of(methods, preset), counts, cases.kinds, attributes, first_steps))
+    table = list(cells(methods_of(methods, preset), counts, cases.kinds, cases.chosen, first_steps))
     draw = cases.draw(options.frames or preset.video.frames)
     planned = plan_cells(preset, table, draw, model.dtype)
     jobs = [job for _, job in planned]

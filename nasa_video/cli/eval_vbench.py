@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +21,10 @@ from nasa_video.cli.eval_options import (
     words,
 )
 from nasa_video.cli.options import NegOption, grouped
+
+if TYPE_CHECKING:
+    from nasa_video.evaluation.benchmarks.vbench.run import PromptChoice
+    from nasa_video.evaluation.benchmarks.vbench.scoring import Mode, Scoring
 
 setup = typer.Typer(name="setup", help="Install what a measurement needs and cannot share.", no_args_is_help=True)
 
@@ -77,27 +82,64 @@ def setup_vbench(
     files.download(wanted, place, say)
 
 
+@dataclass(frozen=True)
+class PromptOptions:
+    """Which prompts."""
+
+    prompts: Annotated[
+        Path | None, typer.Option(help="A list in VBench's JSON format.", show_default="VBench's own")
+    ] = None
+    extended_prompts: Annotated[
+        Path | None, typer.Option(help="What the model is given instead: JSON, or text with --extended-base.")
+    ] = None
+    extended_base: Annotated[Path | None, typer.Option(help="The same lines unextended.")] = None
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts of a dimension.")] = None
+    samples: Annotated[int, typer.Option(min=1, help="Videos of a prompt; seeds count up from --seed.")] = 5
+    seed: Annotated[int, typer.Option(help="Of the first sample.")] = 0
+
+    @property
+    def choice(self) -> PromptChoice:
+        """As the run takes it."""
+        from nasa_video.evaluation.benchmarks.vbench.run import PromptChoice
+
+        return PromptChoice(self.prompts, self.limit, self.extended_prompts, self.extended_base)
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """What is scored, and where."""
+
+    dimensions: Annotated[str, typer.Option(help="Comma list of VBench's dimensions, or all.")] = (
+        "aesthetic_quality,imaging_quality"
+    )
+    long: Annotated[bool, typer.Option("--long", help="VBench-Long: clips are scored.")] = False
+    judge_device: Annotated[str | None, typer.Option(help="Of VBench's judges.", show_default="as --device")] = None
+    venv: VenvOption = None
+    cache: CacheOption = None
+
+    def scoring(self, device: str | None) -> Scoring:
+        """How videos are scored; InputError for an unknown dimension or no environment."""
+        from nasa_video.evaluation.benchmarks.vbench.environment import Environment, default_venv
+        from nasa_video.evaluation.benchmarks.vbench.scoring import Scoring
+        from nasa_video.evaluation.benchmarks.vbench.weights import cache_folder, check_dimensions
+        from nasa_video.models.loading import choose_device
+
+        dimensions = check_dimensions(words(self.dimensions))
+        judges = choose_device(self.judge_device or device).type
+        environment = Environment(self.venv or default_venv())
+        mode: Mode = "long" if self.long else "standard"
+        return Scoring(environment, mode, dimensions, judges, self.cache or cache_folder())
+
+
 @grouped
 def vbench(
     output: FolderOption,
     options: RunOptions,
+    asked: PromptOptions,
+    judges: ScoringOptions,
     model: Annotated[str, typer.Option(help="Preset, folder, or hub id.")] = "sprites",
     methods: MethodsOption = "none,nasa",
     neg: NegOption = None,
-    dimensions: Annotated[str, typer.Option(help="Comma list of VBench's dimensions, or all.")] = (
-        "aesthetic_quality,imaging_quality"
-    ),
-    long: Annotated[bool, typer.Option("--long", help="VBench-Long: clips are scored.")] = False,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A list in VBench's JSON format.", show_default="VBench's own")
-    ] = None,
-    extended_prompts: Annotated[
-        Path | None, typer.Option(help="What the model is given instead: JSON, or text with --extended-base.")
-    ] = None,
-    extended_base: Annotated[Path | None, typer.Option(help="The same lines unextended.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many prompts of a dimension.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Videos of a prompt; seeds count up from --seed.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of the first sample.")] = 0,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -105,43 +147,30 @@ def vbench(
             show_default="bfloat16 on CUDA, else float32",
         ),
     ] = None,
-    judge_device: Annotated[str | None, typer.Option(help="Of VBench's judges.", show_default="as --device")] = None,
-    venv: VenvOption = None,
-    cache: CacheOption = None,
 ) -> None:
     """VBench and VBench-Long: videos of its prompts for every method, scored in an environment of its own."""
     from nasa_video.errors import InputError
-    from nasa_video.evaluation.benchmarks.vbench.environment import Environment, default_venv
-    from nasa_video.evaluation.benchmarks.vbench.run import PromptChoice, VBenchRun
-    from nasa_video.evaluation.benchmarks.vbench.scoring import Scoring
-    from nasa_video.evaluation.benchmarks.vbench.weights import cache_folder, check_dimensions
+    from nasa_video.evaluation.benchmarks.vbench.run import VBenchRun
     from nasa_video.evaluation.samples import VideoModel, methods_of
     from nasa_video.guidance.terms import as_negatives
-    from nasa_video.models.loading import choose_device
 
     negatives = as_negatives(neg)
     if not negatives and words(methods) != ["none"]:
         raise InputError("the methods need a negative prompt: --neg 'blurry, low quality'; or run --methods none")
-    asked = check_dimensions(words(dimensions))
-    judges = choose_device(judge_device or options.device).type
-    environment = Environment(venv or default_venv())
-    scoring = Scoring(environment, "long" if long else "standard", asked, judges, cache or cache_folder())
+    scoring = judges.scoring(options.device)
     for name, reason in scoring.skipped.items():
         say(f"{name} will be skipped, its weights are not in {scoring.cache}: {reason}")
     chosen = VideoModel(model, options.device, options.frames, dtype=dtype)
-    choice = PromptChoice(prompts, limit, extended_prompts, extended_base)
-    run = VBenchRun(
-        chosen, methods_of(methods, chosen.preset), negatives, scoring, choice, range(seed, seed + samples),
-        options.counts, options.run(output),
-    )  # fmt: skip
+    compared, seeds = methods_of(methods, chosen.preset), range(asked.seed, asked.seed + asked.samples)
+    where = options.run(output)
+    run = VBenchRun(chosen, compared, negatives, scoring, asked.choice, seeds, options.counts, where)
     with job_progress({"videos": len(run.mine), "scores": run.number_of_scores}) as bar:
         outcome = run.run(bar)
     say_made(outcome.videos)
     for name, reason in outcome.scores.failed.items():
         say(f"{name} failed: {reason}")
     if outcome.results is None:
-        missing = len(outcome.videos.missing) or outcome.scores.missing
-        left_to_others(options.run(output).shard, missing, output, options.as_json)
+        left_to_others(where.shard, len(outcome.videos.missing) or outcome.scores.missing, output, options.as_json)
     else:
         for note in outcome.results.notes:
             say(f"note: {note}")

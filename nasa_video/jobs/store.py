@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue
 
 from nasa_video.errors import InputError, OutputError
 from nasa_video.files.atomic import commit, explained, file_sha256, is_whole, process_name, remove_orphans, write_text
@@ -317,27 +317,3 @@ def write_manifest(path: Path, jobs: Iterable[Job]) -> None:
     """
     lines = (json.dumps({"id": job.id, **job.model_dump(mode="json")}, sort_keys=True) for job in jobs)
     write_text(path, "".join(f"{line}\n" for line in lines))
-
-
-def read_manifest(path: Path) -> list[GenerationJob]:
-    """The jobs of a manifest.
-
-    Raises:
-        InputError: it is missing, or a line is not a job or has an id that is not its own.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the manifest {path} cannot be read: {error}") from error
-    jobs = []
-    for number, line in enumerate(lines, 1):
-        try:
-            data = json.loads(line)
-            written = data.pop("id")
-            job = GenerationJob.model_validate(data)
-        except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-            raise InputError(f"{path}, line {number}, is not a job; run the evaluation again to write it") from error
-        if job.id != written:
-            raise InputError(f"{path}, line {number}, was changed: its id is {written}, its content's is {job.id}")
-        jobs.append(job)
-    return jobs
