@@ -15,10 +15,9 @@ from typing import Any
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from platformdirs import user_cache_path
 
-from nasa_video.errors import InputError, OutputError
+from nasa_video.errors import InputError, OutputError, format_bytes
 from nasa_video.files.atomic import file_sha256, write_text
 from nasa_video.models.download import missing
-from nasa_video.models.memory_plan import gigabytes
 from nasa_video.models.presets import VideoPreset
 from nasa_video.models.stored import MODELS_FOLDER
 from nasa_video.text.embedding_cache import FOLDER_VARIABLE
@@ -46,7 +45,7 @@ class Asset:
     @property
     def description(self) -> str:
         """What, where from, how large, under which licence."""
-        size = "size unknown" if self.gigabytes is None else gigabytes(int(1e9 * self.gigabytes))
+        size = "size unknown" if self.gigabytes is None else format_bytes(1e9 * self.gigabytes)
         kind = "dataset " if self.dataset else ""
         return f"{self.what}: {self.file} of the hub's {kind}{self.repo} ({size}; licence: {self.licence})"
 

@@ -314,7 +314,7 @@ def test_downloads_are_checked_and_whole(tmp_path: Path) -> None:
     file = weights.Weights("d/w.pth", 1, url, "MIT", good[:8], also=("torch/w.pth",))
     weights.download([file, file], cache, said.append)
     assert (cache / "d/w.pth").read_bytes() == (cache / "torch/w.pth").read_bytes() == content
-    assert said == [f"downloading d/w.pth (0.0 MB, MIT) from {url}"]
+    assert said == [f"downloading d/w.pth (1 B, MIT) from {url}"]
     wrong = weights.Weights("d/x.pth", 1, url, "MIT", "0" * 64)
     with pytest.raises(InputError, match="another file"):
         weights.download([wrong], cache, said.append)

@@ -18,10 +18,9 @@ from typing import Literal
 import yaml
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 
-from nasa_video.errors import InputError, NasaVideoError
+from nasa_video.errors import InputError, NasaVideoError, format_bytes
 from nasa_video.evaluation.assets import cached_sha256
 from nasa_video.files.atomic import atomic_write, explained, process_name
-from nasa_video.models.memory_plan import gigabytes
 
 CACHE_VARIABLE = "VBENCH_CACHE_DIR"
 """VBench's own variable: where it looks for weights."""
@@ -65,7 +64,7 @@ class Weights:
 
     def describe(self) -> str:
         """Path, size, source and licence, for people."""
-        return f"{self.path} ({gigabytes(self.bytes)}, {self.licence}) from {self.url}"
+        return f"{self.path} ({format_bytes(self.bytes)}, {self.licence}) from {self.url}"
 
 
 @cache
