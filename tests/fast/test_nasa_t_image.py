@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -167,10 +166,15 @@ def test_the_formulas() -> None:
     torch.testing.assert_close(sample.grad, x / x.numel())
 
 
-def test_a_sheet_shows_every_prompt_without_and_with_nasa(tmp_path: Path) -> None:
+def test_a_sheet_shows_every_prompt_without_and_with_nasa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(
+        "nasa_video.train.distillation.save_sheet", lambda clips, labels, _: drawn.append((clips, labels))
+    )
     trainer = new_trainer(run={"sheet_samples": 2})
     trainer.sheet(tmp_path / "sheet.png")
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        # two prompts side by side, two images each
-        assert sheet.width == 4 * sheet.height
-    assert "without: " in (tmp_path / "sheet.txt").read_text()
+    ((images, labels),) = drawn
+    assert images.shape[:2] == (2, 2)  # a row a prompt, two images each
+    assert len(labels) == 2
+    assert all("without: " in label for label in labels)
+    assert (tmp_path / "sheet.txt").read_text().splitlines() == labels
