@@ -40,7 +40,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from nasa_video.models.presets import find_preset
-from nasa_video.serve.server import Server
+from nasa_video.serve.app import Server
 from nasa_video.serve.settings import ServeSettings
 
 NEGATIVES = ("red", "blue", "blurry", "snow", "border")
@@ -214,9 +214,9 @@ def measure() -> dict[str, Any]:
 def settle(server: Server) -> None:
     """Wait until every visitor's things are gone, and forget what is kept for download."""
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (server.hub.sessions or psutil.Process().children()):
+    while time.monotonic() < deadline and (server.state.sessions or psutil.Process().children()):
         time.sleep(0.2)
-    for kept in [*server.hub.streams.clear(), *server.hub.jobs.clear()]:
+    for kept in [*server.state.streams.clear(), *server.state.jobs.clear()]:
         kept.join(10)
 
 
@@ -246,7 +246,7 @@ def run(options: argparse.Namespace, model: str) -> dict[str, Any]:
     """The rounds, from a warm server to its end."""
     fps = find_preset(model).video.fps
     server = Server(ServeSettings(models=(model,), max_streams=4, max_waiting=6, turn_seconds=10), port=0)
-    server.hub.warm_up()
+    server.state.warm_up()
     thread = threading.Thread(target=server.serve_until_stopped, daemon=True)
     thread.start()
     while not server.started:

@@ -16,7 +16,7 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
-from nasa_video.serve.server import Server
+from nasa_video.serve.app import Server
 from nasa_video.serve.settings import ServeSettings
 
 SHOTS: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/images")
     folder.mkdir(parents=True, exist_ok=True)
     server = Server(ServeSettings(), port=0)
-    server.hub.warm_up()
+    server.state.warm_up()
     thread = threading.Thread(target=server.serve_until_stopped, daemon=True)
     thread.start()
     executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

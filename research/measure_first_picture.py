@@ -26,11 +26,11 @@ import psutil
 from load_test import open_socket, settle
 from tiny_model import write_tiny_model
 
-from nasa_video.serve.delivery import Picture
-from nasa_video.serve.hub import Hub
-from nasa_video.serve.outgoing import Outgoing
+from nasa_video.serve.app import Server
+from nasa_video.serve.delivery import StreamFormat
+from nasa_video.serve.media import Outgoing
 from nasa_video.serve.protocol import Start
-from nasa_video.serve.server import Server
+from nasa_video.serve.server_state import ServerState
 from nasa_video.serve.settings import ServeSettings
 from nasa_video.serve.stream import LiveStream, Pair
 
@@ -42,8 +42,8 @@ class TimedStream(LiveStream):
 
     model_cpu = 0.0
 
-    def _open(self) -> tuple[Picture, Iterator[Pair]]:
-        picture, source = super()._open()
+    def _open(self) -> tuple[StreamFormat, Iterator[Pair]]:
+        form, source = super()._open()
 
         def timed() -> Iterator[Pair]:
             began = time.thread_time()
@@ -52,14 +52,14 @@ class TimedStream(LiveStream):
             yield first
             yield from source
 
-        return picture, timed()
+        return form, timed()
 
 
-class TimedHub(Hub):
+class TimedState(ServerState):
     """Gives every client such a stream."""
 
-    def make_stream(self, key: str, start: Start, outgoing: Outgoing, ended: Callable[..., None]) -> LiveStream:
-        return TimedStream(key, start, self.library, self.settings, self.folder, outgoing, self.worker.wake, ended)
+    def make_stream(self, key: str, start: Start, outgoing: Outgoing, on_end: Callable[..., None]) -> LiveStream:
+        return TimedStream(self, key, start, outgoing, on_end)
 
 
 def cpu_seconds() -> float:
@@ -119,8 +119,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         model = options.model or str(write_tiny_model(Path(folder), default_steps=1))
-        server = Server(ServeSettings(models=(model,)), port=0, make_hub=TimedHub)
-        server.hub.warm_up()
+        server = Server(TimedState(ServeSettings(models=(model,))), port=0)
+        server.state.warm_up()
         thread = threading.Thread(target=server.serve_until_stopped, daemon=True)
         thread.start()
         while not server.started:

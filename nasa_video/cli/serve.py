@@ -33,7 +33,10 @@ def serve(
     streams: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Videos made at once, each with its own key-value cache.", show_default="4, or what fits"
+            min=1,
+            max=1000,
+            help="Videos made at once, each with its own key-value cache.",
+            show_default="4, or what fits",
         ),
     ] = None,
     waiting: Annotated[int, typer.Option(min=0, help="Videos that may wait for a place.")] = 32,
@@ -49,8 +52,11 @@ def serve(
     browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Show videos while they are made, in a browser; prompts and negatives can be changed while they play."""
-    from nasa_video.cli.serving import run_server
+    import webbrowser
+
     from nasa_video.models.presets import DEFAULT_MODEL
+    from nasa_video.serve.app import Server
+    from nasa_video.serve.registry import plan_capacity
     from nasa_video.serve.settings import ServeSettings
 
     settings = ServeSettings(
@@ -70,4 +76,14 @@ def serve(
         messages_per_second=messages,
         posts_per_second=posts,
     )
-    run_server(settings, host, port, browser, say, fewer=streams is None)
+    server = Server(plan_capacity(settings, say, fewer=streams is None), host, port)
+    say(f"loading {settings.models[0]} ...")
+    server.state.warm_up()
+    say(f"open {server.address_with_token}    (Ctrl-C ends)")
+    if server.settings.token is None:
+        port = server.listener.getsockname()[1]
+        say(f"from another machine: ssh -L {port}:localhost:{port} THIS-MACHINE, then the same address there")
+    if browser:
+        webbrowser.open(server.address_with_token)
+    server.serve_until_stopped()
+    say("stopped")

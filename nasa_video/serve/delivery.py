@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import shutil
+import tempfile
+import threading
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nasa_video.errors import OutputError
+from nasa_video.files.ffmpeg_sink import FfmpegSink
+from nasa_video.files.formats import FORMATS, join
 from nasa_video.files.frames import Frames, enlarge
 from nasa_video.files.live_sinks import StreamSink
+from nasa_video.files.metadata import to_json
 from nasa_video.files.sheets import comparison_labels, side_by_side
-from nasa_video.serve.media import KINDS, MediaEncoder, open_encoder
-from nasa_video.serve.outgoing import Gone, Outgoing
+from nasa_video.guidance.methods import Settings
+from nasa_video.serve.media import KINDS, Gone, MediaEncoder, Outgoing, open_encoder
 from nasa_video.serve.protocol import describe_state
-from nasa_video.serve.recorder import Recorder
-from nasa_video.video.pipeline import Chunk
+from nasa_video.serve.worker import Consumer
+from nasa_video.video.pipeline import Chunk, VideoPipeline
+
+if TYPE_CHECKING:
+    from nasa_video.serve.stream import LiveStream
 
 MAX_RESTARTS = 5
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Size (pixels, as the model makes it), rate and integer upscaling of a stream's pictures.
+class StreamFormat:
+    """Size (pixels, as the model makes it), rate and integer upscaling of a stream's frames.
 
-    ``chunk_frames``: pictures of every chunk but the first.
+    ``chunk_frames``: frames of every chunk but the first. ``guidance``: the model's own settings by method.
     """
 
     height: int
@@ -35,6 +47,15 @@ class Picture:
     scale: int
     compare: bool
     chunk_frames: int
+    guidance: Settings
+
+    @classmethod
+    def of(cls, pipeline: VideoPipeline, *, compare: bool) -> StreamFormat:
+        """The format in which a model streams by itself."""
+        video = pipeline.preset.video
+        chunk_frames = pipeline.frames_until(2) - pipeline.frames_until(1)
+        guidance = pipeline.preset.guidance
+        return cls(video.height, video.width, video.fps, video.upscale, compare, chunk_frames, guidance)
 
     @property
     def sent_size(self) -> tuple[int, int]:
@@ -43,7 +64,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Made:
+class SentChunk:
     """A finished chunk, with its unguided twin where they are compared.
 
     ``seconds`` is what the model took, ``fps`` the rate at which this viewer's frames are made, waiting included.
@@ -56,41 +77,29 @@ class Made:
     fps: float
 
     @property
-    def sent(self) -> Frames:
+    def frames(self) -> Frames:
         """What is encoded for the viewer."""
         frames: Frames = self.chunk.frames
         return frames if self.plain is None else np.concatenate([self.plain, frames], axis=2)
 
+    @property
+    def end(self) -> int:
+        """The number of its last frame, and one."""
+        return self.first_frame + len(self.chunk.frames)
 
-class Delivery:
-    """Sends chunks to one client and records them (a `Consumer`).
 
-    Args:
-        kind: one of `KINDS`.
-        position: frames that the viewer has seen.
-        freed: called when there is room for another chunk.
-        finished: called once at the end, with the error that ended it.
-    """
+class Delivery(Consumer[SentChunk]):
+    """Sends a stream's chunks to its client and records them."""
 
-    def __init__(
-        self,
-        picture: Picture,
-        kind: str,
-        outgoing: Outgoing,
-        recorder: Recorder | None,
-        position: Callable[[], int],
-        freed: Callable[[], None],
-        finished: Callable[[BaseException | None], None],
-    ) -> None:
-        self.picture = picture
-        self.kind = kind
+    def __init__(self, stream: LiveStream, form: StreamFormat, outgoing: Outgoing) -> None:
+        self.form = form
+        self.kind = self.wanted_kind = stream.start.media[0]
         self.outgoing = outgoing
-        self.recorder = recorder
+        self.recorder = stream.recorder
         self.num_frames = 0
-        self.wanted_kind = kind
-        self._position, self._freed, self._finished = position, freed, finished
+        self._stream = stream
         self._encoder: MediaEncoder | None = None
-        self._unseen: deque[Made] = deque()
+        self._unseen: deque[SentChunk] = deque()
         self._encoder_used = False
         self._restarts = 0
 
@@ -98,12 +107,12 @@ class Delivery:
         """Start the encoder, while the first chunk is being made."""
         self._open(0)
 
-    def consume(self, item: Made) -> None:
+    def consume(self, item: SentChunk) -> None:
         """Tell of a chunk, then send and record it."""
-        self._freed()
+        self._stream.server.scheduler.wake()
         chunk = item.chunk
         self._unseen.append(item)
-        while self._unseen[0] is not item and self._end_of(self._unseen[0]) <= self._position():
+        while self._unseen[0] is not item and self._unseen[0].end <= self._stream.position:
             self._unseen.popleft()
         self.outgoing.say(
             "chunk",
@@ -113,16 +122,16 @@ class Delivery:
             effect=dataclasses.asdict(chunk.own_effect) if chunk.own_effect and chunk.state.guided else None,
             seconds=round(item.seconds, 4),
             fps=round(item.fps, 2),
-            **describe_state(chunk.state),
+            **describe_state(chunk.state, self.form.guidance),
         )
-        self.num_frames = self._end_of(item)
+        self.num_frames = item.end
         try:
             if self._broken():
                 self._restart()
             else:
                 self._send(item)
         finally:
-            # After the viewer's pictures, since its first frame starts an ffmpeg; also for one who has left meanwhile.
+            # After the viewer's frames, since its first frame starts an ffmpeg; also for one who has left meanwhile.
             if self.recorder is not None and not self.recorder.full:
                 self._record(self.recorder, item)
 
@@ -142,18 +151,15 @@ class Delivery:
             self._encoder.abort()
         self._unseen.clear()
         self._encoder = None
-        self._finished(error)
+        self._stream.ended(error)
         if self.recorder is not None:
             self.recorder.seal()
 
-    def _end_of(self, item: Made) -> int:
-        return item.first_frame + len(item.chunk.frames)
-
-    def _send(self, item: Made) -> None:
+    def _send(self, item: SentChunk) -> None:
         assert self._encoder is not None
         self._encoder_used = True
         try:
-            self._encoder.write(item.sent)
+            self._encoder.write(item.frames)
         except OutputError:
             self._restart()
 
@@ -192,27 +198,105 @@ class Delivery:
         self._open(first)
         try:
             for item in waiting:
-                self._encoder.write(item.sent)
+                self._encoder.write(item.frames)
         except OutputError:
             return False
         self._encoder_used = bool(waiting)
         return True
 
     def _open(self, first_frame: int) -> None:
-        picture = self.picture
-        self._encoder = open_encoder(
-            self.kind, self.outgoing, picture.sent_size, picture.fps, first_frame, picture.scale
-        )
+        form = self.form
+        self._encoder = open_encoder(self.kind, self.outgoing, form.sent_size, form.fps, first_frame, form.scale)
 
-    def _record(self, recorder: Recorder, item: Made) -> None:
+    def _record(self, recorder: Recorder, item: SentChunk) -> None:
         recorder.write(self._recorded(item))
         if recorder.full:
             kept = f"{recorder.max_frames / recorder.fps:g} s"
             self.outgoing.say("note", message=f"the first {kept} are kept for download; the timeline goes on")
 
-    def _recorded(self, item: Made) -> Frames:
+    def _recorded(self, item: SentChunk) -> Frames:
         if item.plain is None:
             return item.chunk.frames
-        pair = [enlarge(frames, self.picture.scale) for frames in (item.plain, item.chunk.frames)]
+        pair = [enlarge(frames, self.form.scale) for frames in (item.plain, item.chunk.frames)]
         state = item.chunk.state
-        return side_by_side(pair, comparison_labels(state.guidance, state.negatives[0] if state.negatives else ()))
+        return side_by_side(pair, comparison_labels(state.guidance, state.negatives[0]))
+
+
+class Recorder:
+    """Frames into parts of an MP4; a download ends the part that is being written and joins all of them.
+
+    Args:
+        folder: where its own folder is made.
+        max_frames: what comes after these is not kept.
+        scale: integer upscaling.
+    """
+
+    def __init__(self, folder: Path, fps: float, max_frames: int, scale: int) -> None:
+        self.fps = fps
+        self.max_frames = max_frames
+        self.num_frames = 0
+        self._scale = scale
+        self._folder = Path(tempfile.mkdtemp(prefix="recording-", dir=folder))
+        self._parts: list[Path] = []
+        self._sink: FfmpegSink | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing more is kept."""
+        return self.num_frames >= self.max_frames
+
+    def write(self, frames: Frames) -> None:
+        """Keep frames, up to the limit. Never raises: a recording that fails must not end a stream."""
+        with self._lock:
+            frames = frames[: self.max_frames - self.num_frames]
+            if self._closed or not len(frames):
+                return
+            if self._sink is None:
+                self._sink = FfmpegSink(self._folder / f"part{len(self._parts)}.mp4", self.fps, scale=self._scale)
+            self.num_frames += len(frames)
+            try:
+                self._sink.write(frames)
+            except OutputError:  # What was given to a killed ffmpeg is kept; the next frames start a new part.
+                self._end_part()
+
+    def seal(self) -> None:
+        """End the running part: called when the stream ends, so that a download finds it ready."""
+        with self._lock:
+            self._end_part()
+
+    def save(self, metadata: dict[str, Any]) -> Path:
+        """Everything so far as one MP4 in a file of its own, which the caller removes.
+
+        Raises:
+            OutputError: there is nothing, or it cannot be written.
+        """
+        with self._lock:
+            self._end_part()
+            if self._closed or not self._parts:
+                raise OutputError("nothing was recorded")
+            handle, name = tempfile.mkstemp(suffix=".mp4", dir=self._folder)
+            os.close(handle)
+            joined = self._folder / "joined.mp4"
+            join(self._parts, joined)
+            FORMATS[".mp4"].convert(joined, Path(name), to_json(metadata))
+            joined.unlink()
+            return Path(name)
+
+    def close(self) -> None:
+        """Forget everything, files included."""
+        with self._lock:
+            self._closed = True
+            if self._sink is not None:
+                self._sink.abort()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _end_part(self) -> None:
+        if self._sink is None:
+            return
+        sink, self._sink = self._sink, None
+        with contextlib.suppress(OutputError):
+            sink.finish()
+        if (kept := sink.abort()) is not None:
+            self._parts.append(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 import webbrowser
@@ -9,11 +10,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from nasa_video.serve.delivery import Picture
-from nasa_video.serve.hub import Hub
-from nasa_video.serve.outgoing import Outgoing
+from nasa_video.serve.app import Server
+from nasa_video.serve.delivery import StreamFormat
+from nasa_video.serve.media import Outgoing
 from nasa_video.serve.protocol import Start, Update, describe_state
-from nasa_video.serve.server import Server
+from nasa_video.serve.server_state import ServerState
 from nasa_video.serve.settings import ServeSettings
 from nasa_video.serve.stream import LiveStream, Pair
 from nasa_video.video.pipeline import Chunk, VideoPipeline
@@ -69,38 +70,34 @@ class PreviewStream(LiveStream):
     _taken = 0
 
     def ready(self) -> bool:
-        return super().ready() and (self._feeder is None or self.run.ring.has(self._taken))
+        return super().ready() and (self._worker is None or self.run.ring.has(self._taken))
 
     def step(self) -> bool:
-        if self._feeder is None:  # Only that: the first chunk may not be there yet, and `ready` waits for it.
+        if self._worker is None:  # Nothing more: the first chunk may not be there yet, and `ready` waits for it.
             self._begin()
             return True
         return super().step()
 
-    def _open(self) -> tuple[Picture, Iterator[Pair]]:
+    def _open(self) -> tuple[StreamFormat, Iterator[Pair]]:
         def taken(number: int) -> None:
             self._taken = number
 
-        assert self.run.picture is not None
-        return self.run.picture, self.run.ring.read(taken)
+        assert self.run.form is not None
+        return self.run.form, self.run.ring.read(taken)
 
     def _change(self, update: Update) -> None:
         self._outgoing.say("error", code="refused", message="this is the preview of a run; its texts are fixed")
 
 
-class PreviewHub(Hub):
+class PreviewState(ServerState):
     """Gives every viewer the same run."""
 
     run: Preview
 
-    @property
-    def preview(self) -> dict[str, Any] | None:
-        return self.run.description
-
     def make_stream(
-        self, key: str, start: Start, outgoing: Outgoing, ended: Callable[[LiveStream], None]
+        self, key: str, start: Start, outgoing: Outgoing, on_end: Callable[[LiveStream], None]
     ) -> LiveStream:
-        stream = PreviewStream(key, start, self.library, self.settings, self.folder, outgoing, self.worker.wake, ended)
+        stream = PreviewStream(self, key, start, outgoing, on_end)
         stream.run = self.run
         return stream
 
@@ -118,7 +115,7 @@ class Preview:
         self, say: Callable[[str], None], port: int = 0, open_page: Callable[[str], object] | None = None
     ) -> None:
         self.ring = Ring()
-        self.picture: Picture | None = None
+        self.form: StreamFormat | None = None
         self.description: dict[str, Any] | None = None
         self.server: Server | None = None
         self._say, self._port, self._open_page = say, port, open_page or webbrowser.open
@@ -129,18 +126,13 @@ class Preview:
         self, pipeline: VideoPipeline, recipe: VideoRequest, chunks: Iterator[Chunk], unguided: Iterator[Chunk] | None
     ) -> tuple[Iterator[Chunk], Iterator[Chunk] | None]:
         """Start the page; returns iterators that give the same chunks and show them."""
-        stride = pipeline.frames_until(2) - pipeline.frames_until(1)
-        state = pipeline.states(recipe)(0)
-        self.picture = Picture(
-            recipe.height or 0,
-            recipe.width or 0,
-            recipe.fps or 0,
-            pipeline.preset.video.upscale,
-            unguided is not None,
-            stride,
-        )
-        self.description = describe_state(state) | {"compare": unguided is not None, "seed": recipe.seed}
-        self.description["on_change"] = recipe.on_change
+        form = StreamFormat.of(pipeline, compare=unguided is not None)
+        assert recipe.height
+        assert recipe.width
+        assert recipe.fps
+        self.form = dataclasses.replace(form, height=recipe.height, width=recipe.width, fps=recipe.fps)
+        shown = describe_state(pipeline.states(recipe)(0), form.guidance)
+        self.description = {**shown, "on_change": recipe.on_change, "compare": form.compare, "seed": recipe.seed}
         self._serve(str(recipe.model))
         last: list[Chunk] = []
 
@@ -165,10 +157,10 @@ class Preview:
         self.ring.done = True
         if self.server is None or self._thread is None:
             return
-        self.server.hub.worker.wake()
+        self.server.state.scheduler.wake()
         try:
             if kind is None:
-                self._wait(self.server.hub)
+                self._wait(self.server.state)
         finally:
             self.server.should_exit = True
             self._thread.join(10)
@@ -176,30 +168,25 @@ class Preview:
     def _add(self, pair: Pair) -> None:
         self.ring.add(pair)
         assert self.server is not None
-        self._somebody_came |= self.server.hub.sessions > 0
-        self.server.hub.worker.wake()
+        self._somebody_came |= self.server.state.sessions > 0
+        self.server.state.scheduler.wake()
 
     def _serve(self, model: str) -> None:
-        settings = ServeSettings(models=(model,), max_streams=8)
-
-        def make_hub(settings: ServeSettings) -> Hub:
-            hub = PreviewHub(settings)
-            hub.run = self
-            return hub
-
-        self.server = Server(settings, port=self._port, make_hub=make_hub)
+        state = PreviewState(ServeSettings(models=(model,), max_streams=8))
+        state.run, state.preview = self, self.description
+        self.server = Server(state, port=self._port)
         self._thread = threading.Thread(target=self.server.serve_until_stopped, name="nasa-video preview", daemon=True)
         self._thread.start()
         self._say(f"preview at {self.server.address}")
         self._open_page(self.server.address)
 
-    def _wait(self, hub: Hub) -> None:
+    def _wait(self, state: ServerState) -> None:
         self._say("the preview stays until its page is closed, or Ctrl-C")
         deadline = time.monotonic() + _SECONDS_FOR_A_BROWSER
         # A page that is reloaded is away for a moment.
         absent = 0
         while absent < 4:
-            if hub.sessions:
+            if state.sessions:
                 self._somebody_came, absent = True, 0
             elif self._somebody_came or time.monotonic() > deadline:
                 absent += 1

@@ -1,118 +1,98 @@
-"""The messages of the WebSocket and the bodies of the HTTP requests; see ``docs/reference/live_protocol.md``."""
+"""The messages of the WebSocket and the bodies of the HTTP requests; see ``docs/reference/live_protocol.md``.
+
+What is asked for is a :class:`VideoRequest` or a part of one, within limits.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import from_json
 
-from nasa_video.guidance.methods import Guidance, parse_guidance
-from nasa_video.guidance.terms import Negative
-from nasa_video.models.presets import OnChange, Strict
-from nasa_video.serve.settings import MAX_NEGATIVE, MAX_NEGATIVES, MAX_PROMPT
-from nasa_video.video.pipeline import VideoPipeline
-from nasa_video.video.request import PromptState
+from nasa_video.errors import InputError
+from nasa_video.guidance.methods import METHODS, Settings, parse_guidance, spell
+from nasa_video.models.presets import Strict, VideoPreset
+from nasa_video.serve.settings import MAX_ENTRIES, MAX_GUIDANCE, MAX_NEGATIVE, MAX_NEGATIVES, MAX_PROMPT
+from nasa_video.text.vocabulary import find_vocabulary
+from nasa_video.video.request import PromptRequest, PromptState, VideoRequest
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised when a client written for the last one would no longer understand the server."""
 MAX_SEED = 2**53 - 1
 """Largest whole number that a browser holds exactly."""
+_RANGES = {"seed": (0, MAX_SEED), "steps": (1, 200), "first_chunk_steps": (1, 200), "frames": (1, MAX_SEED)}
 
-
-def _with_content(text: str) -> str:
-    if not text.strip():
-        raise ValueError("must not be empty")
-    return text.strip()
-
-
-def _known_method(spelling: str) -> str:
-    parse_guidance(spelling)
-    return spelling
-
-
-Prompt = Annotated[str, Field(max_length=MAX_PROMPT), AfterValidator(_with_content)]
-Method = Annotated[str, Field(max_length=400), AfterValidator(_known_method)]
-Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 MediaKind = Literal["mp4", "webm", "av1", "jpeg"]
+MediaKinds = Annotated[tuple[MediaKind, ...], Field(min_length=1, max_length=4)]
 
 
-class NegativeTerm(Strict):
-    """One negative and its weight."""
+class ServedRequest(VideoRequest):
+    """Body of ``POST /v1/videos``: of a video's fields those that open no file and need no other memory plan."""
 
-    text: Annotated[str, Field(max_length=MAX_NEGATIVE), AfterValidator(_with_content)]
-    weight: float = Field(default=1.0, gt=0, le=100, allow_inf_nan=False)
+    allowed: ClassVar[frozenset[str]] = frozenset((*PromptRequest.model_fields, *_RANGES, "model", "timeline"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_others(cls, data: Any) -> Any:
+        """Before any of it is read: nothing that is sent becomes a path."""
+        if isinstance(data, dict) and (refused := sorted((set(VideoRequest.model_fields) - cls.allowed) & set(data))):
+            raise InputError(f"{refused[0]} cannot be chosen here; leave it out")
+        return data
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        entries = self.timeline or ()
+        if self.prompt is None and not (entries and entries[0].prompt):
+            raise InputError("prompt: say what the video should show")
+        if len(entries) > MAX_ENTRIES:
+            raise InputError(f"a timeline has at most {MAX_ENTRIES} entries, got {len(entries)}")
+        check_limits(self)
+        for entry in entries:
+            check_limits(entry)
+        for name, (low, high) in _RANGES.items():
+            if (value := getattr(self, name)) is not None and not low <= value <= high:
+                raise InputError(f"{name} must be from {low} to {high}, got {value}")
+        if self.model is not None and len(self.model) > MAX_GUIDANCE:
+            raise InputError("model: choose one of those that GET /models lists as offered")
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> Any:
+        made = handler.resolve_ref_schema(handler(schema))
+        own = set(cls.model_fields) - set(VideoRequest.model_fields)
+        made["properties"] = {name: p for name, p in made["properties"].items() if name in cls.allowed | own}
+        return made
 
 
-Terms = Annotated[tuple[NegativeTerm, ...], Field(max_length=MAX_NEGATIVES)]
+class Start(ServedRequest):
+    """Begin a stream in place of the one that runs; without ``frames`` it has no end."""
 
-
-class Wanted(Strict):
-    """What the next chunk is to show; the whole of it."""
-
-    prompt: Prompt
-    negatives: Terms = ()
-    guidance: Method | None = None
-    """None takes the model's own."""
-    scale: Scale | None = None
-    on_change: OnChange | None = None
-    """None takes the model's own."""
-
-    def guidance_of(self, pipeline: VideoPipeline) -> Guidance | None:
-        """The method with this model's settings; None for "none"."""
-        return None if self.guidance == "none" else pipeline.guidance(self.guidance, self.scale)
-
-    def state(self, pipeline: VideoPipeline) -> PromptState:
-        """As the pipeline takes it.
-
-        Raises:
-            InputError: a scale that the method cannot take.
-        """
-        negatives = [Negative(term.text, term.weight) for term in self.negatives]
-        on_change = self.on_change or pipeline.preset.sampler.on_change
-        return PromptState.of(self.prompt, negatives, self.guidance_of(pipeline), on_change)
-
-
-class Start(Wanted):
-    """Begin a stream in place of the one that runs."""
+    allowed = (ServedRequest.allowed | {"compare"}) - {"timeline"}
 
     type: Literal["start"]
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
-    model: str | None = Field(default=None, max_length=400)
-    steps: int | None = Field(default=None, ge=1, le=200)
-    first_steps: int | None = Field(default=None, ge=1, le=200)
-    """Of the first chunk, and of each that shows something new; None takes ``steps``."""
-    frames: int | None = Field(default=None, ge=1)
-    """None streams without end."""
-    compare: bool = False
-    media: Annotated[tuple[MediaKind, ...], Field(min_length=1, max_length=4)] = ("jpeg",)
+    media: MediaKinds = ("jpeg",)
 
 
-class Update(Strict):
+class Update(PromptRequest):
     """Change what the next chunk shows; what is left out stays. The answer to it, yes or no, carries its ``id``."""
 
     type: Literal["update"]
     id: int | None = Field(default=None, ge=0, le=MAX_SEED)
-    prompt: Prompt | None = None
-    negatives: Terms | None = None
-    guidance: Method | None = None
-    scale: Scale | None = None
-    on_change: OnChange | None = None
 
-    def applied_to(self, wanted: Wanted) -> Wanted:
-        """The result; a new method without a scale takes the model's own."""
-        changes = {name: getattr(self, name) for name in self.model_fields_set - {"type", "id"}}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        if "guidance" in changes and changes["guidance"] != wanted.guidance:
-            changes.setdefault("scale", None)
-        return wanted.model_copy(update=changes)
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        check_limits(self)
+        return self
 
 
 class Media(Strict):
-    """Send the pictures in another way from the next chunk on."""
+    """Send the frames in another way from the next chunk on."""
 
     type: Literal["media"]
-    media: Annotated[tuple[MediaKind, ...], Field(min_length=1, max_length=4)]
+    media: MediaKinds
 
 
 class Position(Strict):
@@ -134,7 +114,35 @@ _MESSAGES: TypeAdapter[ClientMessage] = TypeAdapter(Annotated[ClientMessage, Fie
 
 
 class MessageError(ValueError):
-    """A message that is none; the text says where."""
+    """A message that is none; the text says where.
+
+    ``refused``: it was understood, and cannot be done. ``id``: of the update that it was.
+    """
+
+    def __init__(self, text: str, *, refused: bool = False, id: object = None) -> None:
+        super().__init__(text)
+        self.refused = refused
+        self.id = id if isinstance(id, int) else None
+
+
+def check_limits(part: PromptRequest) -> None:
+    """Whether texts, negatives and guidance are of a size that one viewer may ask for.
+
+    Raises:
+        InputError: one is not, or is empty.
+    """
+    if part.prompt is not None and not (part.prompt.strip() and len(part.prompt) <= MAX_PROMPT):
+        raise InputError(f"a prompt has from 1 to {MAX_PROMPT} characters, got {len(part.prompt)}")
+    if len(part.negatives or ()) > MAX_NEGATIVES:
+        raise InputError(f"at most {MAX_NEGATIVES} negatives, got {len(part.negatives or ())}")
+    for negative in part.negatives or ():
+        if len(negative.text) > MAX_NEGATIVE:
+            raise InputError(f"a negative has at most {MAX_NEGATIVE} characters, got {len(negative.text)}")
+    if part.guidance is not None and not (isinstance(part.guidance, str) and len(part.guidance) <= MAX_GUIDANCE):
+        raise InputError(f"guidance is a spelling such as nasa:0.8 of at most {MAX_GUIDANCE} characters")
+    texts = (part.prompt, part.guidance, *(negative.text for negative in part.negatives or ()))
+    if any(isinstance(text, str) and text != printable(text) for text in texts):
+        raise InputError("a text holds halves of characters (lone surrogates)")
 
 
 def parse_message(text: str | bytes) -> ClientMessage:
@@ -144,35 +152,80 @@ def parse_message(text: str | bytes) -> ClientMessage:
         MessageError: no JSON, an unknown type or key, or a value out of range.
     """
     try:
-        return _MESSAGES.validate_json(text)
+        data = from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise MessageError(printable(str(error))[:400]) from None
+    try:
+        return _MESSAGES.validate_python(data)
     except ValidationError as error:
-        raise MessageError(explain(error)) from None
+        faults = error.errors(include_input=False)
+        refused = all(fault["type"] == "value_error" for fault in faults)
+        # The first part of a place is the message's type, which pydantic adds.
+        raise MessageError(
+            explain(faults, skip=1), refused=refused, id=data.get("id") if isinstance(data, dict) else None
+        ) from None
 
 
-def explain(error: ValidationError) -> str:
-    """The first few faults of a message, without the message itself."""
-    # The first part of a place is the message's type, which pydantic adds.
-    faults = [(".".join(str(part) for part in e["loc"][1:]), e["msg"]) for e in error.errors(include_input=False)]
-    return "; ".join(f"{place}: {what}" if place else what for place, what in faults[:3])[:400]
+def explain(faults: Sequence[Any], skip: int) -> str:
+    """The first few faults of a message, without the message itself; ``skip`` parts of each place are left out."""
+    rows = []
+    for fault in faults[:3]:
+        place = [str(part) for part in fault["loc"][skip:]]
+        # A sentence of ours names what it is about.
+        own = fault["type"] == "value_error"
+        message = fault["msg"].removeprefix("Value error, ")
+        rows.append(message if own or not place else f"{'.'.join(place)}: {message}")
+    return printable("; ".join(dict.fromkeys(rows)))[:400]
 
 
-class VideoRequest(Wanted):
-    """Body of ``POST /v1/videos``."""
-
-    seed: int = Field(default=0, ge=0, le=MAX_SEED)
-    model: str | None = Field(default=None, max_length=400)
-    steps: int | None = Field(default=None, ge=1, le=200)
-    first_steps: int | None = Field(default=None, ge=1, le=200)
-    frames: int | None = Field(default=None, ge=1)
-    """None takes the model's own length."""
+def printable(text: str) -> str:
+    """The text with "?" for what UTF-8 cannot hold."""
+    return text.encode(errors="replace").decode()
 
 
-def describe_state(state: PromptState) -> dict[str, Any]:
-    """A prompt state as the server's messages carry it."""
+def describe_state(state: PromptState, settings: Settings) -> dict[str, Any]:
+    """A prompt state as the server's messages and its timelines carry it; ``settings``: the model's own."""
     return {
         "prompt": state.prompts[0],
         "negatives": [dataclasses.asdict(negative) for negative in state.negatives[0]],
-        "guidance": state.guidance.name if state.guidance else "none",
-        "scale": state.guidance.scale if state.guidance else None,
+        "guidance": spell(state.guidance, settings),
         "on_change": state.on_change,
+    }
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """For ``GET /v1/methods``: every guidance method and what can be set of it."""
+    return [
+        {
+            "name": name,
+            "label": method.label,
+            "identity": method.identity,
+            "settings": [dataclasses.asdict(setting) for setting in method.settings()],
+        }
+        for name, method in METHODS.items()
+    ]
+
+
+def describe_model(name: str, preset: VideoPreset, *, offered: bool) -> dict[str, Any]:
+    """For ``GET /models``: a model with its sizes and, by method, the spelling of its own settings."""
+    video, sampler, vocabulary = preset.video, preset.sampler, find_vocabulary(preset.vocabulary)
+    return {
+        "name": name,
+        "title": preset.title,
+        "licence": preset.licence,
+        "offered": offered,
+        "present": preset.present,
+        "width": video.width,
+        "height": video.height,
+        "fps": video.fps,
+        "upscale": video.upscale,
+        "frames": video.frames,
+        "steps": sorted(sampler.steps) if sampler.steps != "any" else None,
+        "default_steps": sampler.default_steps,
+        "methods": {m: spell(parse_guidance(m, preset.guidance), preset.guidance) for m in METHODS},
+        "guidance": preset.default_guidance,
+        "on_change": sampler.on_change,
+        "words": None
+        if vocabulary is None
+        else [phrases[0] for v in vocabulary.words().values() for phrases in v.values()],
     }

@@ -12,13 +12,13 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from nasa_video import __version__
 from nasa_video.errors import InputError
-from nasa_video.serve.hub import Hub
-from nasa_video.serve.outgoing import Outgoing
+from nasa_video.serve.media import Outgoing
 from nasa_video.serve.protocol import PROTOCOL, ClientMessage, MessageError, Start, Update, parse_message
+from nasa_video.serve.scheduler import Busy
+from nasa_video.serve.security import Bucket
+from nasa_video.serve.server_state import ServerState
 from nasa_video.serve.settings import MAX_CHANGES, MAX_NEGATIVES, MAX_PROMPT
 from nasa_video.serve.stream import LiveStream
-from nasa_video.serve.throttle import Bucket
-from nasa_video.serve.worker import Busy
 
 log = logging.getLogger(__name__)
 MAX_FAULTS = 50
@@ -31,21 +31,21 @@ POLICY_VIOLATION, TRY_LATER = 1008, 1013
 class Session:
     """A client from its connection to its leaving; it has one stream at a time."""
 
-    def __init__(self, hub: Hub, socket: WebSocket) -> None:
-        self.hub = hub
+    def __init__(self, server: ServerState, socket: WebSocket) -> None:
+        self.server = server
         self.socket = socket
         self.outgoing = Outgoing(asyncio.get_running_loop())
         self.stream: LiveStream | None = None
-        self._bucket = Bucket(hub.settings.messages_per_second)
+        self._bucket = Bucket(server.settings.messages_per_second)
         self._faults = 0
 
     async def run(self) -> None:
         """Serve the client until it leaves."""
         await self.socket.accept()
-        if self.hub.sessions >= self.hub.settings.max_sessions:
+        if self.server.sessions >= self.server.settings.max_sessions:
             await self.socket.close(TRY_LATER, "too many viewers")
             return
-        self.hub.sessions += 1
+        self.server.sessions += 1
         sender = asyncio.create_task(self._send())
         try:
             self._greet()
@@ -55,13 +55,13 @@ class Session:
         finally:
             # First of all, and without waiting for anything: the place is free for another.
             self._leave()
-            self.hub.sessions -= 1
+            self.server.sessions -= 1
             sender.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await sender
 
     def _greet(self) -> None:
-        settings = self.hub.settings
+        settings = self.server.settings
         limits = {
             "prompt": MAX_PROMPT,
             "negatives": MAX_NEGATIVES,
@@ -75,7 +75,7 @@ class Session:
             version=__version__,
             models=list(settings.models),
             limits=limits,
-            preview=self.hub.preview,
+            preview=self.server.preview,
         )
 
     async def _send(self) -> None:
@@ -117,30 +117,31 @@ class Session:
         try:
             message = parse_message(text)
         except MessageError as error:
-            return {"code": "malformed", "message": str(error)}
+            answers: dict[str, Any] = {} if error.id is None else {"id": error.id}
+            return {"code": "refused" if error.refused else "malformed", "message": str(error), **answers}
         try:
-            await self._hear(message)
+            await self._take(message)
         except (InputError, Busy) as error:
             answers = {"id": message.id} if isinstance(message, Update) else {}
             return {"code": "busy" if isinstance(error, Busy) else "refused", "message": str(error), **answers}
         return None
 
-    async def _hear(self, message: ClientMessage) -> None:
+    async def _take(self, message: ClientMessage) -> None:
         if isinstance(message, Start):
             await self._end_stream()
-            self.stream = self.hub.new_stream(message, self.outgoing)
+            self.stream = self.server.new_stream(message, self.outgoing)
         elif self.stream is None or self.stream.has_ended.is_set():
             if message.type not in ("position", "stop"):  # Those may cross the news that the stream has ended.
                 raise InputError("there is no stream; send start first")
         else:
-            self.stream.hear(message)
+            self.stream.receive(message)
             if message.type == "stop":
-                self.hub.worker.remove(self.stream)
+                self.server.scheduler.remove(self.stream)
 
     async def _end_stream(self) -> None:
         """Before another one starts: its last messages go out first."""
         if self.stream is not None:
-            self.hub.worker.remove(self.stream)
+            self.server.scheduler.remove(self.stream)
             self.stream.close("stopped")
             # Not in a thread: there are few of those, and a crowd of restarts would wait for one another.
             deadline = time.monotonic() + END_SECONDS
@@ -150,5 +151,5 @@ class Session:
     def _leave(self) -> None:
         self.outgoing.close()
         if self.stream is not None:
-            self.hub.worker.remove(self.stream)
+            self.server.scheduler.remove(self.stream)
             self.stream.close("left")

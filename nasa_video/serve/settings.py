@@ -12,6 +12,10 @@ MAX_MESSAGE_BYTES = 64 * 1024
 MAX_PROMPT = 2000
 MAX_NEGATIVE = 400
 MAX_NEGATIVES = 16
+MAX_GUIDANCE = 400
+"""Characters of a method's spelling, and of a model's name."""
+MAX_ENTRIES = 200
+"""Of a job's timeline."""
 MAX_CHANGES = 5000
 """Changes that one stream's timeline keeps; after these it must be started anew."""
 MAX_PENDING = 8
@@ -26,7 +30,7 @@ class ServeSettings:
         models: what clients may choose from, the first by default: presets, folders or hub ids, as the operator names
             them. Nothing that a client sends is ever opened.
         device, attention: as in ``VideoPipeline.from_pretrained``.
-        memory: see ``planning.MEMORY_CHOICES``; None is "full".
+        memory: see ``memory_plan.MEMORY_CHOICES``; None is "full".
         token: needed by every client; None needs none (loopback only).
         allowed_hosts: names besides localhost and IP addresses that a browser may call the server by.
         max_sessions: open WebSockets.

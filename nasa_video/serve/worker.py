@@ -1,165 +1,179 @@
-"""The one worker: whoever holds a place makes a chunk in turn; whoever does not waits in line."""
+"""A video in the making: its chunks go to a thread of its own, so that no encoder or disk ever holds up the model."""
 
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
-from collections import deque
-from typing import Protocol
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+
+import torch
+
+from causvid_adapter.errors import CausvidAdapterError
+from nasa_video.errors import NasaVideoError
+from nasa_video.serve.media import Gone
+from nasa_video.video.request import PromptState, PromptStateOf
+
+if TYPE_CHECKING:
+    from nasa_video.serve.server_state import ServerState
 
 log = logging.getLogger(__name__)
+Source = TypeVar("Source")
+Item = TypeVar("Item")
+Reason = Literal["finished", "stopped", "turn over", "failed", "left"]
+_IDLE_SECONDS = 0.25
 
 
-class Busy(Exception):
-    """No place, and no room to wait for one."""
+class Consumer(Generic[Item]):
+    """What a worker calls."""
+
+    def begin(self) -> None:
+        """First call."""
+
+    @abstractmethod
+    def consume(self, item: Item) -> None:
+        """Take one item."""
+
+    def idle(self) -> None:
+        """A quarter of a second has passed without one."""
+
+    @abstractmethod
+    def finish(self, error: BaseException | None) -> None:
+        """Last call; ``error`` is what one of the others raised."""
 
 
-class Task(Protocol):
-    """Something that is made chunk by chunk. Its methods are called by the worker's thread, one at a time."""
+class Worker(Generic[Item]):
+    """Hands items to a consumer in a thread of its own."""
+
+    def __init__(self, name: str, consumer: Consumer[Item]) -> None:
+        self._consumer = consumer
+        self._items: queue.Queue[Item | None] = queue.Queue()
+        self._cancelled = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether nothing waits to be taken."""
+        return self._items.empty()
+
+    def put(self, item: Item) -> None:
+        """Hand over an item; whoever looks at `has_room` before keeps the queue at one."""
+        self._items.put(item)
+
+    def end(self, *, cancel: bool = False) -> None:
+        """End the thread after the items that wait, or without them; may be repeated."""
+        self._cancelled |= cancel
+        self._items.put(None)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the thread's end, except in the thread itself."""
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            self._consumer.begin()
+            while not self._cancelled:
+                try:
+                    item = self._items.get(timeout=_IDLE_SECONDS)
+                except queue.Empty:
+                    self._consumer.idle()
+                    continue
+                if item is None or self._cancelled:
+                    break
+                self._consumer.consume(item)
+        except BaseException as problem:  # Told through `finish`: nobody looks at a thread.
+            error = problem
+        self._consumer.finish(error)
+
+
+class Production(Generic[Source, Item]):
+    """A video in the making (a `Task`): the scheduler calls for its chunks, a worker takes them on.
+
+    Attributes:
+        key: names it in URLs; whoever knows it may look at it.
+        reason: why it ended, or will.
+        finished_at: when it ended (monotonic seconds); None before.
+    """
+
+    def __init__(self, server: ServerState, key: str, model: str | None) -> None:
+        self.key = key
+        self.model = server.registry.name(model)
+        self.server = server
+        self.reason: Reason = "finished"
+        self.finished_at: float | None = None
+        self._over = False
+        self._source: Iterator[Source] | None = None
+        self._worker: Worker[Item] | None = None
+        self._lock = threading.Lock()
 
     @property
     def endless(self) -> bool:
-        """Whether it may be asked to make room for those who wait; this may change while it runs."""
-        ...
+        """Whether it gives its place up when its turn is over and others wait."""
+        return False
 
-    def ready(self) -> bool:
-        """Whether it wants to make a step now: it is not paused, and its viewer needs more soon."""
-        ...
+    def close(self, reason: Reason) -> None:
+        """Stop as soon as may be: before the model's next call. What was made is still taken on, unless all left."""
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+            self.reason = reason
+            self._source = None
+            worker = self._worker
+        if worker is None:
+            self.ended(None)
+        else:
+            worker.end(cancel=reason == "left")
 
-    def step(self) -> bool:
-        """Make a chunk; False when there is nothing left to make."""
-        ...
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until its encoder and its thread are gone; only after `close`."""
+        if self._worker is not None:
+            self._worker.join(timeout)
 
     def fail(self, error: BaseException) -> None:
         """A step raised."""
-        ...
+        self.note_failure(error)
+        self.close("failed")
 
     def expire(self) -> None:
-        """It was ended because others waited and its turn was over."""
-        ...
+        """Its turn is over, and others wait."""
+        self.close("turn over")
 
-    def told_place(self, place: int) -> None:
-        """Its place in the line, from 1; 0 when it holds a place."""
-        ...
+    def ended(self, error: BaseException | None) -> None:
+        """Its worker has ended, or there was none; ``error`` is what ended it."""
+        if error is not None:
+            self.note_failure(error)
+            self.reason = self.reason if isinstance(error, Gone) else "failed"
+        with self._lock:
+            self._over = True
+            self._source = None
+        self.finished_at = time.monotonic()
+
+    def note_failure(self, error: BaseException) -> None:
+        """Tell whoever asked for it."""
+
+    def while_wanted(self, states: PromptStateOf) -> PromptStateOf:
+        """The same states, which raise `Gone` once it is over: the model is not called again."""
+
+        def state_of(chunk: int) -> PromptState:
+            if self._over:
+                raise Gone("the video was stopped")
+            return states(chunk)
+
+        return state_of
 
 
-class Worker:
-    """A thread that gives ``max_active`` tasks turns of a chunk, and lets up to ``max_waiting`` more wait in order.
-
-    A task that has held its place for ``turn_seconds`` and is endless gives it up when another waits.
-    """
-
-    def __init__(self, max_active: int, max_waiting: int, turn_seconds: float) -> None:
-        self.max_active = max_active
-        self.max_waiting = max_waiting
-        self.turn_seconds = turn_seconds
-        self._active: dict[Task, float] = {}
-        self._waiting: deque[Task] = deque()
-        self._turns: deque[Task] = deque()
-        self._condition = threading.Condition()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._work, name="nasa-video worker", daemon=True)
-
-    def start(self) -> None:
-        """Begin to work."""
-        self._thread.start()
-
-    def stop(self, timeout: float = 5.0) -> None:
-        """End after the running step."""
-        with self._condition:
-            self._stopping = True
-            self._condition.notify_all()
-        if self._thread.is_alive():
-            self._thread.join(timeout)
-
-    @property
-    def alive(self) -> bool:
-        """Whether its thread runs."""
-        return self._thread.is_alive()
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """How many tasks hold a place, and how many wait."""
-        with self._condition:
-            return len(self._active), len(self._waiting)
-
-    def submit(self, task: Task) -> None:
-        """Give a task a place, or a place in the line.
-
-        Raises:
-            Busy: the line is full.
-        """
-        with self._condition:
-            if len(self._active) >= self.max_active and len(self._waiting) >= self.max_waiting:
-                raise Busy(f"{len(self._active)} are being made and {len(self._waiting)} wait; try again later")
-            self._waiting.append(task)
-            self._admit()
-            self._condition.notify_all()
-
-    def remove(self, task: Task) -> None:
-        """Free a task's place at once, whatever the worker is doing; nothing happens where it has none."""
-        with self._condition:
-            self._forget(task)
-
-    def wake(self) -> None:
-        """A task may have become ready."""
-        with self._condition:
-            self._condition.notify_all()
-
-    def _forget(self, task: Task) -> None:
-        self._active.pop(task, None)
-        for queue in (self._turns, self._waiting):
-            if task in queue:
-                queue.remove(task)
-        self._admit()
-        self._condition.notify_all()
-
-    def _admit(self) -> None:
-        moved = False
-        while self._waiting and len(self._active) < self.max_active:
-            task = self._waiting.popleft()
-            self._active[task] = time.monotonic()
-            self._turns.append(task)
-            task.told_place(0)
-            moved = True
-        newest = len(self._waiting) - 1
-        for place, task in enumerate(self._waiting):
-            if moved or place == newest:
-                task.told_place(place + 1)
-
-    def _next(self) -> Task | None:
-        """The ready task whose last turn is longest ago."""
-        self._expire_one()
-        for task in list(self._turns):
-            if task.ready():
-                self._turns.remove(task)
-                self._turns.append(task)
-                return task
-        return None
-
-    def _expire_one(self) -> None:
-        if not self._waiting:
-            return
-        now = time.monotonic()
-        over = [task for task, since in self._active.items() if task.endless and now - since > self.turn_seconds]
-        if over:
-            self._forget(over[0])
-            over[0].expire()
-
-    def _work(self) -> None:
-        while True:
-            with self._condition:
-                while not self._stopping and (task := self._next()) is None:
-                    self._condition.wait(0.5 if self._waiting else None)
-                if self._stopping or task is None:
-                    return
-            try:
-                more = task.step()
-            except BaseException as error:  # Whatever one task raises must not end the others' worker.
-                self.remove(task)
-                task.fail(error)
-            else:
-                if not more:
-                    self.remove(task)
-            del task  # A finished stream holds a key-value cache; it goes now, not when the next one comes.
+def explain_failure(error: BaseException) -> str:
+    """The message of an error that a person can mend; any other one goes to the server's log."""
+    if isinstance(error, NasaVideoError | CausvidAdapterError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "there is not enough memory for one more video; stop another one, or ask for fewer at once"
+    log.error("a video failed", exc_info=error)
+    return "something went wrong inside the server; its log says what"

@@ -532,6 +532,8 @@ def read_older(data: Mapping[str, Any]) -> dict[str, Any]:
         if (recompute := new.pop(old, None)) is not None:
             new.setdefault("on_change", "recache" if recompute else "keep")
     if (scale := new.pop("scale", None)) is not None and new.get("guidance") != "none":
+        if not isinstance(scale, int | float):
+            raise InputError(f"scale must be a number, got {type(scale).__name__}")
         new["guidance"] = change_guidance(_read_guidance(new.get("guidance")), f":{float(scale)!r}".removesuffix(".0"))
     start = new.get("start")
     if isinstance(start, Mapping) and "new_frames" in start:

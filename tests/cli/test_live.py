@@ -21,8 +21,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from nasa_video.files.source import read_frames
-from nasa_video.serve.places import plan_streams
-from nasa_video.serve.server import Server
+from nasa_video.serve.app import Server
+from nasa_video.serve.registry import plan_streams
 from nasa_video.serve.settings import ServeSettings
 
 Run = Callable[..., Any]

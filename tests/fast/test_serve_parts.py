@@ -1,32 +1,35 @@
-"""The parts of the server that need no socket: messages, queue to a client, worker, shelf, timelines."""
+"""The parts of the server that need no socket: messages, queue to a client, scheduler, store, timelines."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from nasa_video.errors import InputError, OutputError
 from nasa_video.files.live_sinks import PushSink
-from nasa_video.guidance.methods import Nasa
+from nasa_video.guidance.methods import METHODS, Nasa, setting
+from nasa_video.guidance.terms import Negative, parse_terms
 from nasa_video.models.presets import OnChange
-from nasa_video.serve.cues import LiveCues
-from nasa_video.serve.outgoing import LIMIT_BYTES, Gone, Outgoing
+from nasa_video.serve.media import LIMIT_BYTES, Gone, Outgoing
 from nasa_video.serve.preview import Ring
-from nasa_video.serve.protocol import MessageError, Start, Update, Wanted, parse_message
-from nasa_video.serve.security import is_loopback
-from nasa_video.serve.shelf import Shelf
-from nasa_video.serve.throttle import Bucket, Buckets, client_of
-from nasa_video.serve.worker import Busy, Worker
+from nasa_video.serve.protocol import MessageError, Start, Update, describe_methods, parse_message
+from nasa_video.serve.scheduler import Busy, Scheduler
+from nasa_video.serve.security import Bucket, Buckets, client_of, is_loopback
+from nasa_video.serve.server_state import ExpiringStore
+from nasa_video.serve.states import LiveStates
 from nasa_video.video.engine import InitialLatents
 from nasa_video.video.pipeline import Chunk, VideoPipeline
-from nasa_video.video.request import PromptState, VideoRequest
+from nasa_video.video.request import LoraFile, PromptRequest, PromptState, VideoRequest
 
 
 @pytest.fixture(scope="module")
@@ -34,38 +37,49 @@ def pipeline(model_folder: Path) -> VideoPipeline:
     return VideoPipeline.from_pretrained(str(model_folder), device="cpu")
 
 
-def test_an_update_changes_what_it_names() -> None:
-    wanted = Wanted(prompt="a ball", guidance="nag", scale=2.0)
-    assert Update(type="update", prompt="a star").applied_to(wanted) == wanted.model_copy(update={"prompt": "a star"})
-    assert Update(type="update", guidance="nasa").applied_to(wanted).scale is None, "each method has its own scale"
-    assert Update(type="update", guidance="nag").applied_to(wanted).scale == 2.0
-    assert Update(type="update", negatives=()).applied_to(wanted).negatives == ()
-
-
 @pytest.mark.parametrize(
     "text",
     [
         "null",
         '{"type":"update","scale":NaN}',
-        '{"type":"update","scale":1e99}',
         '{"type":"update","surprise":1}',
         '{"type":"position","stream":"a","frame":-1}',
         '{"type":"start","prompt":"\\ud800"}',
         '{"type":"start","prompt":"a","media":[]}',
         '{"type":"start","prompt":"a","seed":9007199254740993}',
         '{"type":"start","prompt":"a","negatives":[{"text":"b","weight":0}]}',
+        '{"type":"start","prompt":"a","negatives":"\\"b"}',
+        '{"type":"start","prompt":" "}',
+        '{"type":"start","prompt":"a","start":{"kind":"image","path":"/etc/passwd","sha256":""}}',
+        '{"type":"start","prompt":"a","loras":["/etc/passwd"]}',
+        '{"type":"start","prompt":"a","width":1024}',
+        '{"type":"start","prompt":"a","scale":[]}',
+        '{"type":"start","prompt":"a","timeline":[{"at":0}]}',
+        '{"type":"start","prompt":"a","guidance":"nosuch"}',
+        "[" * 60_000,
     ],
 )
-def test_messages_that_are_none(text: str) -> None:
+def test_messages_that_are_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoraFile, "parse", lambda text: pytest.fail("what is sent was looked for on the disk"))
     with pytest.raises(MessageError):
         parse_message(text)
 
 
 def test_a_start_in_full() -> None:
-    message = parse_message('{"type":"start","prompt":" a ball ","negatives":[{"text":"red"}],"media":["webm","jpeg"]}')
+    text = '{"type":"start","prompt":"a ball","negatives":[{"text":"red"}],"guidance":"nasa:2","media":["webm","jpeg"]}'
+    message = parse_message(text)
     assert isinstance(message, Start)
-    assert message.prompt == "a ball"
+    assert (message.prompt, message.negatives, message.guidance) == ("a ball", (Negative("red"),), "nasa:2")
     assert message.frames is None
+
+
+def test_negatives_are_read_by_the_one_grammar() -> None:
+    """What is typed on the page is what ``--neg`` takes."""
+    text = 'rain:0.4, "black, white", clock 10:30'
+    for given in (text, [text], ["rain:0.4", {"text": "black, white"}, "clock 10:30"]):
+        message = parse_message(json.dumps({"type": "update", "negatives": given}))
+        assert isinstance(message, Update)
+        assert message.negatives == parse_terms(text)
 
 
 def test_a_slow_client_holds_up_its_own_media_only() -> None:
@@ -124,7 +138,7 @@ class Counting:
     def expire(self) -> None:
         self.expired = True
 
-    def told_place(self, place: int) -> None:
+    def queued(self, place: int) -> None:
         self.places.append(place)
 
 
@@ -135,73 +149,75 @@ def _until(what: Any) -> None:
         time.sleep(0.005)
 
 
-def test_the_worker_is_fair_and_keeps_the_line() -> None:
+def test_the_scheduler_is_fair_and_keeps_the_line() -> None:
     turns: list[str] = []
-    worker = Worker(max_active=2, max_waiting=2, turn_seconds=60)
+    scheduler = Scheduler(max_active=2, max_waiting=2, turn_seconds=60)
     tasks = [Counting(name, turns, 30) for name in "abcd"]
     for task in tasks:
-        worker.submit(task)
+        scheduler.submit(task)
     with pytest.raises(Busy):
-        worker.submit(Counting("e", turns))
+        scheduler.submit(Counting("e", turns))
     assert tasks[2].places == [1]
     assert tasks[3].places == [2]
-    worker.start()
-    _until(lambda: worker.counts == (0, 0))
+    scheduler.start()
+    _until(lambda: scheduler.counts == (0, 0))
     assert turns[:60].count("a") == 30, "two at once, in turns"
     assert all(set(turns[i : i + 2]) == {"a", "b"} for i in range(0, 58, 2))
     assert tasks[3].places[-1] == 0
-    worker.stop()
-    assert not worker.alive
+    scheduler.stop()
+    assert not scheduler.alive
 
 
 def test_one_that_fails_leaves_the_others_alone() -> None:
     turns: list[str] = []
-    worker = Worker(2, 2, 60)
+    scheduler = Scheduler(2, 2, 60)
     bad, good = Counting("bad", turns), Counting("good", turns, 20)
-    worker.submit(bad)
-    worker.submit(good)
-    worker.start()
-    _until(lambda: worker.counts == (0, 0))
+    scheduler.submit(bad)
+    scheduler.submit(good)
+    scheduler.start()
+    _until(lambda: scheduler.counts == (0, 0))
     assert isinstance(bad.errors[0], ValueError)
     assert turns.count("good") == 20
-    worker.stop()
+    scheduler.stop()
 
 
 def test_an_endless_one_gives_way_and_a_removed_one_frees_its_place() -> None:
     turns: list[str] = []
-    worker = Worker(1, 2, 0.05)
+    scheduler = Scheduler(1, 2, 0.05)
     endless = Counting("endless", turns, endless=True)
-    worker.submit(endless)
-    worker.start()
+    scheduler.submit(endless)
+    scheduler.start()
     time.sleep(0.2)
     assert not endless.expired, "nobody waits"
     following = Counting("following", turns)
-    worker.submit(following)
+    scheduler.submit(following)
     _until(lambda: endless.expired and "following" in turns)
-    worker.remove(following)
-    assert worker.counts == (0, 0)
-    worker.stop()
+    scheduler.remove(following)
+    assert scheduler.counts == (0, 0)
+    scheduler.stop()
 
 
 class Kept:
     def __init__(self, key: str, finished_at: float | None) -> None:
         self.key, self.finished_at, self.discarded = key, finished_at, False
 
+    def join(self, timeout: float) -> None: ...
+
     def discard(self) -> None:
         self.discarded = True
 
 
-def test_the_shelf_forgets_the_oldest_and_keeps_what_runs() -> None:
-    shelf: Shelf[Kept] = Shelf(limit=2, seconds=100)
+def test_the_store_forgets_the_oldest_and_keeps_what_runs() -> None:
+    store: ExpiringStore[Kept] = ExpiringStore(limit=2, seconds=100)
     now = time.monotonic()
     running, stale = Kept("running", None), Kept("stale", now - 200)
     finished = [Kept(f"f{i}", now - 10 + i) for i in range(3)]
     for thing in (running, stale, *finished):
-        shelf.put(thing)
+        store.put(thing)
     assert stale.discarded
     assert [thing.discarded for thing in finished] == [True, False, False]
-    assert shelf.get("running") is running
-    shelf.clear()
+    assert store.get("running") is running
+    store.clear()
     assert running.discarded
 
 
@@ -231,42 +247,64 @@ def test_the_ring_keeps_the_newest_and_never_repeats() -> None:
     assert ring.has(taken[-1])
 
 
-def test_a_timeline_says_what_changed_and_gives_the_same_cues(pipeline: VideoPipeline) -> None:
-    cues = LiveCues(pipeline, Wanted(prompt="a ball"))
-    history = [cues(0), cues(1)]
-    cues.change(Wanted(prompt="a ball", negatives=({"text": "red", "weight": 0.5},), scale=0.7, on_change="regenerate"))  # type: ignore[arg-type]
-    assert cues.next_chunk == 2
-    history.append(cues(2))
-    cues.change(Wanted(prompt="a star", guidance="nag", scale=2.0))
-    cues.change(Wanted(prompt="a star", guidance="none"))
-    history += [cues(3), cues(4)]
-    timeline = cues.timeline("tiny", 5, None, None, pipeline.frames_until(5))
+def test_a_timeline_says_what_changed_and_gives_the_same_states(pipeline: VideoPipeline) -> None:
+    states = LiveStates(pipeline, PromptRequest(prompt="a ball"))
+    history = [states(0), states(1)]
+    states.change(
+        PromptRequest.read({"negatives": "red:0.5", "guidance": ":0.7,conflict=1", "on_change": "regenerate"})
+    )
+    assert states.next_chunk == 2
+    history.append(states(2))
+    states.change(PromptRequest.read({"prompt": "a star", "negatives": [], "guidance": "nag", "scale": 2.0}))
+    states.change(PromptRequest(guidance="none"))
+    history += [states(3), states(4)]
+    request = VideoRequest(model="tiny", seed=5)
+    timeline = states.timeline(request, pipeline.frames_until(5))
+    assert timeline.timeline is not None
     assert [entry.at for entry in timeline.timeline] == [0, 1.75, 2.75]
     assert timeline.timeline[1].prompt is None
-    read = VideoRequest.model_validate_json(timeline.model_dump_json())
-    cue_of = pipeline.states(pipeline.resolve(read.model_copy(update={"model": None, "fps": 12})))
-    assert [cue_of(chunk) for chunk in range(5)] == history
-    assert len(cues.timeline("tiny", 5, None, None, 9).timeline) == 1, "what was not shown is left out"
+    assert timeline.timeline[1].guidance == "nasa-centred:0.7,conflict=1,limit=0.3"
+    read = VideoRequest.read(yaml.safe_load(timeline.to_yaml())).resolved(pipeline.preset)
+    state_of = read.states(pipeline.preset, lambda chunk: pipeline.frames_until(chunk) / 12)
+    assert [state_of(chunk) for chunk in range(5)] == history
+    assert len(states.timeline(request, 9).timeline or ()) == 1, "what was not shown is left out"
 
 
-def test_a_timeline_says_in_how_many_steps_a_scene_opens(pipeline: VideoPipeline) -> None:
-    cues = LiveCues(pipeline, Wanted(prompt="a ball"))
-    cues(0)
-    for first_steps in (None, 2):
-        assert cues.timeline("tiny", 5, 1, first_steps, 9).first_chunk_steps == first_steps
+def test_a_timeline_keeps_what_the_stream_was_asked_for(pipeline: VideoPipeline) -> None:
+    states = LiveStates(pipeline, PromptRequest(prompt="a ball"))
+    states(0)
+    made = states.timeline(VideoRequest(model="tiny", seed=5, steps=1, first_chunk_steps=2, compare=True), 9)
+    assert (made.model, made.seed, made.steps, made.first_chunk_steps, made.compare) == ("tiny", 5, 1, 2, None)
 
 
-def test_cues_refuse_what_a_running_stream_cannot_do(pipeline: VideoPipeline) -> None:
-    cues = LiveCues(pipeline, Wanted(prompt="a ball"))
-    cues(0)
+def test_states_refuse_what_a_running_stream_cannot_do(pipeline: VideoPipeline) -> None:
+    states = LiveStates(pipeline, PromptRequest(prompt="a ball"))
+    states(0)
     with pytest.raises(InputError, match="classifier-free"):
-        cues.change(Wanted(prompt="a ball", guidance="cfg"))
+        states.change(PromptRequest(guidance="cfg"))
     with pytest.raises(InputError, match="prompt itself"):
-        cues.change(Wanted(prompt="a ball", negatives=({"text": "A Ball"},)))  # type: ignore[arg-type]
-    assert cues.wanted.guidance is None
-    cues.closed = True
-    with pytest.raises(Gone):
-        cues(1)
+        states.change(PromptRequest.read({"negatives": "A Ball"}))
+    with pytest.raises(InputError, match="from 0 to 100"):
+        states.change(PromptRequest.read({"scale": 1e99}))
+    assert states.wanted == PromptRequest(prompt="a ball")
+
+
+def test_a_method_that_somebody_registers_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Own(Nasa):
+        name = "own"
+        label = "Own"
+        softness: float = setting(0.2, "how soft", 0.0, 1.0)
+
+    monkeypatch.setitem(METHODS, "own", Own)
+    described = {method["name"]: method for method in describe_methods()}
+    assert described["own"]["label"] == "Own"
+    assert {"name": "softness", "default": 0.2, "low": 0.0, "high": 1.0, "optional": False, "help": "how soft"} in (
+        described["own"]["settings"]
+    )
+    message = parse_message('{"type":"update","guidance":"own:0.5,softness=0.7"}')
+    assert isinstance(message, Update)
+    assert message.guidance == "own:0.5,softness=0.7"
 
 
 def test_every_client_has_its_bucket_and_there_are_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,10 +345,10 @@ def test_what_becomes_of_the_window(pipeline: VideoPipeline) -> None:
     latents: dict[OnChange | None, list[Any]] = {}
 
     def video(on_change: OnChange | None, default: OnChange | None = None) -> list[Any]:
-        def cues(chunk: int) -> PromptState:
+        def states(chunk: int) -> PromptState:
             return before if chunk < 2 else PromptState(after.prompts, after.negatives, None, on_change)
 
-        chunks = list(pipeline.stream("a", states=cues, frames=45, on_change=default))
+        chunks = list(pipeline.stream("a", states=states, frames=45, on_change=default))
         latents[on_change] = [chunk.latents for chunk in chunks]
         return [chunk.frames for chunk in chunks]
 
@@ -346,8 +384,8 @@ def test_an_interrupted_video_goes_on_as_if_nothing_had_been(
     before, after = PromptState.of("a red ball"), PromptState.of("a blue star")
 
     def video(**start: Any) -> list[Chunk]:
-        cues = lambda chunk: before if chunk < 2 else after  # noqa: E731
-        return list(pipeline.stream("a", states=cues, frames=69, on_change=on_change, rollout=rollout, **start))
+        states = lambda chunk: before if chunk < 2 else after  # noqa: E731
+        return list(pipeline.stream("a", states=states, frames=69, on_change=on_change, rollout=rollout, **start))
 
     whole = video()
     prefix = torch.cat([chunk.latents for chunk in whole[:4]], dim=1)
@@ -365,8 +403,8 @@ def test_only_what_acts_touches_the_window(pipeline: VideoPipeline) -> None:
     ]
     acting = [PromptState.of("a red ball", "snow", Nasa(scale), "regenerate") for scale in (0.5, 1)]
 
-    def video(cues: list[PromptState]) -> torch.Tensor:
-        chunks = pipeline.stream("a", states=cues.__getitem__, frames=9 + 12 * 3)
+    def video(states: list[PromptState]) -> torch.Tensor:
+        chunks = pipeline.stream("a", states=states.__getitem__, frames=9 + 12 * 3)
         return torch.cat([chunk.latents for chunk in chunks], dim=1)
 
     assert torch.equal(video([plain, *idle, plain]), video([plain] * 4))

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from live_client import PATIENCE, Client, eventually
 
-from nasa_video.serve.cues import LiveCues
-from nasa_video.serve.server import Server
+from nasa_video.serve.app import Server
 from nasa_video.serve.settings import ServeSettings
+from nasa_video.serve.states import LiveStates
 from nasa_video.video.pipeline import VideoPipeline
 from nasa_video.video.request import PromptState
 
@@ -34,7 +34,7 @@ def serve(model_folder: Path, pipelines: dict[str, VideoPipeline]) -> Iterator[C
     def start(host: str = "127.0.0.1", **settings: Any) -> Server:
         settings.setdefault("models", (str(model_folder),))
         server = Server(ServeSettings(**settings), host, port=0)
-        server.hub.library._loaded = pipelines
+        server.state.registry._loaded = pipelines
         thread = threading.Thread(target=server.serve_until_stopped, daemon=True)
         thread.start()
         started.append((server, thread))
@@ -46,7 +46,7 @@ def serve(model_folder: Path, pipelines: dict[str, VideoPipeline]) -> Iterator[C
         server.should_exit = True
         thread.join(PATIENCE)
         assert not thread.is_alive()
-        assert not server.hub.folder.exists(), "the server's files are gone with it"
+        assert not server.state.folder.exists(), "the server's files are gone with it"
 
 
 @pytest.fixture
@@ -75,14 +75,14 @@ def client(server: Server, client_of: Callable[..., Client]) -> Client:
 def hold_second_chunk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Nothing of a stream's second chunk is made before this is set."""
     go_on = threading.Event()
-    cue_of = LiveCues.__call__
+    cue_of = LiveStates.__call__
 
-    def held(self: LiveCues, chunk: int) -> PromptState:
+    def held(self: LiveStates, chunk: int) -> PromptState:
         if chunk == 1:
             go_on.wait(PATIENCE)
         return cue_of(self, chunk)
 
-    monkeypatch.setattr(LiveCues, "__call__", held)
+    monkeypatch.setattr(LiveStates, "__call__", held)
     yield go_on
     go_on.set()
 

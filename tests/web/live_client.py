@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 from websockets.sync.client import ClientConnection, connect
 
-from nasa_video.serve.server import Server
+from nasa_video.serve.app import Server
 
 PATIENCE = 60.0
 """Seconds until a test gives up: this machine may be busy with other things."""
@@ -62,13 +62,13 @@ class Look:
 
     def expire(self) -> None: ...
 
-    def told_place(self, place: int) -> None: ...
+    def queued(self, place: int) -> None: ...
 
 
 def every_task_had_its_turn(server: Server) -> None:
     """Wait until every stream that wanted to make a chunk has made one; needs a free place."""
     look = Look()
-    server.hub.worker.submit(look)
+    server.state.scheduler.submit(look)
     assert look.done.wait(PATIENCE)
 
 

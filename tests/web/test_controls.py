@@ -10,8 +10,8 @@ import pytest
 from live_client import PATIENCE
 from live_page import acting_chunk, data, play, ready, until, wait_for_frame
 
-from nasa_video.serve.cues import LiveCues
-from nasa_video.serve.server import Server
+from nasa_video.serve.app import Server
+from nasa_video.serve.states import LiveStates
 from nasa_video.video.request import PromptState
 
 
@@ -33,14 +33,14 @@ def test_moving_the_scale_acts_from_the_next_chunk(server: Server, open_page: An
     page = open_page(server.address)
     play(page)
     add_negative(page, "red")
-    timeline_says(page, ".how", ["NASA-CENTRED 0.5"])
+    timeline_says(page, ".how", ["centred NASA 0.5"])
     until(page, f"Number(document.body.dataset.chunk) >= {data(page, 'accepted')}")
     change, chunk = page.inner_text("#change"), int(data(page, "chunk"))
     page.focus("#scale")
     for _ in range(5):
         page.keyboard.press("ArrowLeft")
     assert page.inner_text("#scale-value") == "0.25"
-    timeline_says(page, ".how", ["NASA-CENTRED 0.25"])
+    timeline_says(page, ".how", ["centred NASA 0.25"])
     accepted = acting_chunk(page)
     assert accepted > chunk
     until(page, f"Number(document.body.dataset.chunk) >= {accepted}")
@@ -89,11 +89,11 @@ def test_what_the_window_does_is_chosen(server: Server, open_page: Any) -> None:
     assert page.input_value("#on-change") == "regenerate", "the model's own"
     page.select_option("#on-change", "keep")
     play(page)
-    (kept,) = server.hub.streams._things.values()
-    assert kept.stream.start.on_change == "keep"
+    (stream,) = server.state.streams.values()
+    assert stream.start.on_change == "keep"
     page.select_option("#on-change", "recache")
     until(page, "document.body.dataset.accepted")
-    assert kept.stream.timeline().timeline[0].on_change == "keep"
+    assert stream.timeline().timeline[0].on_change == "keep"
     page.reload()
     ready(page)
     assert page.input_value("#on-change") == "recache"
@@ -186,15 +186,15 @@ def test_it_is_light_or_dark_as_one_wishes(server: Server, open_page: Any) -> No
 def test_slow_generation_is_said_and_played_evenly(
     server: Server, open_page: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cue_of, begun = LiveCues.__call__, set()
+    cue_of, begun = LiveStates.__call__, set()
 
-    def slow(self: LiveCues, chunk: int) -> PromptState:
+    def slow(self: LiveStates, chunk: int) -> PromptState:
         if chunk not in begun:
             begun.add(chunk)
             time.sleep(2)  # For a second of video.
         return cue_of(self, chunk)
 
-    monkeypatch.setattr(LiveCues, "__call__", slow)
+    monkeypatch.setattr(LiveStates, "__call__", slow)
     page = open_page(server.address)
     play(page)
     until(page, "document.querySelector('#plays').textContent.includes(' of 12 FPS')")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from live_page import acting_chunk, colours, data, play, ready, wait_for_frame
 
-from nasa_video.serve.server import Server
+from nasa_video.serve.app import Server
 
 # The world's own habit, so any model of it does so: squares are mostly red, balls blue, triangles green.
 SHAPES = (("square", "red"), ("ball", "blue"), ("triangle", "green"))
@@ -75,7 +75,7 @@ def watch_all(server: Server, open_page: Any, seeds: tuple[int, ...], named: boo
 
 def test_the_colour_that_the_prompt_names_goes_within_two_chunks(serve: Callable[..., Server], open_page: Any) -> None:
     server = serve(models=("sprites",))
-    server.hub.warm_up()
+    server.state.warm_up()
     went = watch_all(server, open_page, seeds=(0, 1), named=True)
     assert len(went) >= 5, "what the prompt names is on the screen"
     assert sum(went) >= len(went) - 1
@@ -83,7 +83,7 @@ def test_the_colour_that_the_prompt_names_goes_within_two_chunks(serve: Callable
 
 def test_a_colour_that_nobody_asked_for_goes_within_two_chunks(serve: Callable[..., Server], open_page: Any) -> None:
     server = serve(models=("sprites",))
-    server.hub.warm_up()
+    server.state.warm_up()
     went = watch_all(server, open_page, seeds=(0, 1, 2, 3), named=False)
     assert len(went) >= 2, "a shape has its own colour often enough"
     assert sum(went) >= len(went) - 1

@@ -12,7 +12,7 @@ import httpx
 import psutil
 from live_client import Client, eventually, ffmpegs
 
-from nasa_video.serve.server import Server
+from nasa_video.serve.app import Server
 
 POOL = "AnyIO worker thread"
 """Threads in which FastAPI runs what is no coroutine; kept for the next one, at most forty."""
@@ -33,8 +33,8 @@ def use(server: Server, client_of: Any) -> None:
     httpx.delete(f"{server.address}v1/videos/{keys[0]}")
     httpx.get(f"{server.address}models")
     eventually(lambda: httpx.get(f"{server.address}v1/videos/{keys[1]}").json()["status"] == "done")
-    eventually(lambda: server.hub.sessions == 0 and server.hub.worker.counts == (0, 0))
-    for kept in [*server.hub.streams.clear(), *server.hub.jobs.clear()]:
+    eventually(lambda: server.state.sessions == 0 and server.state.scheduler.counts == (0, 0))
+    for kept in [*server.state.streams.clear(), *server.state.jobs.clear()]:
         kept.join(10)
 
 
@@ -54,6 +54,6 @@ def test_no_thread_and_no_process_stays(server: Server, client_of: Any) -> None:
     eventually(lambda: held()[0] == names, seconds=10)
     _, pooled, native_later, children_later = held()
     ours = {name for name in names if name.startswith(("asyncio_", "ffmpeg", "nasa-video"))}
-    assert ours == {"nasa-video worker", "nasa-video tidier"}
+    assert ours == {"nasa-video scheduler", "nasa-video tidier"}
     assert pooled <= 3, "these visitors ask for one thing after the other"
     assert (native_later, children_later) == (native, children)

@@ -15,7 +15,7 @@ from live_client import PATIENCE
 from live_page import data, play, saved, until, wait_for_frame
 
 from nasa_video.files.source import read_frames
-from nasa_video.serve.server import Server
+from nasa_video.serve.app import Server
 
 
 @contextlib.contextmanager
@@ -100,8 +100,8 @@ def test_a_page_of_another_site_gets_nothing(server: Server, browser: Any, other
     page.goto(other_site)
     until(page, "document.title !== 'waiting'")
     assert page.title() == "refused refused refused refused"
-    assert server.hub.sessions == 0
-    assert not server.hub.jobs._things, "what it could send unseen has made nothing"
+    assert server.state.sessions == 0
+    assert not server.state.jobs.values(), "what it could send unseen has made nothing"
     assert page.frames[1].locator("#start").count() == 0, "nor can the page be framed"
     page.close()
 

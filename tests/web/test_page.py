@@ -16,7 +16,7 @@ from nasa_video.cli.console import chunk_progress
 from nasa_video.cli.generation import RunOptions, run
 from nasa_video.files.metadata import read_metadata
 from nasa_video.files.source import read_frames
-from nasa_video.serve.server import Server
+from nasa_video.serve.app import Server
 from nasa_video.video.request import VideoRequest
 
 
@@ -58,11 +58,11 @@ def test_changes_pause_stop_and_downloads(server: Server, open_page: Any, tmp_pa
     page.wait_for_selector("body[data-state=paused]")
     every_task_had_its_turn(server)
     page.wait_for_timeout(300)
-    (kept,) = server.hub.streams._things.values()
-    frame, made, held = data(page, "frame"), kept.stream.made, psutil.Process().memory_info().rss
+    (stream,) = server.state.streams.values()
+    frame, made, held = data(page, "frame"), stream.made, psutil.Process().memory_info().rss
     page.wait_for_timeout(2500)
     assert data(page, "frame") == frame, "the picture stands"
-    assert kept.stream.made == made, "nothing is made"
+    assert stream.made == made, "nothing is made"
     assert psutil.Process().memory_info().rss < held + 2**22, "nothing grows"
     page.click("#pause")
     page.wait_for_selector("body[data-state=playing]")
@@ -75,7 +75,7 @@ def test_changes_pause_stop_and_downloads(server: Server, open_page: Any, tmp_pa
     assert len(read_frames(video)) == frames
     timeline = saved(page, "#save-timeline", tmp_path / "shown.yaml")
     assert "- red" in timeline.read_text()
-    assert read_metadata(video)["timeline"]["frames"] == frames
+    assert read_metadata(video)["nasa_video"]["frames"] == frames
     # tests/web/test_server.py compares them before any encoding, to the bit.
     request = VideoRequest.read_timeline(timeline)
     run(request, str(tmp_path / "again.mp4"), RunOptions(), chunk_progress, lambda message: None)
@@ -88,11 +88,11 @@ def test_reload_and_a_second_viewer(server: Server, open_page: Any) -> None:
     play(first, prompt="a green star")
     second = open_page(server.address)
     play(second)
-    assert server.hub.worker.counts[0] == 2
+    assert server.state.scheduler.counts[0] == 2
     first.reload()
     ready(first)
     assert first.input_value("#prompt") == "a green star", "what was typed is still there"
-    eventually(lambda: server.hub.worker.counts[0] == 1)
+    eventually(lambda: server.state.scheduler.counts[0] == 1)
     play(first)
 
 
@@ -145,7 +145,9 @@ def test_without_nasa_beside_it(server: Server, open_page: Any) -> None:
     page.press("#negative", "Enter")
     page.click("#start")
     page.wait_for_selector("body[data-state=playing]")
-    assert "without NASA" in page.inner_text("#captions")
+    assert page.inner_text("#captions").split("\n") == ["without negatives", "with centred NASA 0.5"]
+    page.select_option("#guidance", "nag")
+    until(page, "document.querySelector('#with').textContent === 'with NAG 4'")
     assert page.evaluate("document.querySelector('video').videoWidth") == 2 * page.evaluate(
         "2 * document.querySelector('video').videoHeight"
     )
@@ -175,4 +177,4 @@ def test_a_client_in_python_sees_what_the_page_sees(server: Server, open_page: A
     client: Client = client_of(server)
     client.start(media=["jpeg"])
     client.watch(2)
-    assert server.hub.worker.counts[0] == 2
+    assert server.state.scheduler.counts[0] == 2

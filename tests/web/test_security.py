@@ -11,7 +11,7 @@ from live_client import Client, eventually
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from nasa_video.serve.server import Server
+from nasa_video.serve.app import Server
 
 
 def test_the_page_is_bound_by_a_strict_policy(server: Server) -> None:
@@ -120,6 +120,6 @@ def test_sessions_are_counted(serve: Callable[..., Server], client_of: Any) -> N
     server = serve(max_sessions=1)
     first = client_of(server)
     first.close()
-    eventually(lambda: server.hub.sessions == 0)
+    eventually(lambda: server.state.sessions == 0)
     client_of(server)
-    assert server.hub.sessions == 1
+    assert server.state.sessions == 1

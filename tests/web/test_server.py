@@ -29,13 +29,12 @@ from nasa_video.files.frames import enlarge
 from nasa_video.files.metadata import read_metadata
 from nasa_video.files.source import read_frames
 from nasa_video.serve import delivery
-from nasa_video.serve.cues import LiveCues
-from nasa_video.serve.outgoing import LIMIT_BYTES, Gone, MediaPipe, Outgoing
-from nasa_video.serve.protocol import Wanted
-from nasa_video.serve.recorder import Recorder
-from nasa_video.serve.server import Server
+from nasa_video.serve.app import Server
+from nasa_video.serve.delivery import Recorder
+from nasa_video.serve.media import LIMIT_BYTES, Gone, MediaPipe, Outgoing
+from nasa_video.serve.states import LiveStates
 from nasa_video.video import controller
-from nasa_video.video.request import PromptState, VideoRequest
+from nasa_video.video.request import PromptRequest, PromptState, VideoRequest
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ def test_a_stream_from_start_to_stop(server: Server, client: Client) -> None:
     ended = client.hear("ended")
     assert ended["reason"] == "stopped"
     assert b"avcC" in client.media[0] + client.media[1], "the first bytes are an MP4's header"
-    assert server.hub.worker.counts == (0, 0)
+    assert server.state.scheduler.counts == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -120,13 +119,14 @@ def test_changes_act_from_the_next_chunk_and_replay_to_the_same_frames(
     shown: list[np.ndarray[Any, Any]],
     tmp_path: Path,
 ) -> None:
-    client.start(seed=11, on_change="keep", steps=1, first_steps=2)
+    client.start(seed=11, on_change="keep", steps=1, first_chunk_steps=2)
     changes: list[dict[str, Any]] = [
         {"negatives": [{"text": "ratio 16:9"}, {"text": "blue", "weight": 0.3}]},
         {"prompt": "a blue star", "on_change": "regenerate"},
-        {"guidance": "nag", "scale": 2.5, "on_change": "recache"},
+        {"guidance": "nag:2.5", "on_change": "recache"},
+        {"guidance": ":3,alpha=0.3"},
         {"guidance": "none"},
-        {"guidance": "vsf", "negatives": [{"text": "snow"}]},
+        {"guidance": "vsf", "negatives": 'snow, "black, white":0.5'},
         {"negatives": []},
     ]
     for change in changes:
@@ -138,7 +138,9 @@ def test_changes_act_from_the_next_chunk_and_replay_to_the_same_frames(
             pass
         assert chunk["index"] == accepted["from_chunk"]
         for name, value in change.items():
-            if name != "negatives":
+            if name == "guidance":
+                assert chunk[name].startswith(value if value[0] != ":" else f"nag{value.split(',')[0]}")
+            elif name != "negatives":
                 assert chunk[name] == value
     client.send("stop")
     frames = client.hear("ended")["frames"]
@@ -162,14 +164,14 @@ def test_the_download_is_what_was_shown(server: Server, client: Client, shown: l
     frames = client.hear("ended")["frames"]
     late = httpx.get(f"{server.address}v1/streams/{client.key}/video.mp4")
     assert 'filename="a-red-ball.mp4"' in late.headers["content-disposition"]
-    path = server.hub.folder / "late.mp4"
+    path = server.state.folder / "late.mp4"
     for answer, count in ((early, None), (late, frames)):
         path.write_bytes(answer.content)
         decoded = read_frames(path)
         expected = enlarge(np.concatenate(shown), 2)[: len(decoded)]
         assert count is None or len(decoded) == count
         assert abs(decoded.astype(int) - expected).mean() < 6, "the same pictures, but for the encoder"
-    assert read_metadata(path)["timeline"]["seed"] == 5
+    assert read_metadata(path)["nasa_video"]["seed"] == 5
     path.unlink()
 
 
@@ -181,7 +183,7 @@ def test_a_full_recording_is_said(serve: Callable[..., Server], client_of: Calla
     client.hear("ended")
     notes = [message["message"] for message in client.heard if message["type"] == "note"]
     assert notes == ["the first 1 s are kept for download; the timeline goes on"]
-    path = server.hub.folder / "kept.mp4"
+    path = server.state.folder / "kept.mp4"
     path.write_bytes(httpx.get(f"{server.address}v1/streams/{client.key}/video.mp4").content)
     assert len(read_frames(path)) == 12
     path.unlink()
@@ -191,7 +193,7 @@ def test_side_by_side_is_the_guided_and_the_unguided_stream(
     client: Client, client_of: Callable[..., Client], server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[np.ndarray[Any, Any]] = []
-    monkeypatch.setattr(delivery.Delivery, "_send", lambda self, item: sent.append(item.sent))
+    monkeypatch.setattr(delivery.Delivery, "_send", lambda self, item: sent.append(item.frames))
     started = client.start(negatives=[{"text": "red"}], compare=True, frames=21, on_change="regenerate")
     assert started["width"] == 2 * 64
     client.watch(2)
@@ -207,7 +209,8 @@ def test_side_by_side_is_the_guided_and_the_unguided_stream(
 
 def test_generation_waits_for_the_viewer(server: Server, client: Client) -> None:
     client.start()
-    stream = server.hub.streams.get(client.key).stream  # type: ignore[union-attr]
+    stream = server.state.streams.get(client.key)
+    assert stream is not None
     held = [client.hear("chunk") for _ in range(2)]
     every_task_had_its_turn(server)
     assert stream.made == 21, "two chunks for a viewer who has seen nothing, and no more"
@@ -232,17 +235,18 @@ def test_a_stream_with_an_end_does_not_wait_for_its_viewer_there(server: Server,
     for _ in range(2):
         client.hear("chunk")
     assert client.hear("ended")["reason"] == "finished", "without a word about how far the viewer is"
-    assert server.hub.worker.counts == (0, 0)
+    assert server.state.scheduler.counts == (0, 0)
 
 
 def test_a_bad_change_is_refused_and_the_stream_goes_on(client: Client) -> None:
     client.start()
     client.watch(1)
     for change in ({"negatives": [{"text": "A  red BALL"}]}, {"guidance": "cfg"}, {"guidance": "nag", "scale": 0.5}):
-        client.send("update", **change)
-        assert client.hear("error")["code"] == "refused"
+        client.send("update", id=7, **change)
+        error = client.hear("error")
+        assert (error["code"], error["id"]) == ("refused", 7)
         client.heard.clear()
-    assert client.watch(1)[0]["guidance"] == "nasa-centred"
+    assert client.watch(1)[0]["guidance"].startswith("nasa-centred:")
 
 
 def test_a_change_needs_no_memory_for_another_stream(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +271,7 @@ def test_moving_the_scale_encodes_no_text(client: Client, monkeypatch: pytest.Mo
     for scale in (0.5, 0.25, 2.0):
         client.send("update", scale=scale)
         client.hear("accepted")
-    while client.watch(1)[0]["scale"] != 2.0:
+    while not client.watch(1)[0]["guidance"].startswith("nasa-centred:2,"):
         pass
 
 
@@ -277,22 +281,22 @@ def test_a_scale_of_zero_hides_no_bad_negative(client: Client) -> None:
     client.send("update", scale=1)
     assert "prompt itself" in client.hear("error")["message"]
     client.heard.clear()
-    assert client.watch(1)[0]["scale"] == 0
+    assert client.watch(1)[0]["guidance"].startswith("nasa-centred:0,")
 
 
 def test_changes_faster_than_they_can_be_looked_at(
     client: Client, client_of: Callable[..., Client], server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     look, seen = threading.Event(), []
-    check = LiveCues.check
+    check = LiveStates.check
 
-    def slow(self: LiveCues, wanted: Wanted) -> PromptState:
+    def slow(self: LiveStates, wanted: PromptRequest) -> PromptState:
         if seen:
             look.wait(PATIENCE)
         seen.append(wanted)
         return check(self, wanted)
 
-    monkeypatch.setattr(LiveCues, "check", slow)
+    monkeypatch.setattr(LiveStates, "check", slow)
     client.start()
     other = client_of(server)
     client.send("pause")
@@ -312,7 +316,7 @@ def test_changes_faster_than_they_can_be_looked_at(
 
 
 def test_malformed_messages_are_refused(server: Server, client: Client) -> None:
-    for text in ("", "{", "[]", '{"type":"dance"}', '{"type":"start"}', '{"type":"start","prompt":" "}'):
+    for text in ("", "{", "[]", '{"type":"dance"}', '{"type":"start","prompt":3}'):
         client.socket.send(text)
         assert client.hear("error")["code"] == "malformed"
     client.socket.send(b"binary")
@@ -329,8 +333,8 @@ def test_malformed_messages_are_refused(server: Server, client: Client) -> None:
 def test_an_oversize_message_ends_the_connection(server: Server, client: Client) -> None:
     client.start()
     client.socket.send("x" * 70_000)
-    eventually(lambda: server.hub.sessions == 0)
-    assert server.hub.worker.counts == (0, 0)
+    eventually(lambda: server.state.sessions == 0)
+    assert server.state.scheduler.counts == (0, 0)
 
 
 def test_too_many_messages_are_left_out_then_the_client(serve: Callable[..., Server], client_of: Any) -> None:
@@ -340,7 +344,7 @@ def test_too_many_messages_are_left_out_then_the_client(serve: Callable[..., Ser
         for _ in range(100):
             client.at(0)
     assert client.hear("error")["code"] == "too-fast"
-    eventually(lambda: server.hub.sessions == 0)
+    eventually(lambda: server.state.sessions == 0)
 
 
 def test_who_leaves_frees_the_place_within_a_second(serve: Callable[..., Server], client_of: Any) -> None:
@@ -360,8 +364,8 @@ def test_a_connection_that_is_cut_frees_the_place(server: Server, client: Client
     client.start()
     client.watch(1)
     client.socket.socket.close()
-    eventually(lambda: server.hub.sessions == 0, 5)
-    assert server.hub.worker.counts == (0, 0)
+    eventually(lambda: server.state.sessions == 0, 5)
+    assert server.state.scheduler.counts == (0, 0)
     timeline = httpx.get(f"{server.address}v1/streams/{client.key}/timeline.yaml")
     assert timeline.status_code == 200, "what was shown can still be had"
 
@@ -411,7 +415,8 @@ def test_a_stream_makes_room_for_those_who_wait(
 
 def test_a_stream_with_an_end_keeps_its_place_while_it_is_watched(server: Server, client: Client) -> None:
     client.start(frames=1197)
-    stream = server.hub.streams.get(client.key).stream  # type: ignore[union-attr]
+    stream = server.state.streams.get(client.key)
+    assert stream is not None
     for _ in range(2):
         client.hear("chunk")
     every_task_had_its_turn(server)
@@ -500,7 +505,7 @@ def test_a_client_may_ask_for_pictures_instead(client: Client) -> None:
 
 
 def test_a_job_from_request_to_file(server: Server) -> None:
-    ask = {"prompt": "a red ball", "negatives": [{"text": "red"}], "seed": 4, "steps": 1, "first_steps": 2}
+    ask = {"prompt": "a red ball", "negatives": [{"text": "red"}], "seed": 4, "steps": 1, "first_chunk_steps": 2}
     with httpx.Client(base_url=server.address) as http:
         made = http.post("v1/videos", json=ask)
         assert made.status_code == 202
@@ -510,11 +515,11 @@ def test_a_job_from_request_to_file(server: Server) -> None:
         assert done["frames"] == done["total_frames"] == 21
         assert done["progress"] == 1
         assert done["effect"]["relative_change"] > 0
-        path = server.hub.folder / "job.mp4"
+        path = server.state.folder / "job.mp4"
         path.write_bytes(http.get(done["content"]).content)
         assert len(read_frames(path)) == 21
         recipe = read_metadata(path)["nasa_video"]
-        assert (recipe["seed"], recipe["first_steps"]) == (4, 2), "generate --from makes it again"
+        assert (recipe["seed"], recipe["first_chunk_steps"]) == (4, 2), "generate --from makes it again"
         path.unlink()
         assert http.delete(address).status_code == 204
         assert http.get(address).status_code == 404
@@ -528,7 +533,7 @@ def test_a_job_that_is_cancelled(server: Server) -> None:
         began = time.monotonic()
         eventually(lambda: http.get(f"v1/videos/{key}").json()["status"] == "cancelled", 5)
         assert time.monotonic() - began < 2
-        assert not list(server.hub.folder.glob("*.mp4"))
+        assert not list(server.state.folder.glob("*.mp4"))
         assert http.get(f"v1/videos/{key}/content").status_code == 409
 
 
@@ -572,7 +577,7 @@ def test_nothing_is_left_behind(server: Server, client_of: Any) -> None:
         client.close()
 
     visit()
-    eventually(lambda: server.hub.sessions == 0)
+    eventually(lambda: server.state.sessions == 0)
     process = psutil.Process()
 
     def leftovers() -> tuple[int, int]:

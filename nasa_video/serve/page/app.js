@@ -8,10 +8,11 @@ const $ = (id) => document.getElementById(id);
 const REPORT_MS = 100;
 const percent = (value) => `${(100 * value).toFixed(value < 0.1 ? 1 : 0)} %`;
 
-const timeline = new TimelineView($("strip"), $("playhead"), $("segments"));
+const timeline = new TimelineView($("strip"), $("playhead"), $("segments"), (spelling) => form.describe(spelling));
 const form = new Form(
   (change) => running() && send({ type: "update", id: form.sent(change), ...change }),
   () => running() && notice("This takes effect with the next start.", "start"),
+  (message) => notice(message, "refused"),
 );
 let socket = null;
 let retry = 500;
@@ -54,16 +55,16 @@ async function enter() {
     history.replaceState(null, "", location.pathname + location.search);
     await login(given);
   }
-  const answer = await fetch("models").catch(() => null);
-  if (answer?.status === 401) {
+  const answers = await Promise.all([fetch("models"), fetch("v1/methods")]).catch(() => []);
+  if (answers[0]?.status === 401) {
     $("login").showModal();
     return;
   }
-  if (!answer?.ok) {
+  if (!answers.length || !answers.every((answer) => answer.ok)) {
     lost();
     return;
   }
-  form.setModels(await answer.json());
+  form.setModels(...(await Promise.all(answers.map((answer) => answer.json()))));
   connect();
 }
 
@@ -127,7 +128,7 @@ const hearing = {
     timeline.clear(message.fps);
     $("plays").textContent = `${message.fps} FPS`;
     $("stage").style.setProperty("--ratio", message.width / message.height);
-    $("with").textContent = `with ${$("guidance").selectedOptions[0].text}`;
+    caption(message.guidance ?? form.guidance);
     $("captions").hidden = !message.compare;
     offerDownloads(false);
     begin(message, 0);
@@ -168,6 +169,9 @@ const hearing = {
     notice(message, code);
     form.refused(id);
     if (code === "busy") state("ready", "Start again in a while.");
+    else if (["refused", "malformed"].includes(code) && id === undefined && !stream?.key) {
+      state("ready", 'Press "Start" to try again.');
+    }
   },
   ended({ reason, frames, stream: key }) {
     if (key !== stream?.key) {
@@ -189,6 +193,10 @@ const hearing = {
 
 function hear(message) {
   hearing[message.type]?.(message);
+}
+
+function caption(guidance) {
+  $("with").textContent = guidance === "none" ? "unguided as well" : `with ${form.describe(guidance)}`;
 }
 
 function begin(message, firstFrame) {
@@ -228,6 +236,7 @@ function seen(frame) {
   if (!chunk) return;
   document.body.dataset.chunk = chunk.index;
   $("counter").textContent = `frame ${frame + 1} · chunk ${chunk.index} · ${((frame + 1) / stream.fps).toFixed(1)} s`;
+  caption(chunk.guidance);
   const effect = chunk.effect;
   $("change").textContent = effect ? percent(effect.relative_change) : "no negative";
   $("share").textContent = effect ? percent(effect.negative_share) : "–";
@@ -265,9 +274,9 @@ function start() {
   state("starting", "Making the first pictures …");
 }
 
-$("form").addEventListener("submit", (event) => {
+$("form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  form.add($("negative").value);
+  await form.add($("negative").value);
   start();
 });
 $("pause").addEventListener("click", () => send({ type: document.body.dataset.state === "paused" ? "resume" : "pause" }));

@@ -1,4 +1,4 @@
-// What the person has set: prompt, negatives as chips with weights, method and scale, seed, model.
+// What the person has set: prompt, negatives as chips with weights, method with its settings, seed, model.
 
 import { element } from "./timeline.js";
 
@@ -6,12 +6,28 @@ const KEY = "nasa-video";
 const SUGGESTED = ["blue", "red", "blurry", "snow", "striped background", "border", "watermark", "noisy"];
 const $ = (id) => document.getElementById(id);
 
+// "nasa-centred:0.5,limit=0.3" in its parts.
+function parseSpelling(spelling) {
+  const [head, ...settings] = spelling.split(",");
+  const [name, scale] = head.split(":");
+  return { name, scale: scale ? Number(scale) : null, settings: Object.fromEntries(settings.map((one) => one.split("="))) };
+}
+
+// A setting's value as a spelling has it.
+function spelled(value) {
+  if (value === null || value?.length === 0) return "none";
+  if (typeof value === "boolean") return value ? "yes" : "no";
+  return Array.isArray(value) ? value.join("/") : String(value);
+}
+
 export class Form {
-  // `changed` is called with what a running stream can take over; `restart` when only a new start can.
-  constructor(changed, restart) {
-    Object.assign(this, { changed, restart });
+  // `changed` is called with what a running stream can take over; `restart` when only a new start can; `complain` with
+  // what is wrong.
+  constructor(changed, restart, complain) {
+    Object.assign(this, { changed, restart, complain });
     this.negatives = [];
     this.models = [];
+    this.methods = [];
     this.maxNegatives = 16;
     this.pending = new Map(); // Changes that were sent and not answered yet, by their ids.
     this.holds = {}; // What the running stream shows, as far as it has answered.
@@ -35,9 +51,11 @@ export class Form {
       }
     });
     $("negative").addEventListener("keydown", (event) => {
-      if (event.key === "Enter" || event.key === ",") {
+      const text = $("negative").value;
+      const open = text.split('"').length % 2 === 0 || text.lastIndexOf("(") > text.lastIndexOf(")");
+      if (event.key === "Enter" || (event.key === "," && !open)) {
         event.preventDefault();
-        this.add($("negative").value);
+        this.add(text);
       } else if (event.key === "Backspace" && !$("negative").value && this.negatives.length) {
         this.negatives.pop();
         this.negativesChanged();
@@ -45,13 +63,14 @@ export class Form {
     });
     $("negative").addEventListener("blur", () => this.add($("negative").value));
     $("guidance").addEventListener("change", () => {
-      this.fitScale();
-      this.tell({ guidance: $("guidance").value, scale: this.scale });
+      this.showGuidance($("guidance").value);
+      this.tell({ guidance: this.guidance });
     });
+    $("settings").addEventListener("change", () => this.tell({ guidance: this.guidance }));
     $("scale").addEventListener("input", () => {
       $("scale-value").textContent = Number($("scale").value);
       clearTimeout(this.sliding);
-      this.sliding = setTimeout(() => this.tell({ scale: this.scale }), 120);
+      this.sliding = setTimeout(() => this.tell({ guidance: this.guidance }), 120);
     });
     $("on-change").addEventListener("change", () => this.tell({ on_change: $("on-change").value }));
     $("dice").addEventListener("click", () => {
@@ -64,8 +83,17 @@ export class Form {
     $("model").addEventListener("change", () => this.modelChanged());
   }
 
-  get scale() {
-    return $("guidance").value === "none" ? null : Number($("scale").value);
+  // The one spelling of method, scale and settings.
+  get guidance() {
+    const name = $("guidance").value;
+    if (name === "none") return name;
+    const own = parseSpelling(this.model()?.methods[name] ?? name).settings;
+    const settings = this.method(name).settings.slice(1).flatMap((setting) => {
+      const control = $(`setting-${setting.name}`);
+      const value = control.type === "checkbox" ? spelled(control.checked) : control.value || "none";
+      return setting.name in own || value !== spelled(setting.default) ? [`,${setting.name}=${value}`] : [];
+    });
+    return `${name}:${Number($("scale").value)}${settings.join("")}`;
   }
 
   start() {
@@ -73,8 +101,7 @@ export class Form {
       type: "start",
       prompt: $("prompt").value,
       negatives: this.negatives,
-      guidance: $("guidance").value,
-      scale: this.scale,
+      guidance: this.guidance,
       on_change: $("on-change").value,
       compare: $("compare").checked,
       seed: Number($("seed").value),
@@ -111,19 +138,25 @@ export class Form {
     if ("prompt" in change && $("prompt").value.trim() === change.prompt.trim()) $("prompt").value = now.prompt;
     if ("negatives" in change) this.negatives = now.negatives;
     if ("on_change" in change) $("on-change").value = now.on_change;
-    if ("guidance" in change || "scale" in change) {
-      $("guidance").value = now.guidance;
-      this.fitScale(now.scale);
-    }
+    if ("guidance" in change) this.showGuidance(now.guidance);
     this.drawChips();
     this.store();
   }
 
-  add(text) {
+  // The server reads the text: what "--neg" takes is what this field takes.
+  async add(text) {
     $("negative").value = "";
-    if (!text.trim() || this.negatives.some((term) => term.text === text.trim())) return;
-    if (this.negatives.length >= this.maxNegatives) return;
-    this.negatives.push({ text: text.trim(), weight: 1 });
+    if (!text.trim()) return;
+    const answer = await fetch(`v1/terms?${new URLSearchParams({ text })}`).catch(() => null);
+    if (!answer?.ok) {
+      $("negative").value ||= text;
+      this.complain((await answer?.json())?.detail ?? "the connection is lost");
+      return;
+    }
+    const known = new Set(this.negatives.map((term) => term.text));
+    const terms = (await answer.json()).filter((term) => !known.has(term.text));
+    if (!terms.length) return;
+    this.negatives = [...this.negatives, ...terms].slice(0, this.maxNegatives);
     this.negativesChanged();
   }
 
@@ -146,10 +179,10 @@ export class Form {
     const chips = this.negatives.map((term, index) => this.chip(term, index));
     for (const old of $("chips").querySelectorAll(".chip")) old.remove();
     $("chips").prepend(...chips);
-    const unused = SUGGESTED.filter((text) => !this.negatives.some((term) => term.text === text));
-    const known = this.model()?.vocabulary === "sprites";
+    const used = this.negatives.map((term) => term.text);
+    const known = SUGGESTED.filter((text) => this.model()?.words?.includes(text) && !used.includes(text));
     $("suggestions").replaceChildren(
-      ...(known ? unused.slice(0, 6) : []).map((text) => {
+      ...known.slice(0, 6).map((text) => {
         const button = element("button", "suggestion", `+ ${text}`);
         button.type = "button";
         button.addEventListener("click", () => this.add(text));
@@ -188,8 +221,23 @@ export class Form {
     return this.models.find((model) => model.name === $("model").value);
   }
 
-  setModels(models) {
+  method(name) {
+    return this.methods.find((method) => method.name === name) ?? { label: name, settings: [] };
+  }
+
+  // A spelling for people: the method's label and its scale.
+  describe(spelling) {
+    const { name, scale } = parseSpelling(spelling);
+    return name === "none" ? "unguided" : `${this.method(name).label} ${Number(scale.toFixed(2))}`;
+  }
+
+  setModels(models, methods) {
     this.models = models;
+    this.methods = methods;
+    const names = [...methods.map((method) => new Option(method.label, method.name)), new Option("none", "none")];
+    const chosen = $("guidance").value;
+    $("guidance").replaceChildren(...names);
+    $("guidance").value = chosen || "none";
     const before = $("model").value || this.stored?.model;
     $("model").replaceChildren(
       ...models.map((model) => {
@@ -206,23 +254,46 @@ export class Form {
 
   modelChanged() {
     this.fitted = $("model").value;
-    $("guidance").value = this.stored?.guidance ?? this.model()?.guidance ?? "nasa";
     $("on-change").value = this.stored?.on_change ?? this.model()?.on_change ?? "keep";
-    this.fitScale(this.stored?.scale);
+    this.showGuidance(this.stored?.guidance ?? this.model()?.guidance ?? "none");
+    this.stored = null;
     this.drawChips();
   }
 
-  // Each method has a scale and a range of its own.
-  fitScale(wanted = null) {
-    const method = $("guidance").value;
-    const own = this.model()?.scales[method] ?? 1;
+  // Each method has a scale, a range and settings of its own; what the spelling leaves open is the model's.
+  showGuidance(spelling) {
+    const given = parseSpelling(spelling);
+    const { name } = given;
+    const own = parseSpelling(this.model()?.methods[name] ?? name);
+    const [scale, ...settings] = this.method(name).settings;
+    $("guidance").value = name;
     const slider = $("scale");
-    slider.disabled = method === "none";
-    slider.min = method === "nag" || method === "cfg" ? 1 : 0;
-    slider.max = Math.max(3, 2 * own);
-    slider.value = wanted ?? own;
-    $("scale-value").textContent = method === "none" ? "–" : Number(slider.value);
-    this.stored = null;
+    slider.disabled = name === "none";
+    slider.min = scale?.low ?? 0;
+    slider.max = Math.max(3, 2 * own.scale, given.scale);
+    slider.value = given.scale ?? own.scale ?? 0;
+    $("scale-value").textContent = name === "none" ? "–" : Number(slider.value);
+    const values = { ...own.settings, ...given.settings };
+    $("settings").replaceChildren(...settings.map((setting) => this.control(setting, values[setting.name])));
+  }
+
+  // One labelled control of a method's setting.
+  control(setting, value = spelled(setting.default)) {
+    const label = element("label", "setting", setting.name);
+    const input = element("input", "");
+    label.title = setting.help;
+    input.id = `setting-${setting.name}`;
+    if (typeof setting.default === "boolean") {
+      Object.assign(input, { type: "checkbox", checked: value === "yes" });
+    } else if (Array.isArray(setting.default)) {
+      Object.assign(input, { type: "text", placeholder: "none, or 1/0.5/0", value: value === "none" ? "" : value });
+    } else {
+      const { low: min, high: max } = setting;
+      Object.assign(input, { type: "number", min, max, step: "any", placeholder: "none", value: value === "none" ? "" : value });
+      input.required = !setting.optional;
+    }
+    label.append(input);
+    return label;
   }
 
   store() {
@@ -239,13 +310,18 @@ export class Form {
     } catch {
       this.stored = null;
     }
-    if (this.stored) this.fill(this.stored);
+    if (!this.stored) return;
+    const { guidance, scale } = this.stored; // Older pages kept them apart.
+    if (typeof scale === "number" && guidance !== "none") this.stored.guidance = `${guidance}:${scale}`;
+    const older = { recompute: "recache", remake: "regenerate" };
+    this.stored.on_change = older[this.stored.on_change] ?? this.stored.on_change;
+    this.fill(this.stored);
   }
 
   fill(values) {
     $("prompt").value = values.prompt;
     this.negatives = values.negatives;
-    $("guidance").value = values.guidance;
+    if (this.methods.length) this.showGuidance(values.guidance);
     if (values.on_change) $("on-change").value = values.on_change;
     $("compare").checked = values.compare;
     $("seed").value = values.seed;

@@ -4,8 +4,9 @@ const MAX_ROWS = 40;
 const COLOURS = 8;
 
 export class TimelineView {
-  constructor(strip, playhead, list) {
-    Object.assign(this, { strip, playhead, list });
+  // `describe`: a method's spelling for people.
+  constructor(strip, playhead, list, describe) {
+    Object.assign(this, { strip, playhead, list, describe });
     this.clear(1);
   }
 
@@ -21,10 +22,10 @@ export class TimelineView {
 
   add(chunk) {
     this.frames = chunk.first_frame + chunk.frames;
-    const cue = JSON.stringify([chunk.prompt, chunk.negatives, chunk.guidance, chunk.scale, chunk.on_change]);
+    const shows = JSON.stringify([chunk.prompt, chunk.negatives, chunk.guidance, chunk.on_change]);
     let segment = this.segments.at(-1);
-    if (!segment || segment.cue !== cue) {
-      segment = { cue, chunk, start: chunk.first_frame, firstIndex: chunk.index };
+    if (!segment || segment.shows !== shows) {
+      segment = { shows, chunk, start: chunk.first_frame, firstIndex: chunk.index };
       this.segments.push(segment);
       this.draw(segment);
       while (this.segments.length > MAX_ROWS) {
@@ -51,11 +52,11 @@ export class TimelineView {
       const weight = term.weight === 1 ? "" : ` × ${term.weight}`;
       return element("span", "term", term.text + weight);
     });
-    const how = chunk.guidance === "none" ? "unguided" : `${chunk.guidance.toUpperCase()} ${Number(chunk.scale.toFixed(2))}`;
+    const how = this.describe(chunk.guidance);
     const what = element("span", "what", chunk.prompt);
     segment.row = element("li", colour);
     segment.row.append(segment.when, what, ...terms);
-    if (terms.length) segment.row.append(element("span", "how", how));
+    if (terms.length) segment.row.append(Object.assign(element("span", "how", how), { title: chunk.guidance }));
     this.list.prepend(segment.row);
   }
 
