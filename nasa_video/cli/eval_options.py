@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nasa_video.evaluation.results import Results
     from nasa_video.evaluation.samples import Model
     from nasa_video.jobs.processes import Shard
-    from nasa_video.jobs.store import Engine, Outcome, Tell
+    from nasa_video.jobs.store import Outcome, Tell
 
 MethodsOption = Annotated[
     str, typer.Option(help="Methods side by side: none,nasa:0.8 or 'none; nasa-centred:0.5,limit=0.3'.")
@@ -62,7 +62,7 @@ class RunOptions:
 
         if self.engine not in ENGINES:
             raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
-        return Run(folder, Shard.choose(self.shard), cast("Engine", self.engine), tell)
+        return Run(folder, Shard.choose(self.shard), self.engine, tell)
 
 
 @dataclass(frozen=True)

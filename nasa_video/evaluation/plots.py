@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _INK, _SOFT, _LINE = "#000001", "#000002", "#000003"
 _COLOURS = tuple(f"#00001{index}" for index in range(6))
 _VARIABLES = {_INK: "ink", _SOFT: "soft", _LINE: "line", **{c: f"k{i}" for i, c in enumerate(_COLOURS)}}
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "nasa-video", "font.family": "sans-serif", "font.size": 8.5,
     "text.color": _INK, "axes.edgecolor": _SOFT, "axes.labelcolor": _SOFT, "xtick.color": _SOFT, "ytick.color": _SOFT,
     "axes.grid": True, "grid.color": _LINE, "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.spines.top": False,

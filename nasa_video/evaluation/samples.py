@@ -414,7 +414,7 @@ def _plan(
 def _job(
     model: str,
     checkpoint: str,
-    size: Mapping[str, int],
+    size: Mapping[str, Any],
     settings: dict[str, JsonValue],
     sample: Sample,
     method: Method,

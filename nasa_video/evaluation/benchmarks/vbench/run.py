@@ -37,14 +37,14 @@ class PromptChoice:
         extended, extended_base: see :func:`read_extended`.
     """
 
-    list: Path | None = None
+    listed: Path | None = None
     limit: int | None = None
     extended: Path | None = None
     extended_base: Path | None = None
 
     def samples(self, scoring: Scoring, negatives: tuple[Negative, ...], seeds: Sequence[int]) -> list[Sample]:
         """A sample for each prompt and seed; InputError as :func:`select_prompts` and :func:`read_extended`."""
-        entries = scoring.environment.prompts() if self.list is None else read_prompt_list(self.list)
+        entries = scoring.environment.prompts() if self.listed is None else read_prompt_list(self.listed)
         extended = None if self.extended is None else read_extended(self.extended, self.extended_base)
         chosen = select_prompts(entries, scoring.dimensions, self.limit, extended)
         return [
@@ -129,7 +129,7 @@ class VBenchRun:
             "negatives": [negative.text for negative in self._negatives],
             "steps": self.plan[0].job.request.steps,
             "prompts": len({one.sample.prompt for one in self.plan}),
-            "prompt_list": _named(prompts.list) or f"VBench {self.scoring.environment.version}",
+            "prompt_list": _named(prompts.listed) or f"VBench {self.scoring.environment.version}",
             "prompts_a_dimension_at_most": prompts.limit,
             "extended_prompts": _named(prompts.extended),
             "seeds": list(self._seeds),
@@ -138,8 +138,8 @@ class VBenchRun:
     def _notes(self) -> list[str]:
         prompts, long = self._prompts, self.scoring.mode == "long"
         notes = [f"Every score is the mean of VBench's scores of single {'clips and then ' * long}videos, 0 to 1."]
-        if prompts.list is not None:
-            notes.append(f"The prompts are not VBench's own but those of {prompts.list.name}.")
+        if prompts.listed is not None:
+            notes.append(f"The prompts are not VBench's own but those of {prompts.listed.name}.")
         if prompts.extended is not None:
             notes.append(
                 f"The model was given the extended prompts of {prompts.extended.name}; scores go by the short."
