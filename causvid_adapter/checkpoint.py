@@ -19,7 +19,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from causvid_adapter.errors import CheckpointError
 from causvid_adapter.model import CausalWan
@@ -73,6 +73,19 @@ def cast_like_diffusers(transformer: WanTransformer3DModel, dtype: torch.dtype) 
     for name, parameter in transformer.named_parameters():
         keep = any(part in name.split(".") for part in WanTransformer3DModel._keep_in_fp32_modules)
         parameter.data = parameter.data.to(torch.float32 if keep else dtype)
+
+
+def load_weights(module: nn.Module, state: StateDict, path: Path, what: str) -> None:
+    """Give a module its weights; ``what`` says what it is, for the message.
+
+    Raises:
+        CheckpointError: keys or shapes are not the module's.
+    """
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        rows = [line.strip() for line in str(error).splitlines()[1:4]]
+        raise CheckpointError(f"{path} does not fit {what}: {'; '.join(rows)}") from error
 
 
 def read_state_dict(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from causvid_adapter.checkpoint import describe, read_state_dict, unwrap
+from causvid_adapter.checkpoint import describe, load_weights, read_state_dict, unwrap
 from causvid_adapter.errors import CheckpointError, ShapeError
 
 # (width, frames made of one) of the three stages, and the width after them.
@@ -133,11 +133,7 @@ def load_tiny_decoder(path: Path) -> TinyDecoder:
     if first is None or first.ndim != 4:
         raise CheckpointError(f"{path} is no tiny decoder (taew2_1): it looks like {describe(state)}")
     decoder = TinyDecoder(latent_channels=first.shape[1])
-    try:
-        decoder.load_state_dict(own)
-    except RuntimeError as error:
-        rows = [line.strip() for line in str(error).splitlines()[1:4]]
-        raise CheckpointError(f"{path} does not fit the tiny decoder (taew2_1): {'; '.join(rows)}") from error
+    load_weights(decoder, own, path, "the tiny decoder (taew2_1)")
     return decoder.eval().requires_grad_(False)
 
 

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors import SafetensorError
 
-from causvid_adapter.checkpoint import describe, read_state_dict, unwrap
+from causvid_adapter.checkpoint import describe, load_weights, read_state_dict, unwrap
 from causvid_adapter.errors import CheckpointError
 
 
@@ -36,10 +36,6 @@ def load_vae(path: Path, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan
     vae = AutoencoderKLWan(
         base_dim=state["encoder.conv_in.weight"].shape[0], z_dim=state["post_quant_conv.weight"].shape[0]
     )
-    try:
-        vae.load_state_dict(state)
-    except RuntimeError as error:
-        rows = [line.strip() for line in str(error).splitlines()[1:4]]
-        raise CheckpointError(f"{path} does not fit Wan 2.1's VAE: {'; '.join(rows)}") from error
+    load_weights(vae, state, path, "Wan 2.1's VAE")
     # Not by diffusers' own .to(), which warns of a list of exceptions that is empty here.
     return torch.nn.Module.to(vae, dtype).eval().requires_grad_(False)  # type: ignore[no-any-return]

@@ -19,7 +19,7 @@ def available(device: torch.device) -> int | None:
 
 
 def _free_on_machine() -> int:
-    free = psutil.virtual_memory().available
+    free: int = psutil.virtual_memory().available
     limits = [room for room in (_room_in_container(*names) for names in _CONTAINER_FILES) if room is not None]
     return min([free, *limits])
 

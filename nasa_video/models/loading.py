@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from causvid_adapter import StreamingDecoder, denormalize
-from causvid_adapter.tiny_decoder import TinyDecoder, TinyStreamingDecoder, load_tiny_decoder
+from causvid_adapter.tiny_decoder import TinyStreamingDecoder, load_tiny_decoder
 from nasa_video.errors import InputError
 from nasa_video.models.presets import Components, Umt5Text, WordLlamaText
 from nasa_video.text import TextEncoder, Umt5Encoder, WordLlamaEncoder
@@ -77,7 +77,8 @@ def load_decoder(
     tiny = load_tiny_decoder(source.fetch()).to(device)
 
     def make(vae: AutoencoderKLWan) -> Decoder:
-        return _RawDecoder(tiny, vae) if source.latents == "raw" else TinyStreamingDecoder(tiny)
+        stream = TinyStreamingDecoder(tiny)
+        return FullDecoder(vae, stream) if source.latents == "raw" else stream
 
     return make
 
@@ -91,22 +92,11 @@ class Decoder(Protocol):
 
 
 class FullDecoder:
-    """The VAE's own decoder."""
+    """The VAE's own decoder, or another (``stream``) that was trained on latents in the VAE's own scale."""
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self, vae: AutoencoderKLWan, stream: StreamingDecoder | TinyStreamingDecoder | None = None) -> None:
         self._vae = vae
-        self._stream = StreamingDecoder(vae)
-
-    def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
-        return self._stream.decode(denormalize(self._vae, latents), clamp)
-
-
-class _RawDecoder:
-    """A tiny decoder that was trained on latents in the VAE's own scale."""
-
-    def __init__(self, tiny: TinyDecoder, vae: AutoencoderKLWan) -> None:
-        self._vae = vae
-        self._stream = TinyStreamingDecoder(tiny)
+        self._stream = stream or StreamingDecoder(vae)
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         return self._stream.decode(denormalize(self._vae, latents), clamp)

@@ -23,7 +23,7 @@ from nasa_video.models.memory_estimate import (
     require,
 )
 from nasa_video.models.part_sizes import check_size, text_encoder_bytes, transformer_config, vae_config
-from nasa_video.models.placement import RESIDENT, Placement, WeightKind
+from nasa_video.models.placement import RESIDENT, Placement, WeightKind, no_torchao
 from nasa_video.models.presets import VideoPreset
 
 # A plan of less than this is not worth a line.
@@ -118,10 +118,7 @@ class Plan:
                 bits, and torchao is not installed.
         """
         if self.placement.weights != "plain" and importlib.util.find_spec("torchao") is None:
-            raise InputError(
-                f"{self.placement.weights} weights need torchao: pip install 'nasa-video[quant]', or use --weights "
-                "plain"
-            )
+            raise no_torchao(self.placement.weights)
         require(self.run, self.free, str(self.device), loaded=False, host=self.host_free)
 
 

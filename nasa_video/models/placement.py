@@ -86,6 +86,11 @@ def is_quantised(name: str, module: nn.Module) -> bool:
     return name.startswith("blocks.") and isinstance(module, nn.Linear)
 
 
+def no_torchao(weights: WeightKind) -> InputError:
+    """The error of 8-bit weights without the library that stores them."""
+    return InputError(f"{weights} weights need torchao: pip install 'nasa-video[quant]', or use --weights plain")
+
+
 def quantise(model: CausalWan, weights: WeightKind) -> None:
     """Store the blocks' matrices in 8 bits, in place.
 
@@ -99,9 +104,7 @@ def quantise(model: CausalWan, weights: WeightKind) -> None:
     try:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:
-        raise InputError(
-            f"{weights} weights need torchao: pip install 'nasa-video[quant]', or use --weights plain"
-        ) from error
+        raise no_torchao(weights) from error
     finally:
         logger.setLevel(level)
     config = Int8WeightOnlyConfig() if weights == "int8" else Float8WeightOnlyConfig()
