@@ -32,6 +32,7 @@ from nasa_video.serve.security import (
     Guard,
     client_of,
     cookie_name,
+    cookie_value,
     is_loopback,
     own_names,
     same_token,
@@ -226,7 +227,9 @@ def _add_login(app: FastAPI, settings: ServeSettings) -> None:
         response = Response(status_code=204)
         if token is not None:
             secure = request.url.scheme == "https"
-            response.set_cookie(cookie_name(token), token, httponly=True, samesite="strict", secure=secure)
+            response.set_cookie(
+                cookie_name(token), cookie_value(token), httponly=True, samesite="strict", secure=secure
+            )
         return response
 
 

@@ -87,24 +87,34 @@ class Guard:
         if self.token is None:
             return True
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and same_token(given.strip(), self.token):
+        if scheme.lower() == "bearer" and same_token(_as_sent(given.strip()), self.token):
             return True
         try:
             cookies = SimpleCookie(headers.get("cookie", ""))
         except CookieError:
             return False
         name = cookie_name(self.token)
-        return name in cookies and same_token(cookies[name].value, self.token)
+        return name in cookies and same_token(cookies[name].value, cookie_value(self.token))
 
 
 def same_token(given: str, token: str) -> bool:
     """Compare without telling by the time how much was right."""
-    return secrets.compare_digest(given.encode(), token.encode())
+    return secrets.compare_digest(given.encode(errors="replace"), token.encode())
 
 
 def cookie_name(token: str) -> str:
     """One a server: cookies are shared by all ports of a host."""
     return f"nasa-video-{hashlib.sha256(token.encode()).hexdigest()[:8]}"
+
+
+def cookie_value(token: str) -> str:
+    """What stands for the token in a cookie, which cannot hold every text."""
+    return hashlib.sha256(f"cookie {token}".encode()).hexdigest()
+
+
+def _as_sent(header: str) -> str:
+    """The text of a header, whose bytes are UTF-8 and are read as Latin-1."""
+    return header.encode("latin-1").decode(errors="replace")
 
 
 def is_loopback(host: str) -> bool:

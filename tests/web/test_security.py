@@ -123,3 +123,23 @@ def test_sessions_are_counted(serve: Callable[..., Server], client_of: Any) -> N
     eventually(lambda: server.state.sessions == 0)
     client_of(server)
     assert server.state.sessions == 1
+
+
+def test_a_token_may_be_any_text(serve: Callable[..., Server]) -> None:
+    server = serve(token="пароль ☂")
+    with httpx.Client(base_url=server.address) as http:
+        assert http.post("login", json={"token": "пароль ☂"}).status_code == 204
+        assert http.get("models").status_code == 200
+    bearer = {"authorization": "Bearer пароль ☂".encode()}
+    assert httpx.get(f"{server.address}models", headers=bearer).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"prompt":"x","scale":NaN}', b'{"prompt":"x","steps":1e999}', b'{"prompt":"\\ud800"}', b"[" * 50_000]
+)
+def test_a_body_that_json_cannot_hold_is_refused(server: Server, body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server.address}v1/videos", content=body, headers=headers)
+    assert answer.status_code in (400, 422)
+    login = httpx.post(f"{server.address}login", content=body.replace(b"prompt", b"token"), headers=headers)
+    assert login.status_code in (204, 400, 401, 422), "no token is needed here"
