@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from causvid_adapter.model import CausalWan
@@ -27,6 +26,8 @@ def offload_blocks(model: CausalWan, device: torch.device, folder: Path | None =
         folder: keeps the weights in files there; None keeps them in the host's memory. On a CPU what is read may lie at
             an address for which kernels sum in another order: the last digits can differ.
     """
+    from diffusers.hooks import apply_group_offloading  # late: it imports peft and torch's compiler
+
     apply_group_offloading(
         model.transformer,
         onload_device=device,

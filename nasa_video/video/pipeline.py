@@ -24,7 +24,6 @@ from causvid_adapter import (
     load_generator,
     normalize,
 )
-from causvid_adapter.lora import merge_lora
 from causvid_adapter.rollouts import overlap_latents
 from causvid_adapter.vae_checkpoint import load_vae
 from nasa_video.errors import InputError
@@ -164,6 +163,8 @@ class VideoPipeline:
         # What is made smaller, or stays elsewhere, must never be on the device as a whole.
         first = device if placement.weights == "plain" and not placement.offload else torch.device("cpu")
         generator = load_generator(parts.transformer.fetch(), parts.config, dtype=dtype, device=first)
+        if parts.loras or loras:
+            from causvid_adapter.lora import merge_lora
         for path, scale in (*((lora.fetch(), lora.scale) for lora in parts.loras), *loras):
             merge_lora(generator, path, scale)
         generator = place(generator, placement, device)
