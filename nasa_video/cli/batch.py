@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
-from pydantic import Field
 
-from nasa_video.cli.console import chunk_progress, emit_json, say, shown_warnings
+from nasa_video.cli.console import chunk_progress, emit_json, loading_line, say, shown_warnings
 from nasa_video.cli.options import OUTPUT, SPEED, AsJsonOption, ModelOptions, grouped, option, requested
-from nasa_video.errors import InputError
-from nasa_video.files.atomic import slug
-from nasa_video.video.request import LoadOptions, VideoRequest
 
-
-class BatchJob(VideoRequest):
-    """One video of the list, which may have a name; what is left out is the model's own."""
-
-    name: str | None = Field(default=None, pattern=r"^[\w][\w.-]*$")
+if TYPE_CHECKING:
+    from nasa_video.video.request import LoadOptions, VideoRequest
 
 
 @grouped
@@ -39,7 +32,7 @@ def batch(
     own = Shard.choose(shard).of(named_jobs(jobs))
     shared = requested(model.said)
     loading = model.loading(device=Processes.of_environment().device(model.device))
-    with shown_warnings():
+    with shown_warnings(), loading_line(shared.model):
         result = run_batch(own, output, shared, loading, say)
     if as_json:
         emit_json(result)
@@ -47,12 +40,18 @@ def batch(
         raise typer.Exit(1)
 
 
-def named_jobs(path: Path) -> list[tuple[str, BatchJob]]:
+def named_jobs(path: Path) -> list[tuple[str, VideoRequest]]:
     """The jobs of a file, each with the name of its video.
 
     Raises:
         InputError: the file cannot be read, is no list, has an unknown key, or gives a name twice.
     """
+    import yaml
+
+    from nasa_video.errors import InputError
+    from nasa_video.files.atomic import slug
+    from nasa_video.video.request import VideoRequest
+
     try:
         text = path.read_text(encoding="utf-8")
         lines = path.suffix == ".jsonl"
@@ -61,14 +60,17 @@ def named_jobs(path: Path) -> list[tuple[str, BatchJob]]:
         raise InputError(f"{path} cannot be read as a list of jobs: {' '.join(str(error).split())}") from error
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path} must hold a list of jobs, such as: - {{prompt: a red ball, negatives: [blurry]}}")
-    named: dict[str, BatchJob] = {}
+    named: dict[str, VideoRequest] = {}
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise InputError(f"{path}, job {number}: must be a mapping with a prompt, got {type(row).__name__}")
-        job = BatchJob.read(row, f"{path}, job {number}")
+        named_as = row.pop("name", None)
+        if named_as is not None and not re.fullmatch(r"\w[\w.-]*", str(named_as)):
+            raise InputError(f"{path}, job {number}: name must be letters, digits, _ . and -, got {named_as!r}")
+        job = VideoRequest.read(row, f"{path}, job {number}")
         if job.prompt is None and job.timeline is None:
             raise InputError(f"{path}, job {number}: say what the video should show, as prompt: a red ball")
-        name = job.name or f"{number:04}-{slug(job.prompt or '')}"
+        name = named_as or f"{number:04}-{slug(job.prompt or '')}"
         if name in named:
             raise InputError(f"{path} gives the name {name!r} twice")
         named[name] = job
@@ -76,7 +78,7 @@ def named_jobs(path: Path) -> list[tuple[str, BatchJob]]:
 
 
 def run_batch(
-    jobs: list[tuple[str, BatchJob]],
+    jobs: list[tuple[str, VideoRequest]],
     folder: Path,
     shared: VideoRequest,
     options: LoadOptions,

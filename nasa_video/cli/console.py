@@ -85,8 +85,36 @@ def shown_warnings() -> Iterator[None]:
             raise
 
 
+_loading: list[Any] = []
+
+
+@contextmanager
+def loading_line(model: str | None) -> Iterator[None]:
+    """Say at once which model is being loaded, with a spinner where somebody looks; a progress bar takes its place."""
+    from nasa_video.models.presets import DEFAULT_MODEL
+
+    text = f"loading {model or DEFAULT_MODEL} ..."
+    if not console.is_terminal:
+        say(text)
+        yield
+        return
+    status = console.status(escape(text))
+    _loading.append(status)
+    status.start()
+    try:
+        yield
+    finally:
+        _end_loading()
+
+
+def _end_loading() -> None:
+    while _loading:
+        _loading.pop().stop()
+
+
 def chunk_progress() -> Progress:
     """Progress over chunks, with frames a second and time left."""
+    _end_loading()
     return Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from nasa_video.cli.console import chunk_progress, emit_json, say, shown_warnings
+from nasa_video.cli.console import chunk_progress, emit_json, loading_line, say, shown_warnings
 from nasa_video.cli.generate import default_output
+from nasa_video.cli.lean import start_lean
 from nasa_video.cli.options import (
     SIZE,
     AsJsonOption,
@@ -35,9 +36,10 @@ def extend(
     """Continue CLIP: its frames fill the model's memory, and what comes after them is written behind them."""
     from nasa_video.video.request import StartFile
 
-    with shown_warnings():
+    with shown_warnings(), loading_line(model.model):
         start = StartFile.of_file("extend", clip)
         request = requested({"prompt": prompt, "start": start, "frames": frames, **video.said, **model.said})
+        start_lean(request, model.loading())
         from nasa_video.cli.generation import run
 
         options = run_options(video, model.loading())

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nasa_video.cli.console import chunk_progress, emit_json, say, shown_warnings
+from nasa_video.cli.console import chunk_progress, emit_json, loading_line, say, shown_warnings
+from nasa_video.cli.lean import start_lean
 from nasa_video.cli.options import (
     OUTPUT,
     SHOWN,
@@ -96,7 +97,8 @@ def generate(
     }  # fmt: skip
     request = requested({**said, **video.said, **model.said}, start.source, timeline)
     loading = model.loading(attention=attention, decode_ahead=decode_ahead)
-    with shown_warnings(), ExitStack() as stack:
+    with shown_warnings(), loading_line(request.model), ExitStack() as stack:
+        start_lean(request, loading)
         from nasa_video.cli.generation import run
 
         options = run_options(video, loading)

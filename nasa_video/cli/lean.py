@@ -13,7 +13,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nasa_video.video.request import LoadOptions, VideoRequest
 
 # Packages whose own __init__ imports everything in them.
 _PARENTS = (
@@ -24,8 +27,16 @@ _PARENTS = (
     "diffusers.models.unets",
 )
 _NEEDED = ("diffusers.models.autoencoders.autoencoder_kl_wan", "diffusers.models.transformers.transformer_wan")
-_BLOCKED = ("torch._dynamo", "transformers")
 _UNNEEDED = ("peft", "torchao", "transformers", "bitsandbytes", "optimum_quanto", "gguf", "nvidia_modelopt", "scipy")
+
+
+def start_lean(request: VideoRequest, options: LoadOptions) -> None:
+    """:func:`import_lean` for a run that needs nothing of what it leaves out."""
+    from nasa_video.models.presets import DEFAULT_MODEL, find_preset
+
+    own = find_preset(request.model or DEFAULT_MODEL).components.loras
+    if options.compile == "off" and not request.loras and not own:
+        import_lean()
 
 
 def import_lean() -> bool:
@@ -36,11 +47,14 @@ def import_lean() -> bool:
     """
     if "diffusers" in sys.modules:
         return False
-    with suppress(ImportError, AttributeError, KeyError), _blocked():
+    with suppress(ImportError, AttributeError, KeyError), _blocked("torch._dynamo"):
         import diffusers
         from diffusers.utils import import_utils
 
-        with _unavailable(import_utils), _empty_parents(diffusers):
+        for name in ("diffusers.loaders", "diffusers.schedulers"):  # which list what they offer when they are imported
+            importlib.import_module(name)
+        _postpone_parents(diffusers)
+        with _unavailable(import_utils), _blocked("transformers"):  # which diffusers looks for when it starts
             for name in _NEEDED:
                 importlib.import_module(name)
         return True
@@ -48,11 +62,11 @@ def import_lean() -> bool:
 
 
 @contextmanager
-def _blocked() -> Iterator[None]:
+def _blocked(*names: str) -> Iterator[None]:
     """What is tried and done without cannot be imported, and nothing has to be kept from a compiler."""
     import torch
 
-    blocked = [name for name in _BLOCKED if name not in sys.modules]
+    blocked = [name for name in names if name not in sys.modules]
     sys.modules.update(dict.fromkeys(blocked))  # type: ignore[arg-type]
     disable = torch.compiler.disable
 
@@ -82,20 +96,27 @@ def _unavailable(import_utils: ModuleType) -> Iterator[None]:
             setattr(import_utils, flag, value)
 
 
-@contextmanager
-def _empty_parents(diffusers: ModuleType) -> Iterator[None]:
-    """Modules of packages are found without running the packages' __init__, which is run by the next who imports it."""
-    made = {}
+class _Later(ModuleType):
+    """A package whose __init__ is run when somebody wants something of it that is not there yet."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or self.__spec__ is None or self.__spec__.loader is None:
+            raise AttributeError(name)
+        self.__class__ = ModuleType  # type: ignore[assignment]
+        self.__spec__.loader.exec_module(self)
+        return getattr(sys.modules[self.__name__], name)  # which may have put another module in its place
+
+
+def _postpone_parents(diffusers: ModuleType) -> None:
+    """Their modules can be imported without them."""
     for name in _PARENTS:
-        spec = importlib.util.spec_from_loader(name, loader=None, is_package=True)
+        folder = f"{diffusers.__path__[0]}/{'/'.join(name.split('.')[1:])}"
+        spec = importlib.util.spec_from_file_location(
+            name, f"{folder}/__init__.py", submodule_search_locations=[folder]
+        )
         assert spec is not None
-        made[name] = importlib.util.module_from_spec(spec)
-        made[name].__path__ = [f"{diffusers.__path__[0]}/{'/'.join(name.split('.')[1:])}"]
-        sys.modules[name] = made[name]
-    try:
-        yield
-    finally:
-        sys.modules.pop("diffusers.loaders", None)  # which lists what it offers without those packages
-        for name in made:
-            if sys.modules.get(name) is made[name]:
-                del sys.modules[name]
+        package = sys.modules[name] = _Later(name)
+        package.__spec__, package.__path__, package.__package__ = spec, [folder], name
+        package.__file__, package.__loader__ = spec.origin, spec.loader
+        above, _, own = name.rpartition(".")
+        setattr(sys.modules[above], own, package)

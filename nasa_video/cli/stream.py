@@ -13,7 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import typer
 
-from nasa_video.cli.console import emit_json, say, shown_warnings
+from nasa_video.cli.console import emit_json, loading_line, say, shown_warnings
+from nasa_video.cli.lean import start_lean
 from nasa_video.cli.options import (
     OUTPUT,
     SIZE,
@@ -67,7 +68,8 @@ def stream(
         "steps": steps, "first_chunk_steps": first_chunk_steps, "fps": fps, "on_change": on_change,
     }  # fmt: skip
     request = requested({**said, **model.said}, timeline=timeline)
-    with shown_warnings():
+    with shown_warnings(), loading_line(request.model):
+        start_lean(request, model.loading())
         result = run_stream(request, to, model.loading(), say, seconds)
     if as_json:
         emit_json(result)

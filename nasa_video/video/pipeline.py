@@ -20,7 +20,6 @@ from causvid_adapter import (
     ChunkSampler,
     SeededNoise,
     StreamingEncoder,
-    compile_generator,
     load_generator,
     normalize,
 )
@@ -169,6 +168,8 @@ class VideoPipeline:
             merge_lora(generator, path, scale)
         generator = place(generator, placement, device)
         if compiled != "off":
+            from causvid_adapter import compile_generator
+
             compile_generator(generator, cuda_graphs=compiled == "graphs")
         vae = load_vae(parts.vae.fetch(), torch.bfloat16 if placement.half_decoder else torch.float32)
         text_device = torch.device("cpu") if placement.text_on_cpu else device
