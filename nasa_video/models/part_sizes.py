@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-from transformers import UMT5Config, UMT5EncoderModel
 
 from causvid_adapter.checkpoint import infer_config, read_shapes, to_diffusers, unwrap
 from nasa_video.errors import InputError
@@ -185,6 +184,8 @@ def _all_known(settings: Umt5Text, device: torch.device, dtype: torch.dtype, pro
 
 @lru_cache(maxsize=4)
 def _umt5_parameters(config: str) -> int:
+    from transformers import UMT5Config, UMT5EncoderModel
+
     # What transformers' default lacks of the XXL that Wan reads its prompts with.
     xxl = {
         "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 24,

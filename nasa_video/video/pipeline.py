@@ -187,10 +187,6 @@ class VideoPipeline:
         other.preset = self.preset.model_copy(update={"sampler": sampler})
         return other
 
-    def opening_in(self, first_chunk_steps: int | None) -> VideoPipeline:
-        """The same model with another number of steps for chunks that show something new."""
-        return self.with_sampler(self.preset.sampler.with_first_chunk_steps(first_chunk_steps))
-
     def stream(
         self,
         prompt: str | VideoRequest | None = None,
