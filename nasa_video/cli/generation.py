@@ -22,8 +22,9 @@ from nasa_video.guidance.state import Effect
 from nasa_video.jobs.processes import Processes
 from nasa_video.models.presets import DEFAULT_MODEL, find_preset
 from nasa_video.text.vocabulary import describe_unknown_words, find_vocabulary
+from nasa_video.video.engine import InitialLatents
 from nasa_video.video.loading import load_pipeline
-from nasa_video.video.pipeline import Chunk, InitialLatents, VideoPipeline
+from nasa_video.video.pipeline import Chunk, VideoPipeline
 from nasa_video.video.request import LoadOptions, PromptWarning, VideoRequest
 from nasa_video.video.resume import ResumeLog
 

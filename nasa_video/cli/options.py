@@ -23,8 +23,9 @@ START, MODEL, SPEED, OUTPUT = "Starting from", "Model", "Memory and speed", "Out
 
 def option(help: str, *names: str, panel: str | None = None, default: Any = None, **more: Any) -> Any:
     """A Typer option; ``default`` is shown as it is."""
-    shown = {} if default is None else {"show_default": default}
-    return typer.Option(*names, help=help, rich_help_panel=panel, **shown, **more)
+    if default is not None:
+        more["show_default"] = default
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 
 def default_command(name: str) -> type[TyperGroup]:

@@ -126,7 +126,7 @@ class DecodeQueue:
         self._thread = ThreadPoolExecutor(1, "nasa-video-decode") if ahead else None
         self._stream = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
 
-    def __enter__(self) -> DecodeQueue[DecodedChunk]:
+    def __enter__(self) -> DecodeQueue:
         return self
 
     def __exit__(self, *exception: object) -> None:
