@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import sys
 
-import numpy as np
-
 from nasa_video import VideoPipeline
 from nasa_video.files.sheets import side_by_side
 from nasa_video.files.sinks import open_sink
@@ -22,11 +20,10 @@ def main(output: str) -> None:
     pipe = VideoPipeline.from_pretrained("sprites")
     videos = []
     for negative in (None, NEGATIVE):
-        chunks = list(pipe.stream(PROMPT, negative=negative, seed=0))
-        videos.append(np.concatenate([chunk.frames for chunk in chunks]))
-        print(f"negative {negative!r}: {len(videos[-1])} frames, effect {chunks[-1].effect}")
-    with open_sink(output, fps=pipe.preset.video.fps) as sink:
-        sink.write(side_by_side(videos, ["without", f"without {NEGATIVE}"], scale=4))
+        videos.append(pipe(PROMPT, negative=negative, seed=0))
+        print(f"negative {negative!r}: {len(videos[-1])} frames, effect {videos[-1].effect}")
+    with open_sink(output, fps=videos[0].fps) as sink:
+        sink.write(side_by_side([video.frames for video in videos], ["without", f"without {NEGATIVE}"], scale=4))
     print(output)
 
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from nasa_video.guidance.terms import Negative
     from nasa_video.integrations.diffusers.guided import guided
     from nasa_video.video.pipeline import VideoPipeline
+    from nasa_video.video.result import Video
 
 try:
     __version__ = version("nasa-video")
@@ -24,6 +25,7 @@ _HOMES = {
     "ScaleSchedule": "guidance.schedule",
     "Vsf": "guidance.methods",
     "AttentionGuidance": "guidance.methods",
+    "Video": "video.result",
     "VideoPipeline": "video.pipeline",
     "register": "guidance.methods",
     "guided": "integrations.diffusers.guided",
@@ -36,6 +38,7 @@ __all__ = [
     "Nasa",
     "Negative",
     "ScaleSchedule",
+    "Video",
     "VideoPipeline",
     "Vsf",
     "__version__",

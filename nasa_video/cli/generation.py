@@ -20,7 +20,6 @@ from nasa_video.files.sheets import Excerpt, comparison_labels, contact_sheet, s
 from nasa_video.files.sinks import open_sink
 from nasa_video.guidance.state import Effect
 from nasa_video.jobs.processes import Processes
-from nasa_video.models.presets import DEFAULT_MODEL, find_preset
 from nasa_video.text.vocabulary import describe_unknown_words, find_vocabulary
 from nasa_video.video.engine import InitialLatents
 from nasa_video.video.loading import load_pipeline
@@ -66,7 +65,6 @@ def run(
         NasaVideoError: something that was asked for cannot be done; before anything is generated wherever it can be
             known before.
     """
-    _check_extension(request)
     tell = say if options.rank == 0 else _silent
     processes = Processes.of_environment().world if options.split else 1
     pipeline = load_pipeline(request, options.load, tell, load, processes=processes)
@@ -75,13 +73,9 @@ def run(
 
         parallelise(pipeline.model)
     recipe = pipeline.resolve(request)
-    if recipe.extend_prompt:
-        recipe = _with_extended_prompts(recipe, pipeline)
+    if request.extend_prompt:
         say(f"prompt: {recipe.prompt}")
-    start = pipeline.read_start(recipe)
-    if start is not None:
-        assert start.frames is not None
-        recipe = recipe.model_copy(update={"frames": start.frames - _shown_frames(pipeline, start)})
+    recipe, start = pipeline.prepared(recipe)
     log = None
     if options.resume:
         log, start = _resumed(output, recipe, start)
@@ -115,34 +109,6 @@ def run(
 
 def _silent(line: str) -> None:
     """Say nothing."""
-
-
-def _check_extension(request: VideoRequest) -> None:
-    name = request.model or DEFAULT_MODEL
-    if request.extend_prompt and find_preset(name).vocabulary is None:
-        raise InputError(
-            f"--extend-prompt is for models of a small vocabulary such as sprites, not {name}; have a language model "
-            "write the details into the prompt, as Wan's own tools do"
-        )
-
-
-def _with_extended_prompts(recipe: VideoRequest, pipeline: VideoPipeline) -> VideoRequest:
-    """The recipe with what its prompts leave open written into them; all of them by the video's seed."""
-    vocabulary = find_vocabulary(pipeline.preset.vocabulary)
-    assert vocabulary is not None
-
-    def extended(part: Any) -> dict[str, Any]:
-        return {
-            "prompt": part.prompt and vocabulary.extend_prompt(part.prompt, recipe.seed or 0, pipeline.text_encoder)
-        }
-
-    timeline = recipe.timeline and tuple(entry.model_copy(update=extended(entry)) for entry in recipe.timeline)
-    return recipe.model_copy(update={**extended(recipe), "timeline": timeline, "extend_prompt": None})
-
-
-def _shown_frames(pipeline: VideoPipeline, start: InitialLatents) -> int:
-    """Frames of what a video goes on from."""
-    return pipeline.frames_until(start.context_frames // pipeline.preset.sampler.frames_per_chunk)
 
 
 def _resumed(

@@ -24,7 +24,7 @@ from nasa_video.errors import InputError
 from nasa_video.evaluation.assets import checkpoint_hash, digest_of, tell_download
 from nasa_video.evaluation.metrics import measure
 from nasa_video.evaluation.results import Arm
-from nasa_video.guidance.methods import Guidance, Settings, parse_methods
+from nasa_video.guidance.methods import Guidance, Settings, did_you_mean, parse_methods
 from nasa_video.guidance.terms import Negative
 from nasa_video.jobs.store import GenerationJob, Measured, Worker
 from nasa_video.models.presets import SamplerSettings, Source, VideoPreset, find_preset
@@ -177,9 +177,10 @@ def model_of(
     if base is not None or weights is not None:
         raise InputError(f"--base and --weights are for image models, and {model} is none")
     if model not in video_presets() and not is_file and not path.is_dir() and "/" not in model:
+        known = [*video_presets(), *image_presets()]
         raise InputError(
-            f"unknown model {model!r}; there are {', '.join((*video_presets(), *image_presets()))}, or give a folder, "
-            "a preset file or a hub id"
+            f"unknown model {model!r}{did_you_mean(model, known)}; there are {', '.join(known)}, or give a folder, a "
+            "preset file or a hub id"
         )
     return VideoModel(model, device, frames, first_steps)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from nasa_video.errors import InputError, format_bytes
-from nasa_video.guidance.methods import METHODS, Guidance, check_settings, parse_guidance
+from nasa_video.guidance.methods import METHODS, Guidance, check_settings, did_you_mean, parse_guidance
 from nasa_video.models.presets import Source, Strict, configs_dir, read_yaml
 
 Family = Literal["pixart", "sd", "sdxl", "flux"]
@@ -179,6 +179,6 @@ def find_image_preset(model: str) -> ImagePreset:
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return parse_image_preset(path)
     raise InputError(
-        f"there is no image model {model!r}; there are {', '.join(presets)}. Another model: copy one of configs/image "
-        "and give the file with --model"
+        f"there is no image model {model!r}{did_you_mean(model, list(presets))}; there are {', '.join(presets)}. "
+        "Another model: copy one of configs/image and give the file with --model"
     )

@@ -226,7 +226,7 @@ def _budget(memory: str | None, free: int | None) -> int | None:
     if memory == "auto":
         return free
     try:
-        gigabytes = float(str(memory))
+        gigabytes = float(str(memory).lower().removesuffix("gb").removesuffix("g"))
     except ValueError:
         gigabytes = math.nan
     if not 2 <= gigabytes <= 1000:

@@ -14,7 +14,7 @@ from causvid_adapter.errors import ShapeError
 from causvid_adapter.window import OnChange as Change
 from causvid_adapter.window import Window, read_on_change
 from nasa_video.errors import InputError
-from nasa_video.guidance.methods import check_settings, find_method
+from nasa_video.guidance.methods import check_settings, did_you_mean, find_method
 from nasa_video.models.sources import Source as Source
 from nasa_video.models.sources import Strict as Strict
 from nasa_video.models.sources import package_root
@@ -316,7 +316,9 @@ def find_preset(model: str | os.PathLike[str]) -> VideoPreset:
         return preset_of_checkpoint(path)
     if str(model).count("/") == 1 and path.suffix not in WEIGHT_SUFFIXES and not str(model).startswith((".", "/", "~")):
         return preset_of_repository(str(model))
+    if path.suffix in (".yaml", ".yml", *WEIGHT_SUFFIXES) or "/" in str(model):
+        raise InputError(f"model {str(model)!r}: no such file or folder")
     raise InputError(
-        f"unknown model {str(model)!r}; use a preset ({', '.join(presets)}), a checkpoint file, a folder, or a hub id "
-        "owner/name"
+        f"unknown model {str(model)!r}{did_you_mean(str(model), list(presets))}; use a preset ({', '.join(presets)}), "
+        "a checkpoint file, a folder, or a hub id owner/name"
     )

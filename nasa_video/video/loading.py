@@ -65,6 +65,7 @@ def plan_placement(
         InputError: the run does not fit.
     """
     preset, device = find_preset(request.model or DEFAULT_MODEL), choose_device(options.device)
+    request.check_extension(preset)
     preset = preset.model_copy(update={"sampler": request.sampler(preset.sampler)})
     classifier_free = str(request.guidance).startswith("cfg")
     wanted = PlanRequest(

@@ -45,12 +45,14 @@ from nasa_video.models.part_sizes import check_size
 from nasa_video.models.placement import RESIDENT, Placement, place
 from nasa_video.models.presets import OnChange, SamplerSettings, VideoPreset, find_preset
 from nasa_video.text import TextEncoder
+from nasa_video.text.vocabulary import find_vocabulary
 from nasa_video.video.chunks import Chunk as Chunk
 from nasa_video.video.chunks import ChunkDecoder, DecodeQueue
 from nasa_video.video.controller import GuidanceController
 from nasa_video.video.engine import InitialLatents, LongVideo
 from nasa_video.video.request import (
     LoraFile,
+    PromptRequest,
     PromptState,
     PromptStateOf,
     StartFile,
@@ -58,6 +60,7 @@ from nasa_video.video.request import (
     WindowRequest,
     find_guidance,
 )
+from nasa_video.video.result import Video
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -73,6 +76,7 @@ _SAY_INSTEAD = {
     "generator": "seed=7, from which the noise follows on every device",
     "guidance_scale": "guidance='nasa-centred:0.5' (a method and its scale)",
     "scale": "guidance='nasa-centred:0.5' (a method and its scale)",
+    "compare": "two calls, one of them with guidance='none'",
     "num_videos_per_prompt": "pipeline.stream_batch(prompts, seeds=...)",
     "first_steps": "first_chunk_steps=",
     "prefix": "start=InitialLatents(context=...)",
@@ -80,10 +84,15 @@ _SAY_INSTEAD = {
     "strength": "start=InitialLatents(source=..., strength=0.6)",
     "cues": "states=",
 }
+_OF_ONE_VIDEO = {"prompt", "negative", "negative_prompt", "seed", "timeline", "start", "extend_prompt"}
+_KEYWORDS = [*VideoRequest.model_fields, "negative", "endless", "states"]
 
 
 class VideoPipeline:
     """A causal video model with everything that it needs to run.
+
+    >>> pipe = VideoPipeline.from_pretrained("sprites")
+    >>> pipe("a red ball bouncing", negative="blurry, rain:0.4", seed=7).save("ball.mp4")
 
     Args:
         model: the generator.
@@ -187,6 +196,29 @@ class VideoPipeline:
         other.preset = self.preset.model_copy(update={"sampler": sampler})
         return other
 
+    def __call__(self, prompt: str | VideoRequest | None = None, **options: Any) -> Video:
+        """Make one whole video.
+
+        Arguments and errors as of :meth:`stream`, which yields the same frames while they are made.
+
+        >>> video = pipe("a red ball bouncing", negative="blurry", frames=81)
+        >>> video.frames.shape, video.fps, video.save("ball.mp4")
+        """
+        if options.get("endless"):
+            raise InputError("an endless video is never whole; take its chunks as they come from stream(...)")
+        request, start = None, options.get("start")
+        if options.get("states") is None and not isinstance(start, InitialLatents):
+            said = {name: value for name, value in options.items() if name not in ("states", "endless")}
+            request, start = self.prepared(self.resolve(_request(prompt, said)))
+            prompt, options = request, {"start": start}
+        chunks = list(self.stream(prompt, **options))
+        frames = [chunk.frames for chunk in chunks]
+        if isinstance(start, InitialLatents) and start.lead is not None:
+            frames.insert(0, start.lead)
+        video = self.preset.video
+        fps = options.get("fps") if request is None else request.fps
+        return Video(np.concatenate(frames), fps or video.fps, request, chunks[-1].effect, video.upscale)
+
     def stream(
         self,
         prompt: str | VideoRequest | None = None,
@@ -266,6 +298,8 @@ class VideoPipeline:
         if isinstance(prompts, str) or len(seeds) != len(prompts):
             count = 1 if isinstance(prompts, str) else len(prompts)
             raise InputError(f"{count} prompts need as many seeds, in lists, got {len(seeds)}")
+        if unused := sorted(_OF_ONE_VIDEO & set(options)):
+            raise TypeError(f"a batch has no {unused[0]!r}; it takes prompts, negatives and seeds, in lists, or states")
         lists = tuple(as_negatives(n) for n in negatives) if negatives is not None else ((),) * len(prompts)
         if len(lists) != len(prompts):
             raise InputError(f"{len(prompts)} prompts need as many lists of negatives, got {len(lists)}")
@@ -285,9 +319,34 @@ class VideoPipeline:
             if None not in (wanted, own) and wanted != own and not (name == "model" and wanted == self.preset.name):
                 raise InputError(
                     f"this pipeline was loaded with {name} {own!r}, and the request is for {wanted!r}; load one with "
-                    "VideoPipeline.for_request(request)"
+                    "VideoPipeline.from_pretrained(...)"
                 )
-        return request.merged(self.loaded).resolved(self.preset)
+        resolved = request.merged(self.loaded).resolved(self.preset)
+        return self._with_extended_prompts(resolved) if resolved.extend_prompt else resolved
+
+    def _with_extended_prompts(self, request: VideoRequest) -> VideoRequest:
+        """The request with what its prompts leave open written into them; all of them by the video's seed."""
+        vocabulary, seed = find_vocabulary(self.preset.vocabulary), request.seed or 0
+        assert vocabulary is not None
+
+        def extended(part: PromptRequest) -> dict[str, Any]:
+            return {"prompt": part.prompt and vocabulary.extend_prompt(part.prompt, seed, self.text_encoder)}
+
+        timeline = request.timeline and tuple(entry.model_copy(update=extended(entry)) for entry in request.timeline)
+        return request.model_copy(update={**extended(request), "timeline": timeline, "extend_prompt": None})
+
+    def prepared(self, request: VideoRequest) -> tuple[VideoRequest, InitialLatents | None]:
+        """A resolved request with the number of frames that will be made, and what it starts from.
+
+        Raises:
+            InputError: as :meth:`read_start`.
+        """
+        start = self.read_start(request)
+        if start is None:
+            return request, None
+        assert start.frames is not None
+        known = self.frames_until(start.context_frames // self.preset.sampler.frames_per_chunk)
+        return request.model_copy(update={"frames": start.frames - known}), start
 
     def read_start(self, request: VideoRequest) -> InitialLatents | None:
         """What a resolved request starts from, read from its file; None for noise.
@@ -467,8 +526,8 @@ def _request(prompt: str | VideoRequest | None, others: dict[str, Any], **said: 
     """
     for name, value in others.items():
         own = _OTHER_NAMES.get(name, name)
-        if own not in VideoRequest.model_fields:
-            hint = f"; write {_SAY_INSTEAD[name]}" if name in _SAY_INSTEAD else did_you_mean(name, list(said))
+        if name in _SAY_INSTEAD or own not in VideoRequest.model_fields:
+            hint = f"; write {_SAY_INSTEAD[name]}" if name in _SAY_INSTEAD else did_you_mean(name, _KEYWORDS)
             raise TypeError(f"a video has no {name!r}{hint}")
         if said.get(own) is not None:
             raise TypeError(f"{name!r} is given twice, as {own!r} too")

@@ -385,6 +385,7 @@ class VideoRequest(PromptRequest):
         """
         from nasa_video import __version__
 
+        self.check_extension(preset)
         sampler, video = preset.sampler, preset.video
         prompt = self.timeline[0].prompt if self.prompt is None and self.timeline else self.prompt
         if prompt is None:
@@ -417,6 +418,14 @@ class VideoRequest(PromptRequest):
             warnings.warn(message, PromptWarning, stacklevel=3)
         method = find_guidance(self.guidance, preset)
         return method if method is not None and not _registered(method) else spell(method, preset.guidance)
+
+    def check_extension(self, preset: VideoPreset) -> None:
+        """Raise InputError where prompts are to be extended for a model without a vocabulary to do it with."""
+        if self.extend_prompt and preset.vocabulary is None:
+            raise InputError(
+                f"--extend-prompt is for models of a small vocabulary such as sprites, not {preset.name}; have a "
+                "language model write the details into the prompt, as Wan's own tools do"
+            )
 
     def states(self, preset: VideoPreset, seconds_of_chunk: Callable[[int], float]) -> PromptStateOf:
         """What each chunk shows: an entry of the timeline holds from the first chunk that starts at its time or later.
