@@ -67,7 +67,7 @@ class ResumeLog:
         return self.folder / f"{index:06}.safetensors"
 
     def _read(self) -> Tensor | None:
-        names = sorted(self.folder.glob("*.safetensors"))
+        names = sorted(self.folder.glob("[0-9]*.safetensors"))  # what a kill left half written begins with a dot
         if not names:
             return None
         first = int(names[0].stem)

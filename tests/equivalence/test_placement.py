@@ -212,7 +212,7 @@ def test_memory_chooses_and_single_settings_replace_the_choice(monkeypatch: pyte
     assert plan(memory="12").placement.offload  # type: ignore[attr-defined]
     assert not plan(memory="12", offload=False).placement.offload  # type: ignore[attr-defined]
     line = plan().line()  # type: ignore[attr-defined]
-    assert "at most of 30.00 GB free (weights 3.35 GB, keys and values 6.23 GB" in line
+    assert "at most of 30.0 GB free (weights 3.35 GB, keys and values 6.23 GB" in line
     for wrong in ("tiny", "0", "nan", "1e9"):
         with pytest.raises(InputError, match="full, auto, or the gigabytes"):
             plan(memory=wrong)
