@@ -54,6 +54,7 @@ def import_lean() -> bool:
         for name in ("diffusers.loaders", "diffusers.schedulers"):  # which list what they offer when they are imported
             importlib.import_module(name)
         _postpone_parents(diffusers)
+        diffusers.utils.USE_PEFT_BACKEND = False  # else the first pass imports peft, to scale no LoRAs
         with _unavailable(import_utils), _blocked("transformers"):  # which diffusers looks for when it starts
             for name in _NEEDED:
                 importlib.import_module(name)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
 from causvid_adapter.checkpoint import infer_config, read_shapes, to_diffusers, unwrap
+from causvid_adapter.sizes import WanSizes
 from nasa_video.errors import InputError
-from nasa_video.models.placement import is_quantised
 from nasa_video.models.presets import Components, Umt5Text, VideoPreset
 
 # Tensors of full size and base width that the decoder holds at once in its last stage; measured: 11.0 kB a pixel of
@@ -94,18 +94,24 @@ class TransformerSizes:
 
 
 def transformer_sizes(config: Mapping[str, Any]) -> TransformerSizes:
-    """Sizes of a Wan transformer."""
-    return _measure_transformer(_as_key(config))
-
-
-@lru_cache(maxsize=8)
-def _measure_transformer(config: str) -> TransformerSizes:
-    with torch.device("meta"):
-        model = WanTransformer3DModel(**{**json.loads(config), "num_layers": 1})
-    total = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.blocks.parameters())
-    matrices = [module.weight for name, module in model.named_modules() if is_quantised(name, module)]
-    return TransformerSizes(total - block, block, sum(w.numel() for w in matrices), sum(w.shape[0] for w in matrices))
+    """Sizes of a Wan transformer (diffusers' WanTransformer3DModel), counted: to build one on the meta device imports
+    torch's compiler, which takes longer than a short video.
+    """
+    sizes, image, added = WanSizes.of(config), config.get("image_dim"), config.get("added_kv_proj_dim")
+    dim, ffn = sizes.dim, sizes.ffn_dim
+    # Inputs and outputs: q, k, v and out of two attentions, the feed-forward network, keys and values of an image.
+    shapes = [(dim, dim)] * 8 + [(dim, ffn), (ffn, dim)] + ([] if added is None else [(added, dim)] * 2)
+    matrices, rows = sum(inputs * outputs for inputs, outputs in shapes), sum(outputs for _, outputs in shapes)
+    # Norms of queries and keys, the cross-attention's own, and six shifts and scales.
+    vectors = 4 + (added is not None) + 2 * bool(config.get("cross_attn_norm", True)) + 6
+    embedders = [(sizes.in_features, dim), (sizes.freq_dim, dim), (dim, dim), (dim, 6 * dim), (sizes.text_dim, dim),
+                 (dim, dim), (dim, sizes.out_features)]  # fmt: skip
+    outside = 2 * dim
+    if image is not None:
+        embedders += [(image, image), (image, dim)]
+        outside += 2 * (image + dim) + (config.get("pos_embed_seq_len") or 0) * image
+    outside += sum((inputs + 1) * outputs for inputs, outputs in embedders)
+    return TransformerSizes(outside, matrices + rows + vectors * dim, matrices, rows)
 
 
 @dataclass(frozen=True)
@@ -123,14 +129,16 @@ def vae_sizes(config: Mapping[str, Any]) -> VaeSizes:
 
 @lru_cache(maxsize=8)
 def _measure_vae(config: str) -> VaeSizes:
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         vae = AutoencoderKLWan(**json.loads(config))
-        features: list[Any] = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
-        # From the third latent frame on the features keep their size.
-        for first in (True, False, False):
-            frame = vae.decoder(torch.empty(1, vae.config.z_dim, 1, 4, 4), features, [0], first_chunk=first)
-    pixels = (vae.config.patch_size or 1) ** 2 * frame.shape[-1] * frame.shape[-2]
-    kept = sum(feature.numel() for feature in features if isinstance(feature, torch.Tensor))
+    side, kept = 1, 0
+    for name, module in vae.decoder.named_modules():
+        if isinstance(module, torch.nn.Upsample):
+            side *= 2
+        elif isinstance(module, WanCausalConv3d) and module.kernel_size[0] > 1:  # it keeps its last two frames
+            before = side // 2 if name.endswith("time_conv") else side  # listed after its Upsample, run before it
+            kept += 2 * module.in_channels * before**2
+    pixels = (side * (vae.config.patch_size or 1)) ** 2
     return VaeSizes(sum(p.numel() for p in vae.parameters()), kept / pixels)
 
 

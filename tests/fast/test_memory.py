@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from nasa_video.errors import InputError
 from nasa_video.guidance.methods import ClassifierFree
 from nasa_video.models.free_memory import available
 from nasa_video.models.memory_estimate import Fit, Run, cache_frames, estimate, fitting_sizes, require
-from nasa_video.models.part_sizes import vae_sizes
+from nasa_video.models.part_sizes import transformer_sizes, vae_sizes
+from nasa_video.models.placement import is_quantised
 from nasa_video.models.presets import find_preset
 from nasa_video.video.pipeline import VideoPipeline
 
@@ -86,6 +88,19 @@ def test_weights_and_features_are_those_of_the_real_models(
     kept = sum(f.numel() for f in decoder._features if isinstance(f, torch.Tensor))
     assert vae_sizes(run.vae).features_per_pixel * 64 * 48 == kept
     assert estimate(run).features == 4 * kept
+
+
+IMAGE = {"image_dim": 12, "added_kv_proj_dim": 48, "pos_embed_seq_len": 6}
+
+
+@pytest.mark.parametrize("settings", [{}, IMAGE, {"cross_attn_norm": False, "out_channels": 8, "ffn_dim": 56}])
+def test_counted_sizes_are_those_of_the_transformer(new_wan: Callable[..., Any], settings: dict[str, Any]) -> None:
+    wan = new_wan(num_layers=1, **settings)
+    block, matrices = wan.blocks[0], [m.weight for n, m in wan.named_modules() if is_quantised(n, m)]
+    sizes = transformer_sizes(wan.config)
+    assert sizes.block == sum(p.numel() for p in block.parameters())
+    assert sizes.outside + sizes.block == sum(p.numel() for p in wan.parameters())
+    assert (sizes.matrices, sizes.rows) == (sum(w.numel() for w in matrices), sum(w.shape[0] for w in matrices))
 
 
 def test_what_fits_fits_and_the_next_larger_does_not() -> None:
