@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Protocol
@@ -133,16 +133,16 @@ class ChunkSampler:
             num_frames = source.shape[1] - offset
         total_frames = None if num_frames is None else offset + num_frames
         rollout = _Rollout(
-            self,
-            noise,
-            source,
-            first_step,
-            given,
-            context,
-            before_call,
-            on_change is not None,
-            total_frames,
-            is_first_chunk or (lambda chunk: chunk * size == given),
+            sampler=self,
+            noise=noise,
+            source=source,
+            first_step=first_step,
+            given_frames=given,
+            context_of=context if callable(context) else lambda chunk: context,
+            announce=before_call or (lambda call: None),
+            remember=on_change is not None,
+            num_frames=total_frames,
+            is_first_chunk=is_first_chunk or (lambda chunk: chunk * size == given),
         )
         total = None if total_frames is None else total_frames // size
         for chunk in count() if total is None else range(total):
@@ -166,35 +166,23 @@ class ChunkSampler:
             )
 
 
+@dataclass
 class _Rollout:
     """State of one stream: its cache, and the clean latents from which the window's keys can be made again."""
 
-    def __init__(
-        self,
-        sampler: ChunkSampler,
-        noise: NoiseSource,
-        source: Tensor | None,
-        first_step: int,
-        given_frames: int,
-        context: Context,
-        before_call: Callable[[ModelCall], None] | None,
-        remember: bool,
-        num_frames: int | None,
-        is_first_chunk: Callable[[int], bool],
-    ) -> None:
-        self.sampler = sampler
-        self.is_first_chunk = is_first_chunk
-        self.noise = noise
-        self.source = source
-        self.first_step = first_step
-        self.given_frames = given_frames
-        self.num_frames = num_frames
-        self.context_of = context if callable(context) else lambda chunk: context
-        self.announce = before_call or (lambda call: None)
-        self.remember = remember
-        self.clean: dict[int, Tensor] = {}
-        self.has_history = False
-        self._cache: ChunkCache | None = None
+    sampler: ChunkSampler
+    noise: NoiseSource
+    source: Tensor | None
+    first_step: int
+    given_frames: int
+    context_of: Callable[[int], Tensor | None]
+    announce: Callable[[ModelCall], None]
+    remember: bool
+    num_frames: int | None
+    is_first_chunk: Callable[[int], bool]
+    clean: dict[int, Tensor] = field(default_factory=dict)
+    has_history: bool = False
+    _cache: ChunkCache | None = None
 
     def denoise(self, chunk: int, prompt_chunk: int | None = None) -> Tensor:
         """The few steps of a chunk, from noise or from the noised source, under the prompt of ``prompt_chunk``."""
