@@ -52,14 +52,20 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
+    import logging
 
-    from nasa_video.import_errors import misfit
+    from nasa_video.import_errors import explain_import_error
 
+    # An installed torchao tells of kernels for other machines as it is imported; nobody can do anything about it.
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
     except Exception as error:
-        known = misfit(error)
+        known = explain_import_error(error)
         if known is None:
             raise
         raise known from error
+    finally:
+        logging.disable(before)
     return getattr(home, name)

@@ -11,7 +11,7 @@ from nasa_video.errors import NasaVideoError
 _INDEX = "https://download.pytorch.org/whl/"
 
 
-def misfit(error: BaseException) -> NasaVideoError | None:
+def explain_import_error(error: BaseException) -> NasaVideoError | None:
     """The reason of a failed import with the way out; None where it is another error.
 
     transformers, and with it diffusers, imports any torchvision that is installed, and fails at one that does not fit.

@@ -18,7 +18,7 @@ def _run() -> None:
     _quiet_libraries()
     from nasa_video.cli.app import app
     from nasa_video.cli.console import emit_json, fail, is_user_error, message_of
-    from nasa_video.import_errors import misfit
+    from nasa_video.import_errors import explain_import_error
 
     try:
         app()
@@ -27,7 +27,7 @@ def _run() -> None:
             emit_json({"error": "these options cannot be used; standard error says which"})
         raise
     except Exception as error:
-        known = misfit(error) or error
+        known = explain_import_error(error) or error
         if not is_user_error(known):
             raise
         fail(message_of(known))

@@ -108,6 +108,12 @@ def test_importing_the_package_and_its_command_line_loads_no_torch_and_says_noth
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_importing_the_pipeline_says_nothing() -> None:
+    probe = "import logging; from nasa_video import VideoPipeline, guided; logging.getLogger('x').warning('heard')"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "heard\n")
+
+
 def test_the_command_line_keeps_its_options() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert {"generate", "extend", "image", "models", "bench", "serve", "eval", "train"} <= commands.keys()

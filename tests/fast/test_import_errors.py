@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nasa_video.import_errors import misfit
+from nasa_video.import_errors import explain_import_error
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +29,11 @@ def broken(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "words", [["-m", "nasa_video", "generate", "a ball", "-o", "a.mp4"], ["-c", "from nasa_video import VideoPipeline"]]
+    "words",
+    [
+        ["-m", "nasa_video", "generate", "a ball", "--compile", "on", "-o", "a.mp4"],
+        ["-c", "from nasa_video import VideoPipeline"],
+    ],
 )
 def test_a_torchvision_that_does_not_fit_is_named(broken: dict[str, str], tmp_path: Path, words: list[str]) -> None:
     done = subprocess.run(
@@ -44,6 +48,14 @@ def test_a_torchvision_that_does_not_fit_is_named(broken: dict[str, str], tmp_pa
         assert "Traceback" not in done.stderr
 
 
+def test_a_command_that_needs_no_torchvision_is_not_stopped_by_it(broken: dict[str, str], tmp_path: Path) -> None:
+    words = ["-m", "nasa_video", "generate", "a ball", "--frames", "9", "-o", "a.mp4"]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=broken, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_other_errors_are_themselves() -> None:
-    assert misfit(ValueError("no")) is None
-    assert misfit(RuntimeError("no")) is None
+    assert explain_import_error(ValueError("no")) is None
+    assert explain_import_error(RuntimeError("no")) is None
