@@ -16,7 +16,7 @@ def main() -> None:
     """Fails when the wheel lacks configs, weights or code."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        pip = [environment.python(), "-m", "pip", "--disable-pip-version-check"]
+        pip: list[str | Path] = [environment.python(), "-m", "pip", "--disable-pip-version-check"]
         environment.run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", out, "."])
         (wheel,) = out.glob("*.whl")
         # The dependencies of the project's environment serve here too; only the project itself comes from the wheel.
@@ -29,7 +29,17 @@ def main() -> None:
         environment.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel])
         # Behind the wheel's own folder on the path, so that the wheel's copy wins over the checkout's.
         Path(site.strip(), "dependencies.pth").write_text(ours)
-        command = [python, "-P", "-m", "nasa_video", "generate", "a red ball bouncing", "--neg", "red", "--json"]
+        command: list[str | Path] = [
+            python,
+            "-P",
+            "-m",
+            "nasa_video",
+            "generate",
+            "a red ball bouncing",
+            "--neg",
+            "red",
+            "--json",
+        ]
         done = subprocess.run([*command, "-o", "ball.mp4"], cwd=out, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"the installed wheel cannot run the main job:\n{done.stdout}{done.stderr}")

@@ -37,7 +37,7 @@ def ensure(extras: str = "") -> None:
     if not python().exists():
         print(f"+ python -m venv {VENV}", flush=True)
         venv.create(VENV, with_pip=True)
-    pip = [python(), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip: list[str | Path] = [python(), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     constraints = VENV / "constraints.txt"
     constraints.write_text("")
     if shutil.which("nvidia-smi") is None:

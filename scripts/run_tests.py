@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import environment
 
@@ -42,7 +43,7 @@ def main() -> None:
     environment.ensure("[dev,train]")
     ensure_evaluation()
     ensure_browser()
-    module = [environment.python(), "-m"]
+    module: list[str | Path] = [environment.python(), "-m"]
     if len(sys.argv) == 1:
         environment.run([*module, "ruff", "check", "."])
         environment.run([*module, "ruff", "format", "--check", "."])

@@ -32,7 +32,7 @@ def _original_vae(vae: AutoencoderKLWan) -> dict[str, Tensor]:
     """diffusers' VAE keys as Wan's own, by searching for the name that diffusers' converter maps to each."""
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-    candidates = {}
+    candidates: dict[str, str | None] = {}
     for coder, stages in (("encoder", "downsamples"), ("decoder", "upsamples")):
         parts = ["residual.0.gamma", "residual.3.gamma", "shortcut.weight", "shortcut.bias"]
         parts += [f"residual.{i}.{w}" for i in (2, 6) for w in ("weight", "bias")]
