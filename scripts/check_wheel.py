@@ -29,18 +29,9 @@ def main() -> None:
         environment.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel])
         # Behind the wheel's own folder on the path, so that the wheel's copy wins over the checkout's.
         Path(site.strip(), "dependencies.pth").write_text(ours)
-        command: list[str | Path] = [
-            python,
-            "-P",
-            "-m",
-            "nasa_video",
-            "generate",
-            "a red ball bouncing",
-            "--neg",
-            "red",
-            "--json",
-        ]
-        done = subprocess.run([*command, "-o", "ball.mp4"], cwd=out, capture_output=True, text=True, check=False)
+        command: list[str | Path] = [python, "-P", "-m", "nasa_video", "generate", "a red ball bouncing"]
+        options = ["--neg", "red", "--json", "-o", "ball.mp4"]
+        done = subprocess.run([*command, *options], cwd=out, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"the installed wheel cannot run the main job:\n{done.stdout}{done.stderr}")
         result = json.loads(done.stdout.splitlines()[-1])
