@@ -6,7 +6,6 @@ import importlib.resources
 from pathlib import Path
 from typing import Any, Self
 
-from huggingface_hub import hf_hub_download, snapshot_download
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from nasa_video.errors import InputError, format_bytes
@@ -96,6 +95,9 @@ class Source(Strict):
             return path
         if self.repo is None:
             raise InputError(f"{self.package or self.path} is missing; {self._remedy()}")
+        # Late: the hub's client takes longer to import than a first line to show.
+        from huggingface_hub import hf_hub_download, snapshot_download
+
         try:
             if self.file is not None:
                 return Path(hf_hub_download(self.repo, self.file))

@@ -7,8 +7,6 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 MODELS_FOLDER = "NASA_VIDEO_MODELS"
 """Environment variable: a folder of repositories, as ``owner/name`` or ``name``, looked at before the hub's cache."""
 
@@ -22,17 +20,24 @@ def find_file(repo: str, name: str) -> Path | None:
     for folder in _folders(repo):
         if (folder / name).is_file():
             return folder / name
-    cached = try_to_load_from_cache(repo, name)
-    return Path(cached) if isinstance(cached, str) else None
+    return _cached(repo, name)
 
 
 def find_folder(repo: str, name: str) -> Path | None:
     """A folder of a repository with all that it needs, or None; what a broken download left does not count."""
     places = [folder / name for folder in _folders(repo)]
     for probe in ("config.json", "tokenizer_config.json"):
-        cached = try_to_load_from_cache(repo, f"{name}/{probe}")
-        places += [Path(cached).parent] if isinstance(cached, str) else []
+        cached = _cached(repo, f"{name}/{probe}")
+        places += [] if cached is None else [cached.parent]
     return next((place for place in places if is_whole(place)), None)
+
+
+def _cached(repo: str, name: str) -> Path | None:
+    """A file in the hub's own cache, or None."""
+    from huggingface_hub import try_to_load_from_cache  # late: its import takes longer than a first line may
+
+    cached = try_to_load_from_cache(repo, name)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def find_repository(repo: str) -> Path | None:

@@ -257,8 +257,8 @@ def test_a_run_that_does_not_fit_is_refused_before_the_first_download(
     def no_network(*given: object, **named: object) -> None:
         pytest.fail("something was to be downloaded")
 
-    monkeypatch.setattr("nasa_video.models.sources.hf_hub_download", no_network)
-    monkeypatch.setattr("nasa_video.models.sources.snapshot_download", no_network)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", no_network)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
     monkeypatch.setattr("nasa_video.models.memory_plan.available", lambda device: 20_000_000_000)
     done = nasa_video("generate", "a fox", "--model", "causvid", "--device", "cpu")
     text = " ".join(done.stderr.split())

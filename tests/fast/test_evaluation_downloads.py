@@ -28,9 +28,9 @@ def said_first(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
         raise OSError("no network")
 
     caplog.set_level(logging.WARNING)
-    for place in ("nasa_video.evaluation.assets", "nasa_video.models.sources", "huggingface_hub"):
+    for place in ("nasa_video.evaluation.assets", "huggingface_hub"):
         monkeypatch.setattr(f"{place}.hf_hub_download", refuse)
-    monkeypatch.setattr("nasa_video.models.sources.snapshot_download", refuse)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     for place in ("nasa_video.evaluation.assets", "nasa_video.models.stored"):
         monkeypatch.setattr(f"{place}.try_to_load_from_cache", lambda *_, **__: None)
     return said
