@@ -31,7 +31,7 @@ def said_first(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     for place in ("nasa_video.evaluation.assets", "huggingface_hub"):
         monkeypatch.setattr(f"{place}.hf_hub_download", refuse)
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    for place in ("nasa_video.evaluation.assets", "nasa_video.models.stored"):
+    for place in ("nasa_video.evaluation.assets", "huggingface_hub"):
         monkeypatch.setattr(f"{place}.try_to_load_from_cache", lambda *_, **__: None)
     return said
 
